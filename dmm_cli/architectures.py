@@ -1,0 +1,305 @@
+"""Which module a checkpoint belongs to, and how to build it. The only file that imports timm."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .errors import DmmError, capped, printable
+from .header import ITEM_SIZE
+from .inputs import Source
+from .registry import did_you_mean
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm name with arguments, or ``package.module:factory``, and why we believe it."""
+
+    spec: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Size (C, H, W) and normalisation of a model's input; mean and std are per channel, of pixels in [0, 1]."""
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@cache
+def _timm() -> ModuleType:
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    # torchvision's compiled operators do not fit this torch build; timm uses none of them, but
+    # torchvision registers fake kernels for two schemas at import and fails when they are absent
+    global _schemas
+    _schemas = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("timm")
+
+
+_schemas: torch.library.Library | None = None  # a library's schemas live as long as the object
+
+
+def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``resnet18,num_classes=10,layers=(1,1,1,1)`` into the name and its arguments.
+
+    Raises:
+        DmmError: an argument is not ``name=literal``, or the name points to a hub or a directory.
+    """
+    name, *arguments = re.split(r",(?![^(\[]*[)\]])", text)
+    if name.startswith(("hf-hub:", "local-dir:", "hf_hub:")):
+        raise DmmError(f"dmm does not fetch architectures: {printable(name)}", hint="use the plain timm name")
+    values = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise DmmError(f"cannot read {printable(argument)!r} in --arch", hint="write name=value")
+        values[key.strip()] = _literal(value.strip())
+    return name.strip(), values
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def build(spec: str) -> nn.Module:
+    """The module of a spec, with random weights, on the CPU.
+
+    Raises:
+        DmmError: no such timm model or factory, or it does not accept the arguments.
+    """
+    name, arguments = parse_arch(spec)
+    if ":" in name:
+        return _factory(name)(**arguments)
+    timm = _timm()
+    if not timm.is_model(name.partition(".")[0]):
+        near = did_you_mean(name, timm.list_models())
+        raise DmmError(
+            f"timm has no model {printable(name)}",
+            hint=f"did you mean {near}?" if near else "list them with: python -m timm.models",
+        )
+    try:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DmmError(f"timm cannot build {printable(spec)}: {printable(str(error))}") from error
+
+
+def _factory(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DmmError(f"no factory {printable(name)}: {printable(str(error))}") from error
+
+
+def identify(source: Source, arch: str | None = None) -> Architecture:
+    """The architecture of a checkpoint: ``arch`` > metadata > config.json > matching names and shapes.
+
+    Raises:
+        DmmError: nothing fits.
+    """
+    if arch:
+        return Architecture(arch, "given with --arch")
+    if "dmm.arch" in source.metadata:
+        return Architecture(source.metadata["dmm.arch"], "dmm.arch in the file's metadata")
+    if source.config and "architecture" in source.config:
+        return Architecture(_from_config(source.config), "config.json beside the weights")
+    return detect(source)
+
+
+def _from_config(config: dict[str, Any]) -> str:
+    arguments = dict(config.get("model_args") or {})
+    if "num_classes" in config:
+        arguments["num_classes"] = config["num_classes"]
+    return format_arch(str(config["architecture"]), arguments)
+
+
+def format_arch(name: str, arguments: dict[str, Any]) -> str:
+    """The inverse of ``parse_arch``."""
+    return ",".join([name, *(f"{key}={str(value).replace(' ', '')}" for key, value in arguments.items())])
+
+
+def detect(source: Source) -> Architecture:
+    """Match tensor names and shapes with timm's catalogue, built without memory on the meta device.
+
+    The classifier's width and the number of input channels are read from the shapes.
+
+    Raises:
+        DmmError: no catalogue entry fits.
+    """
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    prefixes = {name.partition(".")[0] for name in shapes}
+    for family in _families():
+        first = _meta_shapes(family[0])
+        if first is None or not prefixes <= {name.partition(".")[0] for name in first}:
+            continue
+        for name in family:
+            spec = _fit(name, shapes)
+            if spec:
+                return Architecture(spec, f"all {len(shapes)} tensor names and shapes match timm's {name}")
+    raise DmmError(
+        f"cannot tell the architecture of {source.path}",
+        evidence=["no dmm.arch in its metadata, no config.json beside it, no timm model with these tensors"],
+        hint="name it: --arch resnet18,num_classes=10 or --arch package.module:factory",
+    )
+
+
+@cache
+def _families() -> tuple[tuple[str, ...], ...]:
+    timm = _timm()
+    modules = sorted(timm.list_modules(), key=lambda module: (module != "resnet", module))
+    return tuple(tuple(names) for names in (timm.list_models(module=m) for m in modules) if names)
+
+
+@cache
+def _meta_shapes(name: str, **arguments: Any) -> dict[str, tuple[int, ...]] | None:
+    try:
+        with torch.device("meta"):
+            model = _timm().create_model(name, pretrained=False, **arguments)
+    except Exception:  # some catalogue entries cannot be built on the meta device or with these arguments
+        return None
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    default = _meta_shapes(name)
+    if default is None or default.keys() != shapes.keys():
+        return None
+    other = [key for key in shapes if shapes[key] != default[key]]
+    if not other:
+        return name
+    arguments: dict[str, Any] = {}
+    for key in other:
+        here, there = shapes[key], default[key]
+        if here[1:] == there[1:]:
+            arguments["num_classes"] = here[0]
+        elif here[:1] + here[2:] == there[:1] + there[2:]:
+            arguments["in_chans"] = here[1]
+        else:
+            return None
+    return format_arch(name, arguments) if _meta_shapes(name, **arguments) == shapes else None
+
+
+def load_state_dict(source: Source) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, in their own dtypes."""
+    with Checkpoint(source) as file:
+        return {name: _tensor(file, name) for name in source.tensors}
+
+
+def _tensor(file: Checkpoint, name: str) -> torch.Tensor:
+    info = file.source.tensors[name]
+    if info.dtype not in TORCH_DTYPES:
+        raise DmmError(f"{file.source.path}: torch has no {info.dtype} ({printable(name)})")
+    flat = torch.from_numpy(file.raw(name)).view(TORCH_DTYPES[info.dtype])
+    assert flat.element_size() == ITEM_SIZE[info.dtype]
+    return flat.reshape(info.shape)
+
+
+def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Architecture]:
+    """The module of a checkpoint with its weights, in eval mode and float32, on the CPU.
+
+    Raises:
+        DmmError: the architecture is unknown, or tensors do not fit it.
+    """
+    architecture = identify(source, arch)
+    model = build(architecture.spec)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    held = {name: info.shape for name, info in source.tensors.items()}
+    problems = [f"missing {printable(name)}" for name in wanted.keys() - held.keys()]
+    problems += [f"unknown {printable(name)}" for name in held.keys() - wanted.keys()]
+    problems += [
+        f"{printable(name)} is {list(held[name])}, the model has {list(wanted[name])}"
+        for name in wanted.keys() & held.keys()
+        if wanted[name] != held[name]
+    ]
+    if problems:
+        raise DmmError(
+            f"{source.path} does not fit {printable(architecture.spec)} ({architecture.evidence})",
+            evidence=capped(sorted(problems)),
+            hint="name the right one with --arch",
+        )
+    model.load_state_dict(load_state_dict(source))
+    return model.float().eval(), architecture
+
+
+def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every layer with running statistics (BatchNorm and its relatives), in module order."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "running_mean", None), torch.Tensor)
+        and isinstance(getattr(module, "running_var", None), torch.Tensor)
+    ]
+
+
+def input_spec(
+    source: Source,
+    model: nn.Module,
+    *,
+    size: Sequence[int] | None = None,
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
+) -> InputSpec:
+    """Size and normalisation: the arguments > config.json > ``dmm.input`` metadata > timm's defaults.
+
+    Raises:
+        DmmError: mean and std do not fit the number of channels.
+    """
+    known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
+    if "dmm.input" in source.metadata:
+        given = json.loads(source.metadata["dmm.input"])
+        known |= {"input_size": given["size"], "mean": given["mean"], "std": given["std"]}
+    known |= dict((source.config or {}).get("pretrained_cfg") or {})
+    size = tuple(size or known.get("input_size", (3, 224, 224)))
+    mean = _per_channel(mean or known.get("mean", (0.0,)), size[0])
+    std = _per_channel(std or known.get("std", (1.0,)), size[0])
+    if len(mean) != size[0] or len(std) != size[0]:
+        raise DmmError(
+            f"{len(mean)} means and {len(std)} deviations for {size[0]} channels",
+            hint="give one value per channel, or one for all, with --mean and --std",
+        )
+    return InputSpec(size, mean, std)
+
+
+def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
+    values = tuple(float(value) for value in values)
+    return values * channels if len(values) == 1 else values
+
+
+def class_names(source: Source) -> tuple[str, ...] | None:
+    """Class names from the metadata, or None."""
+    text = source.metadata.get("dmm.classes")
+    return tuple(map(str, json.loads(text))) if text else None
+
+
+def class_counts(source: Source) -> list[float] | None:
+    """Training samples per class from the metadata, or None."""
+    text = source.metadata.get("dmm.class_counts")
+    return [float(count) for count in json.loads(text)] if text else None

@@ -1,0 +1,51 @@
+"""The errors a user sees, and how untrusted text is shown."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+
+class DmmError(Exception):
+    """The work could not be done; exit code 2.
+
+    Args:
+        what: the problem in the user's own names.
+        evidence: facts that show it, one a line.
+        hint: the command or flag that fixes it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, evidence: Sequence[str] = (), hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.evidence = tuple(evidence)
+        self.hint = hint
+
+
+class CheckFailed(DmmError):
+    """The work was done, but a check the user asked for failed; exit code 1."""
+
+    exit_code = 1
+
+
+def capped(items: Iterable[str], limit: int = 10) -> list[str]:
+    """The first ``limit`` items, then a line that counts the rest."""
+    items = list(items)
+    if len(items) <= limit:
+        return items
+    return [*items[:limit], f"... and {len(items) - limit} more"]
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Untrusted text made safe for a terminal: control, format and bidi characters escaped, length capped."""
+    safe = "".join(_escape(character) for character in text[: limit + 1])
+    return safe if len(text) <= limit else safe[:limit] + "..."
+
+
+def _escape(character: str) -> str:
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        code = ord(character)
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return character

@@ -1,0 +1,82 @@
+"""Outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import DmmError
+
+
+def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
+    """Refuse an output that cannot or must not be written.
+
+    Raises:
+        DmmError: the path is one of the inputs, is a directory, exists without ``force``, or lies in
+            a directory that does not exist.
+    """
+    for source in inputs:
+        if path.exists() and source.exists() and os.path.samefile(path, source):
+            raise DmmError(f"the output is one of the inputs: {path}", hint="name another file with -o")
+    if path.is_dir():
+        raise DmmError(f"the output is a directory: {path}", hint="name a file in it with -o")
+    if path.exists() and not force:
+        raise DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
+    if not path.parent.is_dir():
+        raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes its place at ``path`` when the block ends without an exception.
+
+    The bytes go to a temporary file in the same directory, which is synced and renamed, and the
+    directory is synced. On any exception, KeyboardInterrupt and SystemExit included, the temporary
+    file is removed and what was at ``path`` stays.
+
+    Raises:
+        DmmError: the file system refused the write; the message names the output.
+    """
+    temporary = path.parent / f".dmm-{secrets.token_hex(8)}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise DmmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Check the output and write it atomically.
+
+    Raises:
+        DmmError: see ``check_output`` and ``atomic_write``.
+    """
+    check_output(path, inputs=inputs, force=force)
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str, *, force: bool = False) -> None:
+    """Write text as UTF-8, see ``write_bytes``."""
+    write_bytes(path, text.encode(), force=force)

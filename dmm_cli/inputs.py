@@ -1,0 +1,244 @@
+"""From what the user typed to checkpoints whose headers are checked."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import DmmError, capped, printable
+from .header import Header, TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint: a label that is unique among the inputs, the path as given, and its checked headers.
+
+    Attributes:
+        headers: one per file; several for a sharded checkpoint.
+        config: the ``config.json`` beside the weights, as timm's hub writes it, or None.
+    """
+
+    label: str
+    path: Path
+    headers: tuple[Header, ...]
+    config: dict[str, Any] | None = None
+
+    @cached_property
+    def _home(self) -> dict[str, Header]:
+        return {name: header for header in self.headers for name in header.tensors}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors of all shards, by name in sorted order."""
+        return {name: self._home[name].tensors[name] for name in sorted(self._home)}
+
+    def header_of(self, name: str) -> Header:
+        """The header of the file that holds a tensor."""
+        return self._home[name]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the first file."""
+        return self.headers[0].metadata
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the checkpoint."""
+        return [header.path for header in self.headers]
+
+    def check_unchanged(self) -> None:
+        """Raise DmmError when a file is no longer the one whose header was read."""
+        for header in self.headers:
+            header.check_unchanged()
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, or of the sorted list of shard names and hashes."""
+        hashes = []
+        for header in self.headers:
+            with open(header.path, "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        if len(hashes) == 1:
+            return hashes[0]
+        lines = sorted(f"{h.path.name} {digest}" for h, digest in zip(self.headers, hashes, strict=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def resolve_source(argument: str) -> Source:
+    """One checkpoint from one file or directory.
+
+    Raises:
+        DmmError: it is not a readable safetensors checkpoint.
+    """
+    path = Path(argument)
+    if not path.is_dir():
+        if path.name.endswith(".index.json"):
+            return Source(path.parent.name or "model", path, _shards(path), _config(path.parent))
+        return Source(_stem(path), path, (read_header(path),), None)
+    if (path / SINGLE).exists():
+        return Source(path.resolve().name, path, (read_header(path / SINGLE),), _config(path))
+    if (path / INDEX).exists():
+        return Source(path.resolve().name, path, _shards(path / INDEX), _config(path))
+    found = sorted(p.name for p in path.glob("*.safetensors"))
+    raise DmmError(
+        f"no {SINGLE} and no {INDEX} in directory {path}",
+        evidence=capped([f"it holds {name}" for name in found]),
+        hint=f"name the files: '{path}/*.safetensors'" if found else None,
+    )
+
+
+def resolve_sources(
+    arguments: Sequence[str], *, stdin: TextIO | None = None, minimum: int = 1
+) -> list[Source]:
+    """Checkpoints from files, directories, quoted globs, ``@list.txt``, ``-`` and JSON of earlier stages.
+
+    ``-`` reads ``stdin``: one path a line, or a JSON record of an earlier stage.
+
+    Raises:
+        DmmError: an input is unusable, or there are fewer than ``minimum``.
+    """
+    paths = [path for argument in arguments for path in _expand(argument, stdin)]
+    sources = [resolve_source(path) for path in paths]
+    if len(sources) < minimum:
+        raise DmmError(
+            f"this needs {minimum} checkpoints or more, got {len(sources)}",
+            evidence=[str(source.path) for source in sources],
+        )
+    return _with_unique_labels(sources)
+
+
+def require_same_tensors(sources: Sequence[Source]) -> None:
+    """Raise DmmError unless all checkpoints hold the same names with the same shapes; lists all offenders."""
+    first, *others = sources
+    problems = []
+    for other in others:
+        missing, extra = first.tensors.keys() - other.tensors.keys(), other.tensors.keys() - first.tensors.keys()
+        problems += [f"{other.path} lacks {printable(name)}" for name in sorted(missing)]
+        problems += [f"{other.path} also holds {printable(name)}" for name in sorted(extra)]
+        for name in sorted(first.tensors.keys() & other.tensors.keys()):
+            here, there = first.tensors[name].shape, other.tensors[name].shape
+            if here != there:
+                problems.append(f"{other.path}: {printable(name)} is {list(there)}, not {list(here)}")
+    if problems:
+        raise DmmError(
+            f"checkpoints do not have the same tensors as {first.path}",
+            evidence=capped(problems),
+            hint="compare them with dmm inspect; only checkpoints of one architecture can be merged or compared",
+        )
+
+
+def paths_in_record(record: dict[str, Any], origin: str) -> list[str]:
+    """The checkpoint paths that a JSON record of an earlier stage names."""
+    entries = record.get("sources")
+    if not str(record.get("schema", "")).startswith("dmm.") or not isinstance(entries, list):
+        raise DmmError(f"{origin} is not a record of a dmm stage that names checkpoints")
+    return [str(entry["path"]) for entry in entries]
+
+
+def read_record(text: str, origin: str) -> dict[str, Any]:
+    """Parse a JSON record.
+
+    Raises:
+        DmmError: it is not a JSON object.
+    """
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise DmmError(f"{origin} is not valid JSON: {printable(str(error))}") from None
+    if not isinstance(record, dict):
+        raise DmmError(f"{origin} is not a JSON object")
+    return record
+
+
+def read_text(path: Path) -> str:
+    """Text of a file.
+
+    Raises:
+        DmmError: it is missing or not text.
+    """
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DmmError(f"cannot read {path}: {printable(str(error))}") from None
+
+
+def _expand(argument: str, stdin: TextIO | None) -> list[str]:
+    if argument == "-":
+        text = stdin.read() if stdin is not None else ""
+        if text.lstrip().startswith("{"):
+            return paths_in_record(read_record(text, "standard input"), "standard input")
+        return _lines(text)
+    if argument.startswith("@"):
+        return _lines(read_text(Path(argument[1:])))
+    if argument.endswith(".json") and not argument.endswith(".index.json"):
+        return paths_in_record(read_record(read_text(Path(argument)), argument), argument)
+    if glob.has_magic(argument) and not Path(argument).exists():
+        matches = sorted(glob.glob(argument))
+        if not matches:
+            raise DmmError(f"no file matches {printable(argument)}")
+        return matches
+    return [argument]
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in (line.strip() for line in text.splitlines()) if line and not line.startswith("#")]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".safetensors")
+
+
+def _with_unique_labels(sources: list[Source]) -> list[Source]:
+    labels = [source.label for source in sources]
+    if len(set(labels)) < len(labels):
+        labels = [f"{source.path.resolve().parent.name}/{source.label}" for source in sources]
+    seen: Counter[str] = Counter()
+    unique = []
+    for source, label in zip(sources, labels, strict=True):
+        seen[label] += 1
+        suffix = f"#{seen[label]}" if seen[label] > 1 else ""
+        unique.append(Source(label + suffix, source.path, source.headers, source.config))
+    return unique
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    path = directory / "config.json"
+    return read_record(read_text(path), str(path)) if path.is_file() else None
+
+
+def _shards(index: Path) -> tuple[Header, ...]:
+    record = read_record(read_text(index), str(index))
+    listed = record.get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise DmmError(f"{index} has no weight_map")
+    _require_basenames(index, listed.values())
+    headers = {name: read_header(index.parent / name) for name in sorted(set(listed.values()))}
+    absent = [
+        f"{printable(tensor)} is not in {name}"
+        for tensor, name in listed.items()
+        if tensor not in headers[name].tensors
+    ]
+    held = Counter(name for header in headers.values() for name in header.tensors)
+    absent += [f"{printable(name)} is in {count} shards" for name, count in held.items() if count > 1]
+    if absent:
+        raise DmmError(f"shards do not hold what {index} lists", evidence=capped(absent))
+    return tuple(headers.values())
+
+
+def _require_basenames(index: Path, names: Iterable[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise DmmError(
+                f"{index} names a shard outside its directory: {printable(str(name))}",
+                hint="shard names must be plain file names",
+            )

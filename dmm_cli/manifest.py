@@ -1,0 +1,270 @@
+"""The records stages hand to each other as JSON.
+
+A record grows by addition only; fields a reader does not know are ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from .errors import DmmError
+
+Matrix = tuple[tuple[float | None, ...], ...]
+
+
+class Record:
+    """A frozen dataclass with a JSON form; ``SCHEMA`` names it and its version."""
+
+    SCHEMA: ClassVar[str] = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; NaN and infinity become null."""
+        body = {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        return {"schema": self.SCHEMA, **body} if self.SCHEMA else body
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        """The record a JSON object describes.
+
+        Raises:
+            DmmError: another schema, or a required field is missing.
+        """
+        if cls.SCHEMA and record.get("schema") != cls.SCHEMA:
+            raise DmmError(f"expected a {cls.SCHEMA} record, got {record.get('schema', 'none')}")
+        hints = typing.get_type_hints(cls)
+        known = {item.name for item in dataclasses.fields(cls)}
+        try:
+            return cls(**{name: _typed(hints[name], value) for name, value in record.items() if name in known})
+        except TypeError as error:
+            raise DmmError(f"incomplete {cls.SCHEMA or cls.__name__} record: {error}") from None
+
+
+def dump(record: Record) -> str:
+    """The record as indented JSON text."""
+    return json.dumps(record.to_json(), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        inner = [option for option in hint.__args__ if option is not type(None)]
+        return None if value is None else _typed(inner[0], value) if len(inner) == 1 else value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(arguments[0], item) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item) for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_json(value)
+    return value
+
+
+@dataclass(frozen=True)
+class SourceRecord(Record):
+    """One input checkpoint."""
+
+    label: str
+    path: str
+    sha256: str | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerSimilarity(Record):
+    """One tensor: its N x N cosine matrix and the least similar pair's value."""
+
+    name: str
+    shape: tuple[int, ...]
+    cosine: Matrix
+    minimum: float | None
+
+
+@dataclass(frozen=True)
+class SimilarityReport(Record):
+    """How similar N checkpoints are.
+
+    Attributes:
+        measures: measure name to its N x N matrix.
+        on: "weights", or "task vectors" when there is a base.
+        against: cosine of each checkpoint with a reference, by label, or None.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.similarity/1"
+
+    sources: tuple[SourceRecord, ...]
+    measures: dict[str, Matrix]
+    layers: tuple[LayerSimilarity, ...]
+    on: str = "weights"
+    base: SourceRecord | None = None
+    reference: SourceRecord | None = None
+    against: dict[str, float] | None = None
+    raw_cosine: Matrix = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(source.label for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Group(Record):
+    """Checkpoints to merge with one another: indices into the labels."""
+
+    name: str
+    members: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class PairReason(Record):
+    """Why two checkpoints share a group, or do not."""
+
+    a: int
+    b: int
+    together: bool
+    similarity: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Grouping(Record):
+    """Groups of checkpoints, and those that stay alone.
+
+    Attributes:
+        divergent: indices of checkpoints in a group of their own while another group has several.
+        threshold: cosine at which the tree was cut, or None.
+        linkage: scipy's linkage matrix over 1 - cosine, empty where none was made.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.groups/1"
+
+    labels: tuple[str, ...]
+    groups: tuple[Group, ...]
+    divergent: tuple[int, ...]
+    pairs: tuple[PairReason, ...]
+    rule: str
+    threshold: float | None = None
+    linkage: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeManifest(Record):
+    """What a merge did.
+
+    Attributes:
+        outputs: one path per group, in group order.
+        batchnorm: layers whose variance came from the analytic rule ("paired") or from plain
+            interpolation of standard deviations ("unpaired").
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.merge/1"
+
+    sources: tuple[SourceRecord, ...]
+    grouping: Grouping
+    method: str
+    parameters: dict[str, Any]
+    outputs: tuple[str, ...]
+    base: SourceRecord | None = None
+    batchnorm: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class History(Record):
+    """Named curves over steps; every list is as long as ``step``."""
+
+    step: tuple[int, ...]
+    curves: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class TeacherReport(Record):
+    """What synthesis drew from one teacher."""
+
+    label: str
+    sha256: str
+    prior: tuple[float, ...]
+    prior_from: str
+    accepted: int
+    rejected: int
+    bn_loss: float | None
+    confidence: float | None
+
+
+@dataclass(frozen=True)
+class SynthesisManifest(Record):
+    """What a synthesis did."""
+
+    SCHEMA: ClassVar[str] = "dmm.synthesis/1"
+
+    sources: tuple[SourceRecord, ...]
+    teachers: tuple[TeacherReport, ...]
+    parameters: dict[str, Any]
+    device: str
+    seconds: float
+    history: History
+    output: str
+
+
+@dataclass(frozen=True)
+class Retention(Record):
+    """How far the student agrees with one teacher on that teacher's pseudo-data, in per cent."""
+
+    label: str
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class DistillManifest(Record):
+    """What a distillation did."""
+
+    SCHEMA: ClassVar[str] = "dmm.distill/1"
+
+    student: SourceRecord
+    sources: tuple[SourceRecord, ...]
+    data: SourceRecord
+    parameters: dict[str, Any]
+    device: str
+    seconds: float
+    retention: tuple[Retention, ...]
+    history: History
+    output: str
+
+
+@dataclass(frozen=True)
+class EvaluationRow(Record):
+    """Accuracy of one model in per cent; recall per class, None where the class has no sample."""
+
+    label: str
+    accuracy: float
+    recall: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """Accuracy of models on one labelled set."""
+
+    SCHEMA: ClassVar[str] = "dmm.evaluation/1"
+
+    data: str
+    samples: int
+    classes: tuple[str, ...]
+    rows: tuple[EvaluationRow, ...]

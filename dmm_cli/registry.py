@@ -1,0 +1,67 @@
+"""A table of interchangeable pieces, loaded when they are used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from .errors import DmmError, printable
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str | None:
+    """The option closest to a mistyped word, or None when nothing is near."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.55)
+    return near[0] if near else None
+
+
+class Registry:
+    """Names, one-line summaries and lazy targets of one kind of piece.
+
+    Args:
+        kind: what the pieces are, in the singular ("merge method"); used in messages.
+        entries: name to ("package.module:attribute", summary).
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, tuple[str, str]]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """All names, in table order."""
+        return list(self._entries)
+
+    def summary(self, name: str) -> str:
+        """One line on what the piece does."""
+        return self._entries[self.check(name)][1]
+
+    def check(self, name: str) -> str:
+        """The name itself.
+
+        Raises:
+            DmmError: it is not in the table; the message suggests the nearest name.
+        """
+        if name in self._entries:
+            return name
+        near = did_you_mean(name, self._entries)
+        raise DmmError(
+            f"unknown {self.kind}: {printable(name)}",
+            evidence=[f"known: {', '.join(self._entries)}"],
+            hint=f"did you mean {near}?" if near else None,
+        )
+
+    def load(self, name: str) -> Any:
+        """Import and return the piece.
+
+        Raises:
+            DmmError: the name is not in the table.
+        """
+        module, _, attribute = self._entries[self.check(name)][0].partition(":")
+        return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,66 @@
+"""Where and how tensors are computed: device, precision, seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .errors import DmmError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a user named: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
+
+    Raises:
+        DmmError: the device does not exist here; it is never replaced by another in silence.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DmmError(f"unknown device: {name}", hint="one of auto, cpu, cuda, cuda:0, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DmmError(
+            f"no such device: {name}",
+            evidence=[f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"],
+            hint="use --device cpu, or install a torch built for your GPU",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise DmmError(f"dmm computes on cpu or cuda, not on {device.type}")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, for reports."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def generator(seed: int, *salt: int | str) -> torch.Generator:
+    """A CPU random stream that depends on the seed and the salt alone.
+
+    Drawing on the CPU and moving the numbers keeps the draws equal on every device.
+    """
+    text = ":".join(map(str, (seed, *salt)))
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def seeded(seed: int, *salt: int | str) -> Iterator[None]:
+    """Make torch's global stream (used by weight initialisation) depend on seed and salt; restores it after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, *salt).initial_seed())
+        yield
+
+
+@contextmanager
+def mixed_precision(device: torch.device) -> Iterator[None]:
+    """bf16 autocast on CUDA; float32 on the CPU, where bf16 is slower on most machines."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        yield

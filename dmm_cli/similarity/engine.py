@@ -1,0 +1,137 @@
+"""Every measure in one pass over the data.
+
+Legend: N checkpoints, n elements of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+
+from ..checkpoint import Checkpoint, require_finite
+from ..errors import DmmError
+from ..header import TensorInfo
+from ..inputs import Source, require_same_tensors
+from ..manifest import LayerSimilarity, Matrix, SimilarityReport, SourceRecord
+from . import MEASURES
+from .blocks import is_weight
+from .cosine import Cosine
+
+BLOCK = 1 << 16  # elements; a float32 dot product of this length is good to 1e-6
+READ = 1 << 20  # elements read at once, per checkpoint
+
+Progress = Callable[..., None]
+
+
+def compute_similarity(
+    sources: Sequence[Source],
+    *,
+    base: Source | None = None,
+    reference: Source | None = None,
+    measures: Sequence[str] = ("cosine", "sign", "bn"),
+    on_progress: Progress | None = None,
+) -> SimilarityReport:
+    """Compare checkpoints of one architecture, tensor by tensor, in float64.
+
+    Args:
+        sources: two or more checkpoints, or one with a reference.
+        base: where given, cosine and sign are taken on ``theta_i - base``.
+        reference: every checkpoint's cosine with it goes to ``against``.
+        measures: names from ``MEASURES``; cosine is always among them, since grouping stands on it.
+
+    Raises:
+        DmmError: names or shapes differ, no float weights are there, or a value is NaN or infinite.
+    """
+    everything = [*sources, *([reference] if reference else [])]
+    require_same_tensors([*everything, *([base] if base else [])])
+    if not any(is_weight(info) for info in sources[0].tensors.values()):
+        raise DmmError(f"no float weights of two or more dimensions in {sources[0].path}")
+    names = ["cosine", *(name for name in measures if name != "cosine")]
+    tools = {name: MEASURES.load(name)(len(everything)) for name in names}
+    raw = Cosine(len(everything))
+    with ExitStack() as stack:
+        files = [stack.enter_context(Checkpoint(source)) for source in everything]
+        origin = stack.enter_context(Checkpoint(base)) if base else None
+        _scan(files, origin, tools, raw, on_progress)
+    count = len(sources)
+    return SimilarityReport(
+        sources=tuple(_record(source) for source in sources),
+        measures={name: _plain(tool.matrix()[:count, :count]) for name, tool in tools.items()},
+        layers=_layers(tools["cosine"], sources[0], count),
+        on="task vectors" if base else "weights",
+        base=_record(base) if base else None,
+        reference=_record(reference) if reference else None,
+        against=_against(tools["cosine"], sources) if reference else None,
+        raw_cosine=_plain((raw if base else tools["cosine"]).matrix()[:count, :count]),
+    )
+
+
+def _scan(files: list[Checkpoint], base: Checkpoint | None, tools: dict, raw: Cosine, on_progress: Progress | None) -> None:
+    infos = [info for info in files[0].source.tensors.values() if any(t.wants(info) for t in tools.values())]
+    total, done = sum(info.numel for info in infos), 0
+    for info, rows, origin in _read_ahead(files, base, infos):
+        for start in range(0, rows.shape[1], BLOCK):
+            block = rows[:, start : start + BLOCK]
+            if origin is not None and is_weight(info):
+                raw.add(info.name, block)
+                block = block - origin[start : start + BLOCK]
+            for tool in tools.values():
+                if tool.wants(info):
+                    tool.add(info.name, block)
+        done += rows.shape[1]
+        if on_progress:
+            on_progress("similarity", done, total)
+
+
+def _read_ahead(
+    files: list[Checkpoint], base: Checkpoint | None, infos: list[TensorInfo]
+) -> Iterator[tuple[TensorInfo, np.ndarray, np.ndarray | None]]:
+    """Pieces of all checkpoints as rows (N, n), the next one read while the last is worked on."""
+    pieces = [
+        (info, start, min(start + READ, info.numel)) for info in infos for start in range(0, info.numel, READ)
+    ]
+
+    def read(piece: tuple[TensorInfo, int, int]) -> tuple[TensorInfo, np.ndarray, np.ndarray | None]:
+        info, start, stop = piece
+        rows = np.stack([_finite(file, info.name, start, stop) for file in files])  # (N, n)
+        return info, rows, _finite(base, info.name, start, stop) if base else None
+
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(read, pieces[0])
+        for following in [*pieces[1:], None]:
+            current = pending.result()
+            if following:
+                pending = reader.submit(read, following)
+            yield current
+
+
+def _finite(file: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+    values = file.floats(name, start, stop)
+    require_finite(file.source, name, values)
+    return values
+
+
+def _record(source: Source) -> SourceRecord:
+    return SourceRecord(source.label, str(source.path))
+
+
+def _layers(cosine: Cosine, source: Source, count: int) -> tuple[LayerSimilarity, ...]:
+    layers = []
+    for name, full in cosine.layers().items():
+        matrix = full[:count, :count]
+        pairs = matrix[np.triu_indices(count, 1)]
+        lowest = float(pairs.min()) if pairs.size else None
+        layers.append(LayerSimilarity(name, source.tensors[name].shape, _plain(matrix), lowest))
+    return tuple(layers)
+
+
+def _against(cosine: Cosine, sources: Sequence[Source]) -> dict[str, float]:
+    last = cosine.matrix()[-1]
+    return {source.label: float(value) for source, value in zip(sources, last, strict=False)}
+
+
+def _plain(matrix: np.ndarray) -> Matrix:
+    return tuple(tuple(None if np.isnan(value) else float(value) for value in row) for row in matrix)

@@ -1,0 +1,34 @@
+"""Pseudo-data from the normalisation statistics of trained teachers.
+
+Importing this package loads no tensor library: the tables feed help and shell completion.
+"""
+
+from __future__ import annotations
+
+from ..registry import Registry
+
+LOSSES = Registry(
+    "inversion loss",
+    {
+        "batchnorm": ("dmm_cli.synthesis.losses.batchnorm:batchnorm", "running against batch statistics"),
+        "cross_entropy": (
+            "dmm_cli.synthesis.losses.cross_entropy:cross_entropy",
+            "the teacher sees the wanted class",
+        ),
+        "total_variation": (
+            "dmm_cli.synthesis.losses.total_variation:total_variation",
+            "smoothness of the images",
+        ),
+    },
+)
+
+ENGINES = Registry(
+    "synthesis engine",
+    {
+        "generator": (
+            "dmm_cli.synthesis.generator:GeneratorCanvas",
+            "one network draws the images of every teacher",
+        ),
+        "pixels": ("dmm_cli.synthesis.pixels:PixelCanvas", "every pixel is a free parameter"),
+    },
+)

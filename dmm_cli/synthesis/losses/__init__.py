@@ -1,0 +1,29 @@
+"""The terms of the inversion objective, one file each; the table is in ``dmm_cli.synthesis``.
+
+Every term maps one ``Observation`` to a scalar that is lower for better images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch of images and what the teacher made of it.
+
+    Attributes:
+        images: (B, C, H, W), normalised.
+        logits: (B, K).
+        targets: (B,), the wanted class of each image.
+        layers: the statistics at every normalisation layer, in forward order.
+    """
+
+    images: torch.Tensor
+    logits: torch.Tensor
+    targets: torch.Tensor
+    layers: list[LayerStatistics]

@@ -1,0 +1,25 @@
+"""How far a batch is from the statistics a teacher stored."""
+
+from __future__ import annotations
+
+import torch
+
+from . import Observation
+
+
+def batchnorm(seen: Observation) -> torch.Tensor:
+    """Gaussian Kullback-Leibler divergence from running to batch statistics, mean over channels, then layers.
+
+    ``KL = (shift^2 + variance) / running - 1 - log(variance / running)`` (twice the divergence of two
+    one-dimensional Gaussians). DeepInversion (Yin et al., CVPR 2020) uses the norm of the raw
+    differences, in which channels of large variance drown the others; the divergence is scale free.
+
+    Returns:
+        A scalar, 0 when every channel matches.
+    """
+    terms = []
+    for layer in seen.layers:
+        running = layer.running_variance + layer.eps
+        ratio = (layer.variance + layer.eps) / running
+        terms.append((layer.shift.square() / running + ratio - 1.0 - torch.log(ratio)).mean())
+    return torch.stack(terms).mean()
