@@ -18,6 +18,7 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .header import ITEM_SIZE
+from .images import InputSpec
 from .inputs import Source
 from .registry import did_you_mean
 
@@ -34,15 +35,6 @@ class Architecture:
 
     spec: str
     evidence: str
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """Size (C, H, W) and normalisation of a model's input; mean and std are per channel, of pixels in [0, 1]."""
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @cache
@@ -291,6 +283,21 @@ def input_spec(
 def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
     values = tuple(float(value) for value in values)
     return values * channels if len(values) == 1 else values
+
+
+def num_classes(model: nn.Module) -> int:
+    """Width of the classifier.
+
+    Raises:
+        DmmError: the model does not say.
+    """
+    count = getattr(model, "num_classes", None)
+    if not isinstance(count, int) or count < 1:
+        raise DmmError(
+            f"{type(model).__name__} does not say how many classes it has",
+            hint="give the module an attribute num_classes",
+        )
+    return count
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:

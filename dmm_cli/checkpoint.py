@@ -148,6 +148,27 @@ def save_arrays(
     save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
 
 
+def save_like(
+    path: Path,
+    source: Source,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
+) -> None:
+    """Write arrays under the names, shapes and dtypes of another checkpoint, see ``save_checkpoint``."""
+    layout = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+
+    def chunks(name: str) -> list[np.ndarray]:
+        info = source.tensors[name]
+        if info.is_float:
+            return [encode_floats(arrays[name].reshape(-1), info.dtype)]
+        return [np.ascontiguousarray(arrays[name], dtype=NUMPY[info.dtype]).reshape(-1).view(np.uint8)]
+
+    save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
+
+
 def require_finite(source: Source, name: str, values: np.ndarray) -> None:
     """Raise DmmError when a block of a tensor holds NaN or infinity."""
     # one reduction instead of a mask: the sum of finite float32 in float64 cannot overflow

@@ -26,26 +26,6 @@ GAP = 4.0
 NOISE = 0.02  # heights below this are one cluster whatever their ratios
 
 
-def parse_rule(text: str) -> str | float:
-    """``auto``, ``all`` or a cosine threshold in [-1, 1].
-
-    Raises:
-        DmmError: none of them.
-    """
-    if text in ("auto", "all"):
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -1.0 <= value <= 1.0:
-        raise DmmError(
-            f"cannot group by {printable(text)}",
-            hint="--group takes auto, all, a cosine between -1 and 1, a JSON file, or - for standard input",
-        )
-    return value
-
-
 def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> Grouping:
     """Group the checkpoints of a similarity report; the order of checkpoints does not matter.
 
@@ -200,18 +180,18 @@ def _grouping(
     # the largest group first, then by name: the same groups in the same order whatever the arguments' order
     clusters.sort(key=lambda members: (-len(members), min(names[i] for i in members)))
     groups = tuple(
-        Group(f"group-{number}", members, _group_reason(members, pairs)) for number, members in enumerate(clusters)
+        Group(f"group-{number}", members, _group_reason(members, pairs, names)) for number, members in enumerate(clusters)
     )
     alone = tuple(members[0] for members in clusters if len(members) == 1) if len(clusters) > 1 else ()
     heights = tuple(tuple(float(value) for value in row) for row in tree)
     return Grouping(names, groups, alone, pairs, rule, threshold, heights)
 
 
-def _group_reason(members: tuple[int, ...], pairs: tuple[PairReason, ...]) -> str:
+def _group_reason(members: tuple[int, ...], pairs: tuple[PairReason, ...], names: tuple[str, ...]) -> str:
     if len(members) == 1:
-        near = max((p for p in pairs if members[0] in (p.a, p.b) and p.similarity is not None),
-                   key=lambda p: p.similarity, default=None)  # fmt: skip
-        return "alone" if near is None else f"alone; nearest is another at {near.similarity:.3f}: {near.reason}"
+        mine = (pair for pair in pairs if members[0] in (pair.a, pair.b) and pair.similarity is not None)
+        near = max(mine, key=lambda pair: pair.similarity, default=None)
+        return "alone" if near is None else f"alone; nearest is {names[sum((near.a, near.b)) - members[0]]}, {near.reason}"
     inside = [p for p in pairs if p.a in members and p.b in members]
     values = [p.similarity for p in inside if p.similarity is not None]
     span = f"cosine {min(values):.3f} to {max(values):.3f}: " if values else ""

@@ -97,9 +97,7 @@ def resolve_source(argument: str) -> Source:
     )
 
 
-def resolve_sources(
-    arguments: Sequence[str], *, stdin: TextIO | None = None, minimum: int = 1
-) -> list[Source]:
+def resolve_sources(arguments: Sequence[str], *, stdin: TextIO | None = None, minimum: int = 1) -> list[Source]:
     """Checkpoints from files, directories, quoted globs, ``@list.txt``, ``-`` and JSON of earlier stages.
 
     ``-`` reads ``stdin``: one path a line, or a JSON record of an earlier stage.
@@ -122,7 +120,10 @@ def require_same_tensors(sources: Sequence[Source]) -> None:
     first, *others = sources
     problems = []
     for other in others:
-        missing, extra = first.tensors.keys() - other.tensors.keys(), other.tensors.keys() - first.tensors.keys()
+        missing, extra = (
+            first.tensors.keys() - other.tensors.keys(),
+            other.tensors.keys() - first.tensors.keys(),
+        )
         problems += [f"{other.path} lacks {printable(name)}" for name in sorted(missing)]
         problems += [f"{other.path} also holds {printable(name)}" for name in sorted(extra)]
         for name in sorted(first.tensors.keys() & other.tensors.keys()):

@@ -268,3 +268,37 @@ class Evaluation(Record):
     samples: int
     classes: tuple[str, ...]
     rows: tuple[EvaluationRow, ...]
+
+
+@dataclass(frozen=True)
+class ArchitectureGuess(Record):
+    """The module a checkpoint belongs to, None where unknown, and what points to it."""
+
+    spec: str | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Inspection(Record):
+    """What is in one checkpoint.
+
+    Attributes:
+        parameters: float values outside the running statistics.
+        kinds: last part of the tensor name to (tensors, values).
+        norm_layers: layers with running statistics.
+        provenance: the ``dmm.*`` metadata as stored.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.inspection/1"
+
+    label: str
+    path: str
+    sha256: str
+    bytes: int
+    parameters: int
+    architecture: ArchitectureGuess
+    kinds: dict[str, tuple[int, ...]]
+    dtypes: dict[str, int]
+    norm_layers: int
+    classes: tuple[str, ...]
+    provenance: dict[str, str]

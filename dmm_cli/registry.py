@@ -21,10 +21,11 @@ class Registry:
 
     Args:
         kind: what the pieces are, in the singular ("merge method"); used in messages.
-        entries: name to ("package.module:attribute", summary).
+        entries: name to ("package.module:attribute", summary, trait, ...). Traits are facts about a piece
+            that are needed before it is worth importing.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, tuple[str, ...]]) -> None:
         self.kind = kind
         self._entries = dict(entries)
 
@@ -41,6 +42,10 @@ class Registry:
     def summary(self, name: str) -> str:
         """One line on what the piece does."""
         return self._entries[self.check(name)][1]
+
+    def traits(self, name: str) -> tuple[str, ...]:
+        """What the table states about the piece beside its summary."""
+        return self._entries[self.check(name)][2:]
 
     def check(self, name: str) -> str:
         """The name itself.

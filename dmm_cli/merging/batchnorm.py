@@ -56,9 +56,15 @@ def pair_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, str | None]:
     pairs: dict[str, str | None] = {}
     for parent, layers in norms.items():
         width = {layer: tensors[f"{layer}.running_var"].shape[0] for layer in layers}
-        height = {layer: tensors[f"{layer}.weight"].shape[0] for layer in weights[parent]}
+        height = {layer: tensors[f"{layer}.weight"].shape[0] for layer in _filters(weights[parent], tensors)}
         pairs |= _pair_children(width, height)
     return pairs
+
+
+def _filters(layers: list[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The convolutions among the siblings, else the linear layers; a classifier beside convolutions is neither."""
+    convolutions = [layer for layer in layers if len(tensors[f"{layer}.weight"].shape) > 2]
+    return convolutions or layers
 
 
 def _pair_children(width: dict[str, int], height: dict[str, int]) -> dict[str, str | None]:

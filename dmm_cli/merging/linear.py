@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .method import Block, method
+from .method import Block
 
 
-@method()
 def linear(block: Block) -> np.ndarray:
     """``theta = sum_i w_i theta_i`` with weights that sum to 1 (FedAvg: McMahan et al., AISTATS 2017).
 

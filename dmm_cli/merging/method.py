@@ -1,4 +1,4 @@
-"""What a merge method is: a function on one block of one tensor, and what it needs to be given.
+"""What a merge method is: a function on one block of one tensor; its keyword-only arguments are its parameters.
 
 Legend: N checkpoints, n elements of a block.
 """
@@ -23,8 +23,8 @@ class Block:
     Attributes:
         values: float64 (N, n).
         weights: float64 (N,), as given, not normalised.
-        base: float64 (n,) for methods that need a base, else None.
-        gram: float64 (N, N), inner products of the *whole* tensors, for methods that need them, else None.
+        base: float64 (n,) for methods with the trait "base", else None.
+        gram: float64 (N, N), inner products of the *whole* tensors, for methods with the trait "gram", else None.
     """
 
     values: np.ndarray
@@ -36,22 +36,6 @@ class Block:
     def shares(self) -> np.ndarray:
         """The weights scaled to sum to 1, (N,)."""
         return self.weights / self.weights.sum()
-
-
-def method(*, needs_base: bool = False, needs_gram: bool = False, checkpoints: int | None = None) -> Callable:
-    """Declare a merge method; its keyword-only arguments are its ``--param`` parameters.
-
-    Args:
-        needs_base: refuse to run without ``--base``.
-        needs_gram: read the data twice, first for the inner products of whole tensors.
-        checkpoints: the only number of checkpoints it is defined for.
-    """
-
-    def declare(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-        function.needs_base, function.needs_gram, function.checkpoints = needs_base, needs_gram, checkpoints
-        return function
-
-    return declare
 
 
 def effective_parameters(function: Callable, given: dict[str, Any]) -> dict[str, Any]:

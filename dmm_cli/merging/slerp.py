@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from .linear import linear
-from .method import Block, method
+from .method import Block
 
 COLLINEAR = 0.9995  # beyond this cosine the two arcs differ by less than float32 can show
 
 
-@method(needs_gram=True, checkpoints=2)
 def slerp(block: Block) -> np.ndarray:
     """``sin((1-t) W) / sin W theta_0 + sin(t W) / sin W theta_1``, W the angle of the whole tensors.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .method import Block, method
+from .method import Block
 
 
-@method(needs_base=True)
 def task_arithmetic(block: Block, *, scale: float = 0.3) -> np.ndarray:
     """``theta = theta_base + scale * sum_i w_i (theta_i - theta_base)`` (Ilharco et al., ICLR 2023).
 

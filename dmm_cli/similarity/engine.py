@@ -69,7 +69,9 @@ def compute_similarity(
     )
 
 
-def _scan(files: list[Checkpoint], base: Checkpoint | None, tools: dict, raw: Cosine, on_progress: Progress | None) -> None:
+def _scan(
+    files: list[Checkpoint], base: Checkpoint | None, tools: dict, raw: Cosine, on_progress: Progress | None
+) -> None:
     infos = [info for info in files[0].source.tensors.values() if any(t.wants(info) for t in tools.values())]
     total, done = sum(info.numel for info in infos), 0
     for info, rows, origin in _read_ahead(files, base, infos):
@@ -90,9 +92,7 @@ def _read_ahead(
     files: list[Checkpoint], base: Checkpoint | None, infos: list[TensorInfo]
 ) -> Iterator[tuple[TensorInfo, np.ndarray, np.ndarray | None]]:
     """Pieces of all checkpoints as rows (N, n), the next one read while the last is worked on."""
-    pieces = [
-        (info, start, min(start + READ, info.numel)) for info in infos for start in range(0, info.numel, READ)
-    ]
+    pieces = [(info, start, min(start + READ, info.numel)) for info in infos for start in range(0, info.numel, READ)]
 
     def read(piece: tuple[TensorInfo, int, int]) -> tuple[TensorInfo, np.ndarray, np.ndarray | None]:
         info, start, stop = piece

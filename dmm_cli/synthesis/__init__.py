@@ -26,9 +26,9 @@ ENGINES = Registry(
     "synthesis engine",
     {
         "generator": (
-            "dmm_cli.synthesis.generator:GeneratorCanvas",
+            "dmm_cli.synthesis.generator:GeneratorEngine",
             "one network draws the images of every teacher",
         ),
-        "pixels": ("dmm_cli.synthesis.pixels:PixelCanvas", "every pixel is a free parameter"),
+        "pixels": ("dmm_cli.synthesis.pixels:PixelEngine", "every pixel is a free parameter"),
     },
 )

@@ -6,7 +6,7 @@ Legend: N images, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, save_arrays
 from ..errors import DmmError
-from ..inputs import resolve_source
+from ..inputs import Source
 
 KIND = "dmm.pseudo-data/1"
 REQUIRED = ("images", "targets", "teacher_id", "logits", "confidence")
@@ -68,7 +68,12 @@ class PseudoData:
 
 
 def save_pseudo_data(
-    path: Path, data: PseudoData, metadata: dict[str, str], *, inputs: Iterable[Path] = (), force: bool = False
+    path: Path,
+    data: PseudoData,
+    metadata: dict[str, str],
+    *,
+    inputs: Iterable[Path] = (),
+    force: bool = False,
 ) -> None:
     """Write a pseudo-data file; equal data and metadata give equal bytes."""
     arrays = {name: getattr(data, name) for name in (*REQUIRED, "bn_loss")}
@@ -80,13 +85,13 @@ def save_pseudo_data(
     save_arrays(path, arrays, {**metadata, **record}, inputs=inputs, force=force)
 
 
-def load_pseudo_data(path: Path) -> PseudoData:
+def load_pseudo_data(source: Source) -> PseudoData:
     """Read a pseudo-data file.
 
     Raises:
         DmmError: not a pseudo-data file, or its arrays do not belong together.
     """
-    source = resolve_source(str(path))
+    path = source.path
     if source.metadata.get("dmm.kind") != KIND:
         raise DmmError(
             f"not a pseudo-data file: {path}",
@@ -100,8 +105,7 @@ def load_pseudo_data(path: Path) -> PseudoData:
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
     _require_rows(path, arrays)
     teachers = tuple(
-        TeacherRecord(**{**item, "prior": tuple(item["prior"])})
-        for item in json.loads(source.metadata["dmm.teachers"])
+        TeacherRecord(**{**item, "prior": tuple(item["prior"])}) for item in json.loads(source.metadata["dmm.teachers"])
     )
     space = json.loads(source.metadata["dmm.input"])
     return PseudoData(**arrays, teachers=teachers, mean=tuple(space["mean"]), std=tuple(space["std"]))
@@ -112,17 +116,3 @@ def _require_rows(path: Path, arrays: dict[str, np.ndarray]) -> None:
     if len(set(rows.values())) != 1 or arrays["images"].ndim != 4 or arrays["logits"].ndim != 2:
         shapes = [f"{name} {list(arrays[name].shape)}" for name in REQUIRED]
         raise DmmError(f"arrays of {path} do not belong together", evidence=shapes)
-
-
-def concatenate(parts: Sequence[PseudoData]) -> PseudoData:
-    """Join the parts of several teachers, keeping teacher order."""
-    first = parts[0]
-    joined = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in (*REQUIRED, "bn_loss")
-    }
-    offsets = np.cumsum([0, *(len(part.teachers) for part in parts[:-1])])
-    joined["teacher_id"] = np.concatenate(
-        [part.teacher_id + offset for part, offset in zip(parts, offsets, strict=True)]
-    ).astype(np.int16)
-    teachers = tuple(teacher for part in parts for teacher in part.teachers)
-    return PseudoData(**joined, teachers=teachers, mean=first.mean, std=first.std)

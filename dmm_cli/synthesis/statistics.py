@@ -67,9 +67,7 @@ class StatisticsRecorder:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> StatisticsRecorder:
-        self._hooks = [
-            layer.register_forward_pre_hook(self._hook(index)) for index, layer in enumerate(self._layers)
-        ]
+        self._hooks = [layer.register_forward_pre_hook(self._hook(index)) for index, layer in enumerate(self._layers)]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,5 @@
+"""``python -m dmm_cli`` is ``dmm``."""
+
+from .app import main
+
+main()

@@ -1,0 +1,64 @@
+"""The Typer app: sub-commands, --version, defaults from dmm.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .commands import _options as options
+from .commands import distill, evaluate, inspect, merge, run, similarity, synthesize
+from .commands._run import guarded
+from .config import load_config
+
+COMMANDS = {
+    "similarity": (similarity.similarity, similarity.EPILOG),
+    "merge": (merge.merge, merge.EPILOG),
+    "synthesize": (synthesize.synthesize, synthesize.EPILOG),
+    "distill": (distill.distill, distill.EPILOG),
+    "run": (run.run, run.EPILOG),
+    "evaluate": (evaluate.evaluate, evaluate.EPILOG),
+    "inspect": (inspect.inspect, inspect.EPILOG),
+}
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "DMM", "help_option_names": ["-h", "--help"]},
+)
+
+for _name, (_function, _epilog) in COMMANDS.items():
+    app.command(_name, epilog=_epilog)(_function)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+@guarded
+def defaults(
+    context: typer.Context,
+    version: Annotated[
+        bool, options.option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    config: Annotated[
+        Path | None, options.option("--config", help="Defaults per command, as TOML; else dmm.toml if present.")
+    ] = None,
+) -> None:
+    """Merge model checkpoints trained apart, without any of the data they were trained on."""
+    known = {
+        name: [parameter.name for parameter in command.params if parameter.name]
+        for name, command in context.command.commands.items()
+    }
+    context.default_map = load_config(config, known)
+
+
+def main() -> None:
+    """Entry point of the ``dmm`` command."""
+    app()

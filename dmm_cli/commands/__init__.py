@@ -1,0 +1,1 @@
+"""The terminal layer: parse, call the library, report. One module per command."""

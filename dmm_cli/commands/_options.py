@@ -1,0 +1,107 @@
+"""Options that several commands share, and what they mean together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import DmmError, printable
+from ..registry import did_you_mean
+
+FORMATS = ("table", "json", "tsv", "md")
+
+
+def option(*names: str, help: str, **details: Any) -> Any:
+    """A Typer option. Its environment variable works but stays out of the help, where it would double every line."""
+    return typer.Option(*names, help=help, show_envvar=False, **details)
+
+
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CKPT...",
+        help="Checkpoints: .safetensors files, model directories, quoted globs, @list.txt, a stage's JSON, or -.",
+    ),
+]
+Output = Annotated[Path | None, option("--output", "-o", help="Write to this file.")]
+Force = Annotated[bool, option("--force", help="Replace outputs that exist.")]
+Format = Annotated[str, option("--format", help="table, json, tsv or md.")]
+Json = Annotated[bool, option("--json", help="Short for --format json.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="Print only the essential, one item a line.")]
+DryRun = Annotated[bool, option("--dry-run", help="Check the inputs, print the plan, write nothing.")]
+Arch = Annotated[
+    str | None,
+    option("--arch", help="timm name with arguments (resnet18,num_classes=10) or package.module:factory."),
+]
+Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
+
+
+def chosen_format(name: str, as_json: bool) -> str:
+    """The output format.
+
+    Raises:
+        DmmError: there is no such format.
+    """
+    if as_json:
+        return "json"
+    if name not in FORMATS:
+        near = did_you_mean(name, FORMATS)
+        raise DmmError(
+            f"unknown format: {name}",
+            evidence=[f"known: {', '.join(FORMATS)}"],
+            hint=f"did you mean {near}?" if near else None,
+        )
+    return name
+
+
+def key_values(pairs: list[str], option: str) -> dict[str, float | str]:
+    """``name=value`` options as a dict, numbers as floats.
+
+    Raises:
+        DmmError: a pair has no equals sign.
+    """
+    values: dict[str, float | str] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise DmmError(f"{option} takes name=value, not {pair}")
+        try:
+            values[name] = float(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...]:
+    """Comma-separated numbers.
+
+    Raises:
+        DmmError: one is not a number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise DmmError(f"{option} takes numbers separated by commas, not {text}") from None
+
+
+def group_rule(text: str) -> str | float:
+    """``auto``, ``all`` or a cosine threshold in [-1, 1].
+
+    Raises:
+        DmmError: none of them.
+    """
+    if text in ("auto", "all"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -1.0 <= value <= 1.0:
+        raise DmmError(
+            f"cannot group by {printable(text)}",
+            hint="--group takes auto, all, a cosine between -1 and 1, a JSON file, or - for standard input",
+        )
+    return value

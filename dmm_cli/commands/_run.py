@@ -1,0 +1,86 @@
+"""The one wrapper that turns errors and signals into messages and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+import typer
+
+from ..errors import DmmError, capped, printable
+
+INTERRUPTED, BROKEN_PIPE, TERMINATED, CRASHED = 130, 141, 143, 70
+
+EXIT_CODES = "Exit codes: 0 done; 1 a check you asked for failed; 2 could not run; 130 interrupted."
+
+
+def epilog(*examples: str) -> str:
+    """Help text below the options: examples, then the exit codes."""
+    # \b keeps the lines as they are: a wrapped command cannot be pasted
+    lines = "\n".join(["\b", "Examples:", *(f"  $ {example}" for example in examples)])
+    return f"{lines}\n\n{EXIT_CODES}"
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Run a command so that every way to end has its exit code and no traceback, unless DMM_DEBUG=1."""
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        previous = signal.getsignal(signal.SIGTERM)
+        try:
+            signal.signal(signal.SIGTERM, _terminate)
+        except ValueError:  # not the main thread: signals are the caller's business
+            previous = None
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # the reader is gone: give Python's exit something to flush into
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except DmmError as error:
+            _show(error)
+            raise typer.Exit(error.exit_code) from None
+        except Exception as error:
+            if _is_typers_own(error):
+                raise
+            _crash(error)
+            raise typer.Exit(CRASHED) from None
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+
+    return run
+
+
+def _is_typers_own(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] == "typer" or isinstance(error, (typer.Exit, typer.Abort))
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _show(error: DmmError) -> None:
+    if os.environ.get("DMM_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {printable(error.what, 2000)}", file=sys.stderr)
+    for line in capped(error.evidence, 11):
+        print(f"  {printable(line, 2000)}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {printable(error.hint, 2000)}", file=sys.stderr)
+
+
+def _crash(error: Exception) -> None:
+    if os.environ.get("DMM_DEBUG") == "1":
+        traceback.print_exc()
+    kind = type(error).__name__
+    print(f"error: internal: {kind}: {printable(str(error), 500)}", file=sys.stderr)
+    print("hint: this is a fault of dmm; run again with DMM_DEBUG=1 for the traceback", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""dmm distill: teach the merged model what merging lost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import DmmError
+from ..files import check_output
+from ..inputs import Source, resolve_source, resolve_sources
+from ..manifest import DistillManifest, SourceRecord, dump
+from . import _options as options
+from ._provenance import ancestors, inherited, lineage, records, stamp
+from ._run import epilog, guarded
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..distillation.refine import Lessons, Settings
+    from ..synthesis.pseudodata import PseudoData
+
+EPILOG = epilog(
+    "dmm distill merged/group-0.safetensors merged/merge.json --data pseudo.safetensors -o model.safetensors",
+    "dmm distill student.safetensors site-*.safetensors --data pseudo.safetensors --steps 1000 -o out.safetensors",
+)
+STEPS, BATCH, RATE, TEMPERATURE = 600, 128, 1e-3, 2.0
+
+
+@guarded
+def distill(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The checkpoint to refine; it is not changed.")],
+    teachers: Annotated[
+        list[str],
+        typer.Argument(metavar="TEACHER...", help="Teachers of the pseudo-data, or merge.json, or -."),
+    ],
+    data: Annotated[Path, options.option("--data", help="Pseudo-data from dmm synthesize.")],
+    output: options.Output = None,
+    steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
+    batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = BATCH,
+    learning_rate: Annotated[float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")] = RATE,
+    temperature: Annotated[float, options.option("--temperature", help="Softens both sides' logits.")] = TEMPERATURE,
+    arch: options.Arch = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Refine a student on the pseudo-data of its teachers.
+
+    Every image is answered by the teacher it was inverted from. BatchNorm statistics are reset on the
+    pseudo-data before and after. The last step is the result.
+    """
+    if output is None:
+        raise DmmError("nowhere to write", hint="name a file with -o model.safetensors")
+    if learning_rate <= 0 or temperature <= 0:
+        raise DmmError("--learning-rate and --temperature must be above zero")
+    pupil = resolve_source(student)
+    sources = resolve_sources(teachers, stdin=sys.stdin)
+    pseudo = resolve_source(str(data))
+    check_output(output, inputs=[path for s in (pupil, pseudo, *sources) for path in s.files], force=force)
+
+    from ..report.console import Progress, emit, status
+
+    if dry_run:
+        names = ", ".join(source.label for source in sources)
+        emit(f"distill {names} into {pupil.label} with {data}, {steps} steps -> {output}")
+        return
+
+    from ..distillation.refine import Settings
+
+    settings = Settings(steps, batch, learning_rate, temperature, seed=seed)
+    manifest = distill_sources(
+        pupil,
+        sources,
+        pseudo,
+        output,
+        settings,
+        arch=arch,
+        device=device,
+        force=force,
+        on_progress=Progress(quiet),
+    )
+    status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
+    _report(manifest, quiet, json)
+
+
+def distill_sources(
+    student: Source,
+    teachers: Sequence[Source],
+    data: Source,
+    output: Path,
+    settings: Settings,
+    *,
+    arch: str | None,
+    device: str,
+    force: bool = False,
+    on_progress=None,
+) -> DistillManifest:
+    """Load the student and its lessons, refine, and write the checkpoint."""
+    from .. import architectures
+    from ..checkpoint import save_like
+    from ..distillation.refine import refine
+    from ..runtime import describe_device, resolve_device
+    from ..synthesis.pseudodata import load_pseudo_data
+
+    where = resolve_device(device)
+    model, _ = architectures.load_model(student, arch)
+    lessons = _lessons(load_pseudo_data(data), student, teachers, architectures.num_classes(model), where)
+    model = model.to(where)
+    layers = [layer for _, layer in architectures.norm_layers(model)]
+    started = time.monotonic()
+    history, retention = refine(model, layers, lessons, settings, on_progress)
+    parameters = asdict(settings)
+    parents = records([student, *teachers])
+    metadata = stamp(
+        "distill",
+        parameters,
+        sources=lineage(parents),
+        data=data.sha256,
+        device=where.type,
+        seed=str(settings.seed),
+    )
+    inputs = [path for source in (student, data, *teachers) for path in source.files]
+    arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+    save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
+    return DistillManifest(
+        student=parents[0],
+        sources=parents[1:],
+        data=SourceRecord(data.label, str(data.path), data.sha256),
+        parameters=parameters,
+        device=describe_device(where),
+        seconds=time.monotonic() - started,
+        retention=retention,
+        history=history,
+        output=str(output),
+    )
+
+
+def _lessons(
+    data: PseudoData, student: Source, teachers: Sequence[Source], num_classes: int, device: torch.device
+) -> Lessons:
+    """The rows of the pseudo-data that belong to the named teachers, in the student's input space."""
+    import numpy as np
+    import torch
+
+    from ..distillation.refine import Lessons
+    from ..images import InputSpec, PixelSpace
+
+    _require_classes(data, student, num_classes)
+    places = [_place(data, teacher) for teacher in teachers]
+    rows = np.flatnonzero(np.isin(data.teacher_id, places))
+    rank = np.full(len(data.teachers), -1)
+    rank[places] = np.arange(len(places))
+    family = ancestors(student)
+    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
+    return Lessons(
+        images=space.from_bytes(torch.from_numpy(data.images[rows]).to(device)),
+        targets=torch.from_numpy(data.targets[rows]).to(device),
+        teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
+        logits=torch.from_numpy(data.logits[rows].astype(np.float32)).to(device),
+        priors=torch.from_numpy(data.priors()[places]).to(device),
+        labels=tuple(teacher.label for teacher in teachers),
+        inside=torch.tensor([teacher.sha256 in family for teacher in teachers], device=device),
+    )
+
+
+def _place(data: PseudoData, teacher: Source) -> int:
+    place = data.teacher_index(teacher.sha256)
+    if place is None:
+        known = [f"it was made from {t.label} (sha256 {t.sha256[:12]}...)" for t in data.teachers]
+        raise DmmError(
+            f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
+            evidence=known,
+            hint="name the teachers the pseudo-data were made from, or synthesize again",
+        )
+    return place
+
+
+def _require_classes(data: PseudoData, student: Source, num_classes: int) -> None:
+    if data.logits.shape[1] != num_classes:
+        raise DmmError(
+            f"{student.path} has {num_classes} classes, the pseudo-data {data.logits.shape[1]}",
+            hint="a student needs the classes of its teachers",
+        )
+
+
+def _report(manifest: DistillManifest, quiet: bool, json: bool) -> None:
+    from ..report.console import emit
+    from ..report.tables import render, retention_table
+
+    if json:
+        emit(dump(manifest))
+    elif quiet:
+        emit(manifest.output)
+    else:
+        emit(render([retention_table(manifest)], "table"))

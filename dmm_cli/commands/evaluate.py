@@ -1,0 +1,89 @@
+"""dmm evaluate: accuracy on labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from ..errors import CheckFailed
+from ..inputs import Source, resolve_sources
+from . import _options as options
+from ._run import epilog, guarded
+
+if TYPE_CHECKING:
+    from ..manifest import Evaluation
+
+EPILOG = epilog(
+    "dmm evaluate merged.safetensors --data test.safetensors",
+    "dmm evaluate sites/*.safetensors --data photos/ --ensemble --json",
+)
+
+
+@guarded
+def evaluate(
+    checkpoints: options.Checkpoints,
+    data: Annotated[
+        Path,
+        options.option("--data", help="Labelled data: .safetensors or .npz (images, labels), or an ImageFolder."),
+    ],
+    ensemble: Annotated[bool, options.option("--ensemble", help="Add the mean of all models' probabilities.")] = False,
+    fail_under: Annotated[
+        float | None, options.option("--fail-under", help="Exit 1 when an accuracy is below this, in per cent.")
+    ] = None,
+    arch: options.Arch = None,
+    device: options.Device = "auto",
+    format: options.Format = "table",
+    json: options.Json = False,
+    output: options.Output = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure accuracy and recall per class on labelled data.
+
+    Images are resized to the model's input and normalised as the checkpoint says.
+    """
+    import sys
+
+    style = options.chosen_format(format, json)
+    sources = resolve_sources(checkpoints, stdin=sys.stdin)
+
+    from ..manifest import dump
+    from ..report.console import emit
+    from ..report.tables import accuracy_table, render
+
+    result = evaluate_sources(sources, data, arch=arch, device=device, ensemble=ensemble)
+    if quiet:
+        emit("\n".join(f"{row.accuracy:.4f}" for row in result.rows), output, force=force)
+    else:
+        emit(dump(result) if style == "json" else render([accuracy_table(result)], style), output, force=force)
+    low = [row for row in result.rows if fail_under is not None and row.accuracy < fail_under]
+    if low:
+        raise CheckFailed(f"accuracy below {fail_under}", evidence=[f"{row.label}: {row.accuracy!r}" for row in low])
+
+
+def evaluate_sources(
+    sources: Sequence[Source], data: Path, *, arch: str | None, device: str, ensemble: bool
+) -> Evaluation:
+    """Accuracy of every checkpoint and, if asked, of the mean of their probabilities."""
+    from .. import architectures, evaluation
+    from ..manifest import Evaluation
+    from ..report.console import Progress
+    from ..runtime import resolve_device
+
+    where = resolve_device(device)
+    labelled = evaluation.load_labelled(data)
+    progress = Progress(quiet=len(sources) < 3)
+    predictions, classes = [], labelled.classes
+    for number, source in enumerate(sources):
+        model, _ = architectures.load_model(source, arch)
+        spec = architectures.input_spec(source, model)
+        predictions.append(evaluation.predict(model, labelled, spec, where))
+        classes = classes or architectures.class_names(source) or ()
+        progress("evaluate", number + 1, len(sources))
+    rows = [evaluation.score(s.label, p, labelled.labels) for s, p in zip(sources, predictions, strict=True)]
+    if ensemble:
+        mean = evaluation.ensemble(predictions)
+        rows.append(evaluation.score("ensemble", mean, labelled.labels))
+    names = tuple(classes) or tuple(str(i) for i in range(predictions[0].shape[1]))
+    return Evaluation(str(data), len(labelled.labels), names, tuple(rows))

@@ -1,0 +1,79 @@
+"""dmm inspect: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import DmmError
+from ..inputs import Source, resolve_source
+from ..manifest import ArchitectureGuess, Inspection, dump
+from . import _options as options
+from ._run import epilog, guarded
+
+if TYPE_CHECKING:
+    pass
+
+EPILOG = epilog("dmm inspect model.safetensors", "dmm inspect sites/a/ --json")
+
+
+@guarded
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A .safetensors file or a model directory.")],
+    arch: options.Arch = None,
+    format: options.Format = "table",
+    json: options.Json = False,
+    output: options.Output = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show a checkpoint's architecture, tensors, BatchNorm layers, classes and provenance."""
+    style = options.chosen_format(format, json)
+    source = resolve_source(checkpoint)
+
+    from ..report.console import emit
+    from ..report.tables import inspection_tables, render
+
+    record = inspect_source(source, arch)
+    if style == "json":
+        emit(dump(record), output, force=force)
+    elif quiet:
+        emit(record.architecture.spec or "unknown", output, force=force)
+    else:
+        emit(render(inspection_tables(record), style), output, force=force)
+
+
+def inspect_source(source: Source, arch: str | None = None) -> Inspection:
+    """Everything headers and metadata tell, and the architecture they point to."""
+    kinds: dict[str, list[int]] = {}
+    dtypes: dict[str, int] = {}
+    for info in source.tensors.values():
+        entry = kinds.setdefault(info.name.rpartition(".")[2], [0, 0])
+        entry[0], entry[1] = entry[0] + 1, entry[1] + info.numel
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
+    own = {name: text for name, text in sorted(source.metadata.items()) if name.startswith("dmm.")}
+    return Inspection(
+        label=source.label,
+        path=str(source.path),
+        sha256=source.sha256,
+        bytes=sum(path.stat().st_size for path in source.files),
+        parameters=sum(i.numel for i in source.tensors.values() if i.is_float and "running_" not in i.name),
+        architecture=_architecture(source, arch),
+        kinds={name: tuple(entry) for name, entry in kinds.items()},
+        dtypes=dtypes,
+        norm_layers=kinds.get("running_var", [0])[0],
+        classes=tuple(map(str, jsonlib.loads(own.get("dmm.classes", "[]")))),
+        provenance=own,
+    )
+
+
+def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
+    from ..architectures import identify
+
+    try:
+        found = identify(source, arch)
+    except DmmError as error:
+        return ArchitectureGuess(None, error.what)
+    return ArchitectureGuess(found.spec, found.evidence)

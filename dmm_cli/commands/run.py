@@ -1,0 +1,314 @@
+"""dmm run: similarity, merge, synthesize and distill in one directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from ..errors import DmmError
+from ..files import write_text
+from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
+from ..manifest import DistillManifest, Evaluation, MergeManifest, SimilarityReport, SynthesisManifest, dump
+from ..merging import METHODS
+from ..merging.recipe import Recipe
+from . import _options as options
+from . import distill as distillation
+from . import synthesize as synthesis
+from ._run import epilog, guarded
+from ._stages import STATE, Stages, file_hash
+from .evaluate import evaluate_sources
+from .merge import grouping_of, merge_groups
+
+if TYPE_CHECKING:
+    from ..distillation.refine import Settings as DistillSettings
+    from ..synthesis.canvas import Settings as SynthesisSettings
+
+EPILOG = epilog(
+    "dmm run fixtures/digits/site-*.safetensors -o out/ --data fixtures/digits/test.safetensors",
+    "dmm run sites/*.safetensors --base base.safetensors --seed 1 -o out/",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run keeps its files."""
+
+    root: Path
+
+    similarity = property(lambda self: self.root / "similarity.json")
+    heat_map = property(lambda self: self.root / "similarity.svg")
+    merged = property(lambda self: self.root / "merged")
+    merge = property(lambda self: self.root / "merged" / "merge.json")
+    everything = property(lambda self: self.root / "linear-merge-of-all.safetensors")
+    pseudo = property(lambda self: self.root / "pseudo.safetensors")
+    synthesis = property(lambda self: self.root / "synthesis.json")
+    images = property(lambda self: self.root / "pseudo.png")
+    model = property(lambda self: self.root / "model.safetensors")
+    distillation = property(lambda self: self.root / "distill.json")
+    evaluation = property(lambda self: self.root / "evaluation.json")
+    report = property(lambda self: self.root / "report.html")
+
+    def group(self, name: str) -> Path:
+        """The merged checkpoint of a group."""
+        return self.merged / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    sources: Sequence[Source]
+    base: Source | None
+    group: str
+    method: str
+    arch: str | None
+    device: str
+    synthesis: SynthesisSettings
+    distillation: DistillSettings
+    data: Path | None
+    quiet: bool
+
+
+@guarded
+def run(
+    checkpoints: options.Checkpoints,
+    output: Annotated[Path | None, options.option("--output", "-o", help="Directory for everything.")] = None,
+    data: Annotated[
+        Path | None,
+        options.option("--data", help="Labelled data to judge the result by; nothing is tuned on it."),
+    ] = None,
+    base: Annotated[
+        str | None, options.option("--base", help="Common start of the checkpoints, if there is one.")
+    ] = None,
+    group: Annotated[str, options.option("--group", help="auto, all or a cosine threshold.")] = "auto",
+    method: Annotated[str, options.option("--method", help=f"Merge method: {', '.join(METHODS)}.")] = "linear",
+    count: Annotated[int, options.option("--count", help="Pseudo-images per teacher.", min=1)] = synthesis.COUNT,
+    synthesize_steps: Annotated[
+        int, options.option("--synthesize-steps", help="Optimiser steps of the synthesis.", min=1)
+    ] = synthesis.STEPS,
+    distill_steps: Annotated[
+        int, options.option("--distill-steps", help="Optimiser steps of the distillation.", min=1)
+    ] = distillation.STEPS,
+    arch: options.Arch = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Group, merge, synthesize and distill: N checkpoints to one, in one directory.
+
+    Stages whose inputs and parameters have not changed are skipped. The result is model.safetensors;
+    report.html shows how it came about. With --data the accuracy of every step is printed.
+    """
+    if output is None:
+        raise DmmError("nowhere to write", hint="name a directory with -o out/")
+    METHODS.check(method)
+    options.group_rule(group)
+    sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
+    origin = resolve_source(base) if base else None
+    require_same_tensors([*sources, *([origin] if origin else [])])
+    _check_directory(output, force)
+    if data is not None and not data.exists():
+        raise DmmError(f"no such file: {data}")
+
+    from ..report.console import emit, status
+
+    if dry_run:
+        emit(f"similarity, merge --method {method} --group {group}, synthesize {count} images from each of "
+             f"{len(sources)} teachers, distill -> {output}")  # fmt: skip
+        return
+
+    from ..distillation.refine import Settings as DistillSettings
+    from ..synthesis.canvas import Settings as SynthesisSettings
+
+    plan = Plan(
+        sources, origin, group, method, arch, device,
+        SynthesisSettings(count, synthesize_steps, seed=seed),
+        DistillSettings(distill_steps, seed=seed),
+        data, quiet,
+    )  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    files = Layout(output)
+    stages = Stages(output, lambda stage, fresh: status(f"{stage}: up to date" if fresh else stage, quiet=quiet))
+    execute(plan, files, stages)
+    _report(files, data, quiet, json)
+
+
+def execute(plan: Plan, files: Layout, stages: Stages) -> None:
+    """All stages, in order; each one reads what the one before wrote."""
+    hashes = [source.sha256 for source in plan.sources]
+    names = [[source.label, str(source.path)] for source in plan.sources]
+    stages.run(
+        "similarity",
+        {"sources": hashes, "names": names, "base": plan.base and plan.base.sha256},
+        [files.similarity, files.heat_map],
+        lambda: _similarity(plan, files),
+    )
+    stages.run(
+        "merge",
+        {
+            "sources": hashes,
+            "similarity": file_hash(files.similarity),
+            "group": plan.group,
+            "method": plan.method,
+        },
+        [files.merged],
+        lambda: _merge(plan, files),
+    )
+    stages.run(
+        "synthesize",
+        {
+            "sources": hashes,
+            "names": names,
+            "settings": asdict(plan.synthesis),
+            "arch": plan.arch,
+            "device": plan.device,
+        },
+        [files.pseudo, files.synthesis, files.images],
+        lambda: _synthesize(plan, files),
+    )
+    student = resolve_source(str(files.group("group-0")))
+    lessons = {"student": student.sha256, "data": file_hash(files.pseudo), "sources": hashes, "names": names}
+    stages.run(
+        "distill",
+        {**lessons, "settings": asdict(plan.distillation), "arch": plan.arch, "device": plan.device},
+        [files.model, files.distillation],
+        lambda: _distill(plan, files, student),
+    )
+    if plan.data is not None:
+        stages.run(
+            "evaluate",
+            {
+                "model": file_hash(files.model),
+                "sources": hashes,
+                "names": names,
+                "data": _data_hash(plan.data),
+            },
+            [files.evaluation],
+            lambda: _evaluate(plan, files),
+        )
+    _write_report(plan, files)
+
+
+def _similarity(plan: Plan, files: Layout) -> None:
+    from ..grouping import group_checkpoints
+    from ..report.console import Progress
+    from ..report.figures import heat_map
+    from ..similarity.engine import compute_similarity
+
+    report = compute_similarity(plan.sources, base=plan.base, on_progress=Progress(plan.quiet))
+    write_text(files.similarity, dump(report) + "\n", force=True)
+    heat_map(report, group_checkpoints(report), files.heat_map, force=True)
+
+
+def _merge(plan: Plan, files: Layout) -> None:
+    from ..report.console import Progress
+
+    recipe = Recipe(plan.method, base=plan.base if "base" in METHODS.traits(plan.method) else None)
+    record = None
+    if plan.group == "auto":
+        record = read_record(read_text(files.similarity), str(files.similarity))
+    for stale in files.merged.glob("group-*.safetensors"):
+        stale.unlink()
+    progress = Progress(plan.quiet)
+    grouping = grouping_of(plan.sources, plan.base, plan.group, record, str(files.similarity), progress)
+    merge_groups(plan.sources, grouping, files.merged, recipe, force=True, on_progress=progress)
+
+
+def _synthesize(plan: Plan, files: Layout) -> None:
+    from ..report.console import Progress
+    from ..report.figures import image_grid
+
+    manifest, data = synthesis.synthesize_sources(
+        plan.sources, files.pseudo, plan.synthesis, arch=plan.arch, device=plan.device, force=True,
+        on_progress=Progress(plan.quiet),
+    )  # fmt: skip
+    write_text(files.synthesis, dump(manifest) + "\n", force=True)
+    image_grid(data, files.images, force=True)
+
+
+def _distill(plan: Plan, files: Layout, student: Source) -> None:
+    from ..report.console import Progress
+
+    manifest = distillation.distill_sources(
+        student, plan.sources, resolve_source(str(files.pseudo)), files.model, plan.distillation,
+        arch=plan.arch, device=plan.device, force=True, on_progress=Progress(plan.quiet),
+    )  # fmt: skip
+    write_text(files.distillation, dump(manifest) + "\n", force=True)
+
+
+def _evaluate(plan: Plan, files: Layout) -> None:
+    """Every checkpoint, their ensemble, both linear merges, and the result."""
+    from dataclasses import replace
+
+    from ..merging import engine
+    from .merge import metadata_of
+
+    recipe = Recipe("linear")
+    engine.merge(plan.sources, files.everything, recipe, metadata_of(plan.sources, recipe), force=True)
+    merged = _read(files.merge, MergeManifest)
+    groups = [
+        replace(resolve_source(str(files.group(group.name))), label=f"{plan.method} merge of {group.name}")
+        for group in merged.grouping.groups
+        if len(group.members) > 1
+    ]
+    everything = replace(resolve_source(str(files.everything)), label="linear merge of all")
+    model = replace(resolve_source(str(files.model)), label="dmm run")
+    first = evaluate_sources(plan.sources, plan.data, arch=plan.arch, device=plan.device, ensemble=True)
+    extra = evaluate_sources(
+        [everything, *groups, model], plan.data, arch=plan.arch, device=plan.device, ensemble=False
+    )
+    write_text(files.evaluation, dump(replace(first, rows=first.rows + extra.rows)) + "\n", force=True)
+
+
+def _write_report(plan: Plan, files: Layout) -> None:
+    from ..report.html import write_report
+    from ..synthesis.pseudodata import load_pseudo_data
+
+    merged = _read(files.merge, MergeManifest)
+    write_report(
+        files.report,
+        similarity=_read(files.similarity, SimilarityReport),
+        merged=merged,
+        synthesis=_read(files.synthesis, SynthesisManifest),
+        data=load_pseudo_data(resolve_source(str(files.pseudo))),
+        distillation=_read(files.distillation, DistillManifest),
+        evaluation=_read(files.evaluation, Evaluation) if plan.data is not None else None,
+    )
+
+
+def _read(path: Path, kind: type):
+    return kind.from_json(read_record(read_text(path), str(path)))
+
+
+def _data_hash(path: Path) -> str | None:
+    if path.is_dir():
+        return str(sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*")))
+    return file_hash(path)
+
+
+def _check_directory(output: Path, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise DmmError(f"the output is not a directory: {output}", hint="name a directory with -o")
+    if output.is_dir() and any(output.iterdir()) and not (output / STATE).exists() and not force:
+        raise DmmError(
+            f"the output directory is not empty and not of an earlier run: {output}",
+            hint="name another with -o, or use it all the same with --force",
+        )
+
+
+def _report(files: Layout, data: Path | None, quiet: bool, json: bool) -> None:
+    from ..report.console import emit
+    from ..report.tables import accuracy_table, render
+
+    if json:
+        emit(dump(_read(files.distillation, DistillManifest)))
+        return
+    if data is not None and not quiet:
+        emit(render([accuracy_table(_read(files.evaluation, Evaluation))], "table"))
+    emit(str(files.model))

@@ -1,0 +1,105 @@
+"""dmm similarity: how alike checkpoints are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from ..errors import CheckFailed, DmmError
+from ..inputs import resolve_source, resolve_sources
+from ..manifest import SimilarityReport, dump
+from ..similarity import MEASURES
+from . import _options as options
+from ._run import epilog, guarded
+
+EPILOG = epilog(
+    "dmm similarity site-*.safetensors --per-layer",
+    "dmm similarity runs/*.safetensors --against base.safetensors --fail-under 0.95 --format md",
+)
+
+
+@guarded
+def similarity(
+    checkpoints: options.Checkpoints,
+    base: Annotated[
+        str | None, options.option("--base", help="Common start: compare what each checkpoint learned since.")
+    ] = None,
+    against: Annotated[
+        str | None, options.option("--against", help="Also compare every checkpoint with this one.")
+    ] = None,
+    fail_under: Annotated[
+        float | None, options.option("--fail-under", help="Exit 1 when a cosine is below this.", min=-1, max=1)
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        options.option("--measure", help=f"Only these measures: {', '.join(MEASURES)}. Repeatable."),
+    ] = None,
+    per_layer: Annotated[bool, options.option("--per-layer", help="Show the ten least similar layers.")] = False,
+    figure: Annotated[Path | None, options.option("--figure", help="Draw the matrix to a .png or .svg file.")] = None,
+    format: options.Format = "table",
+    json: options.Json = False,
+    output: options.Output = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Compare checkpoints of one architecture, in total and per layer.
+
+    Cosine and sign agreement are taken over weights of two or more dimensions without the classifier;
+    "bn" is the distance of the BatchNorm statistics, 0 for equal ones.
+    """
+    style = options.chosen_format(format, json)
+    measures = [MEASURES.check(name) for name in measure or MEASURES.names()]
+    if figure and figure.suffix not in (".png", ".svg"):
+        raise DmmError(f"cannot draw {figure}", hint="name a .png or .svg file")
+    sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=1 if against else 2)
+    origin, reference = (resolve_source(path) if path else None for path in (base, against))
+
+    from ..report.console import Progress, emit, status
+
+    if dry_run:
+        size = sum(info.nbytes for source in sources for info in source.tensors.values())
+        emit(f"compare {len(sources)} checkpoints, {len(sources[0].tensors)} tensors each, {size} bytes in all")
+        return
+
+    from ..grouping import group_checkpoints
+    from ..report.tables import group_table, render, similarity_tables
+    from ..similarity.engine import compute_similarity
+
+    report = compute_similarity(
+        sources, base=origin, reference=reference, measures=measures, on_progress=Progress(quiet)
+    )
+    if quiet:
+        emit(_values(report), output, force=force)
+    elif style == "json":
+        emit(dump(report), output, force=force)
+    else:
+        tables = similarity_tables(report, 10 if per_layer else None)
+        emit(render([*tables, group_table(group_checkpoints(report))], style), output, force=force)
+    if figure:
+        from ..report.figures import heat_map
+
+        heat_map(report, group_checkpoints(report), figure, force=force)
+        status(f"wrote {figure}", quiet=quiet)
+    _check(report, fail_under)
+
+
+def _pairs(report: SimilarityReport) -> list[tuple[str, float]]:
+    if report.against is not None:
+        return list(report.against.items())
+    matrix = report.measures["cosine"]
+    return [(f"{report.labels[a]} {report.labels[b]}", matrix[a][b]) for a in range(len(matrix)) for b in range(a)]
+
+
+def _values(report: SimilarityReport) -> str:
+    return "\n".join(f"{value:.6f}" for _, value in _pairs(report))
+
+
+def _check(report: SimilarityReport, bound: float | None) -> None:
+    low = [(name, value) for name, value in _pairs(report) if bound is not None and value < bound]
+    if low:
+        raise CheckFailed(
+            f"cosine below {bound!r}",
+            evidence=[f"{name}: {value!r}" for name, value in sorted(low, key=lambda i: i[1])],
+        )

@@ -1,0 +1,198 @@
+"""dmm synthesize: pseudo-data from normalisation statistics."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from ..errors import DmmError
+from ..files import check_output
+from ..inputs import Source, resolve_sources
+from ..manifest import SynthesisManifest, TeacherReport, dump
+from ..synthesis import ENGINES, LOSSES
+from . import _options as options
+from ._provenance import records, stamp
+from ._run import epilog, guarded
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..images import InputSpec
+    from ..synthesis.canvas import Settings
+    from ..synthesis.pseudodata import PseudoData
+    from ..synthesis.teacher import Teacher
+
+EPILOG = epilog(
+    "dmm synthesize site-*.safetensors -o pseudo.safetensors --grid pseudo.png",
+    "dmm synthesize merged/merge.json --count 1024 --steps 800 --seed 1 -o pseudo.safetensors",
+)
+COUNT, STEPS, BATCH = 512, 400, 64
+
+
+@guarded
+def synthesize(
+    checkpoints: options.Checkpoints,
+    output: options.Output = None,
+    count: Annotated[int, options.option("--count", help="Images per teacher.", min=1)] = COUNT,
+    steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
+    batch: Annotated[int, options.option("--batch", help="Images per teacher and step.", min=2)] = BATCH,
+    engine: Annotated[
+        str, options.option("--engine", help="; ".join(f"{e}: {ENGINES.summary(e)}" for e in ENGINES) + ".")
+    ] = "generator",
+    loss: Annotated[
+        list[str] | None,
+        options.option("--loss", help=f"Weight of a loss ({', '.join(LOSSES)}): total_variation=0.1. Repeatable."),
+    ] = None,
+    class_prior: Annotated[
+        str | None,
+        options.option("--class-prior", help="Class mix of every teacher: 10,10,1. Else it is estimated."),
+    ] = None,
+    grid: Annotated[
+        Path | None, options.option("--grid", help="Draw the images to a .png or .svg file, a row per class.")
+    ] = None,
+    arch: options.Arch = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Invert the BatchNorm statistics of trained checkpoints into labelled pseudo-images.
+
+    The class mix is taken from --class-prior, from dmm.class_counts in the file, or estimated from the
+    statistics. Images that their teacher does not recognise are dropped.
+    """
+    ENGINES.check(engine)
+    weights = options.key_values(loss or [], "--loss")
+    for name in weights:
+        LOSSES.check(name)
+    if output is None:
+        raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
+    sources = resolve_sources(checkpoints, stdin=sys.stdin)
+    check_output(output, inputs=[path for source in sources for path in source.files], force=force)
+
+    from ..report.console import Progress, emit, status
+
+    if dry_run:
+        emit(f"synthesize {count} images from each of {len(sources)} teachers, {steps} steps -> {output}")
+        return
+
+    from ..synthesis.canvas import Settings
+
+    settings = Settings(count, steps, batch, seed, engine, weights)
+    prior = options.numbers(class_prior, "--class-prior")
+    manifest, data = synthesize_sources(
+        sources,
+        output,
+        settings,
+        arch=arch,
+        device=device,
+        prior=prior,
+        force=force,
+        on_progress=Progress(quiet),
+    )
+    status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
+    if grid:
+        from ..report.figures import image_grid
+
+        image_grid(data, grid, force=force)
+        status(f"wrote {grid}", quiet=quiet)
+    _report(manifest, quiet, json)
+
+
+def synthesize_sources(
+    sources: Sequence[Source],
+    output: Path,
+    settings: Settings,
+    *,
+    arch: str | None,
+    device: str,
+    prior: tuple[float, ...] = (),
+    force: bool = False,
+    on_progress=None,
+) -> tuple[SynthesisManifest, PseudoData]:
+    """Load the teachers, synthesise, and write the pseudo-data file."""
+    from ..runtime import describe_device, resolve_device
+    from ..synthesis.inversion import synthesize as invert
+    from ..synthesis.objective import Objective
+    from ..synthesis.pseudodata import save_pseudo_data
+
+    where = resolve_device(device)
+    teachers, spec = load_teachers(sources, arch, where, prior)
+    started = time.monotonic()
+    data, history = invert(teachers, spec, settings, where, on_progress)
+    parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
+    metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed))
+    inputs = [path for source in sources for path in source.files]
+    save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
+    manifest = SynthesisManifest(
+        sources=records(sources),
+        teachers=tuple(_teacher_report(number, teachers, data) for number in range(len(teachers))),
+        parameters=parameters,
+        device=describe_device(where),
+        seconds=time.monotonic() - started,
+        history=history,
+        output=str(output),
+    )
+    return manifest, data
+
+
+def load_teachers(
+    sources: Sequence[Source], arch: str | None, device: torch.device, prior: tuple[float, ...] = ()
+) -> tuple[list[Teacher], InputSpec]:
+    """Frozen teachers with the priors that are known, and the input they share."""
+    from .. import architectures
+    from ..synthesis import prior as priors
+    from ..synthesis.teacher import Teacher, freeze, require_statistics
+
+    teachers, specs = [], {}
+    for source in sources:
+        model, _ = architectures.load_model(source, arch)
+        spec = architectures.input_spec(source, model)
+        specs.setdefault(spec, source.label)
+        layers = [layer for _, layer in architectures.norm_layers(model)]
+        require_statistics(str(source.path), layers)
+        classes = architectures.num_classes(model)
+        counts = prior or architectures.class_counts(source)
+        known = priors.from_counts(list(counts), classes, source.label) if counts else None
+        origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
+        teachers.append(Teacher(source.label, source.sha256, freeze(model, device), layers, classes, known, origin))
+    if len(specs) > 1:
+        raise DmmError(
+            "the teachers take different inputs",
+            evidence=[f"{label}: size {s.size}, mean {s.mean}, std {s.std}" for s, label in specs.items()],
+            hint="synthesize them apart, one file for each kind of input",
+        )
+    return teachers, next(iter(specs))
+
+
+def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:
+    record = data.teachers[number]
+    mine = data.confidence[data.teacher_id == number]
+    return TeacherReport(
+        record.label,
+        record.sha256,
+        record.prior,
+        teachers[number].prior_from or "estimated",
+        record.accepted,
+        record.rejected,
+        float(data.bn_loss[-1]) if len(data.bn_loss) else None,
+        float(mine.astype(float).mean()),
+    )
+
+
+def _report(manifest: SynthesisManifest, quiet: bool, json: bool) -> None:
+    from ..report.console import emit
+    from ..report.tables import render, teacher_table
+
+    if json:
+        emit(dump(manifest))
+    elif quiet:
+        emit(manifest.output)
+    else:
+        emit(render([teacher_table(manifest)], "table"))

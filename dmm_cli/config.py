@@ -1,0 +1,50 @@
+"""Defaults from ``dmm.toml``: one table per command, one key per option."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import DmmError, printable
+from .inputs import read_text
+from .registry import did_you_mean
+
+DEFAULT = Path("dmm.toml")
+
+
+def load_config(path: Path | None, options: Mapping[str, Collection[str]]) -> dict[str, dict[str, Any]]:
+    """Read defaults per command.
+
+    Args:
+        path: the file to read; None reads ``dmm.toml`` in the working directory when it is there.
+        options: command name to the names of its options, with underscores.
+
+    Raises:
+        DmmError: the file is missing or not TOML, or names an unknown command or option.
+    """
+    if path is None:
+        if not DEFAULT.is_file():
+            return {}
+        path = DEFAULT
+    try:
+        tables = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise DmmError(f"{path} is not valid TOML: {error}") from None
+    defaults: dict[str, dict[str, Any]] = {}
+    for command, table in tables.items():
+        _require_known(path, "command", command, options)
+        if not isinstance(table, dict):
+            raise DmmError(f"{path}: {printable(command)} must be a table", hint=f"write [{printable(command)}]")
+        settings = {key.replace("-", "_"): value for key, value in table.items()}
+        for key in settings:
+            _require_known(path, f"option of {command}", key, options[command])
+        defaults[command] = settings
+    return defaults
+
+
+def _require_known(path: Path, kind: str, word: str, known: Collection[str]) -> None:
+    if word not in known:
+        near = did_you_mean(word, known)
+        raise DmmError(f"{path}: unknown {kind}: {printable(word)}", hint=f"did you mean {near}?" if near else None)

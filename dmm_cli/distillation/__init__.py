@@ -1,0 +1,1 @@
+"""Distilling what divergent teachers know into a merged student, on pseudo-data."""

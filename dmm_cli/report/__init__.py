@@ -1,0 +1,1 @@
+"""Records as text, figures and HTML. Nothing is computed here."""

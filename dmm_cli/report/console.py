@@ -1,0 +1,65 @@
+"""The two streams: the result on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from ..errors import printable
+from ..files import write_text
+
+INTERVAL = 30.0  # seconds between progress lines off a terminal
+PATIENCE = 0.5  # seconds
+
+
+def status(text: str, *, quiet: bool = False) -> None:
+    """One line about what is going on."""
+    if not quiet:
+        print(printable(text, 2000), file=sys.stderr)
+
+
+def emit(text: str, output: Path | None = None, *, force: bool = False) -> None:
+    """The result: to a file when one is named, else to stdout."""
+    if output is None:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    else:
+        write_text(output, text if text.endswith("\n") else text + "\n", force=force)
+
+
+class Progress:
+    """Progress callback for the library.
+
+    On a terminal a line that rewrites itself; else a plain line at the start, every 10 % or 30 s, and at
+    the end. A stage that is over within ``PATIENCE`` seconds is not worth a line.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty()
+        self._begun: dict[str, float] = {}
+        self._next: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        now = time.monotonic()
+        begun = self._begun.setdefault(stage, now)
+        finished, fraction = done >= total, done / total if total else 1.0
+        if not self._quiet and now - begun >= PATIENCE and (finished or self._is_due(stage, fraction, now)):
+            step, interval = (0.01, 0.2) if self._live else (0.1, INTERVAL)
+            self._next[stage] = (fraction + step, now + interval)
+            self._show(f"{stage} {fraction:4.0%}", now - begun, finished, numbers)
+        if finished:
+            self._begun.pop(stage)
+            self._next.pop(stage, None)
+
+    def _is_due(self, stage: str, fraction: float, now: float) -> bool:
+        share, due = self._next.get(stage, (0.0, 0.0))
+        return fraction >= share or now >= due
+
+    def _show(self, text: str, seconds: float, finished: bool, numbers: dict[str, float]) -> None:
+        text += "".join(f"  {name} {value:.4g}" for name, value in numbers.items()) + f"  {seconds:.0f} s"
+        if self._live:
+            sys.stderr.write("\r\x1b[2K" + text + ("\n" if finished else ""))
+            sys.stderr.flush()
+        else:
+            print(text, file=sys.stderr)

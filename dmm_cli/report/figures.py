@@ -1,0 +1,174 @@
+"""Pictures of records: heat map with dendrogram, image grid, curves. Deterministic bytes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DmmError
+from ..files import write_bytes
+from ..manifest import Grouping, History, SimilarityReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..synthesis.pseudodata import PseudoData
+
+COLUMNS = 16  # images per class in a grid
+
+
+def save(figure: Figure, path: Path, *, force: bool = False) -> None:
+    """Write a figure as .png or .svg.
+
+    Raises:
+        DmmError: another suffix, or the output is refused.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise DmmError(f"cannot draw {path}", hint="name a .png or .svg file")
+    write_bytes(path, encode(figure, path.suffix[1:]), force=force)
+
+
+def encode(figure: Figure, kind: str) -> bytes:
+    """The bytes of a figure, ``png`` or ``svg``; the same figure gives the same bytes."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "dmm", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def heat_map(report: SimilarityReport, grouping: Grouping, path: Path, *, force: bool = False) -> None:
+    """Draw the cosine matrix in cluster order beside its dendrogram, see ``draw_heat_map``."""
+    save(draw_heat_map(report, grouping), path, force=force)
+
+
+def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
+    """The cosine matrix in cluster order, numbers in the cells, the tree and its cut line on the left.
+
+    The colour scale is fixed at [-1, 1], so that figures can be compared.
+    """
+    import numpy as np
+
+    count = len(report.labels)
+    matrix = np.array(report.measures["cosine"], dtype=float)
+    labels = [_short(label) for label in report.labels]
+    margin = 0.075 * max(map(len, labels)) + 0.2  # inches for the labels
+    side = max(2.0, 0.62 * count)
+    figure = _figure(1.9 + side + margin + 1.0, side + margin + 0.6)
+    width, height = figure.get_size_inches()
+    bottom = margin / height
+    tree = figure.add_axes((0.35 / width, bottom, 1.4 / width, side / height))
+    cells = figure.add_axes((1.85 / width, bottom, side / width, side / height))
+    bar = figure.add_axes(((1.95 + side + margin) / width, bottom, 0.14 / width, side / height))
+    order = _draw_tree(tree, grouping, count)
+    matrix = matrix[np.ix_(order, order)]
+    image = cells.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    size = 9 if count <= 12 else max(3.0, 110 / count)
+    for row, column in np.ndindex(count, count):
+        shade = "white" if abs(matrix[row, column]) > 0.6 else "black"
+        text = f"{matrix[row, column]:.2f}".replace("-0.00", "0.00")
+        cells.text(column, row, text, ha="center", va="center", color=shade, fontsize=size)
+    names = [labels[i] for i in order]
+    cells.set_xticks(range(count), names, rotation=90, fontsize=9)
+    cells.set_yticks(range(count), names, fontsize=9)
+    cells.yaxis.tick_right()
+    cells.set_title(f"cosine of the {report.on}", fontsize=11)
+    figure.colorbar(image, cax=bar)
+    return figure
+
+
+def _draw_tree(axes: Axes, grouping: Grouping, count: int) -> list[int]:
+    """The dendrogram with its cut line, root on the left; returns the leaves from top to bottom."""
+    import numpy as np
+    from scipy.cluster.hierarchy import dendrogram
+
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    if len(grouping.linkage) != count - 1 or count < 2:
+        axes.axis("off")
+        return list(range(count))
+    drawn = dendrogram(
+        np.array(grouping.linkage), ax=axes, orientation="left", color_threshold=0, above_threshold_color="#444444",
+        no_labels=True,
+    )  # fmt: skip
+    axes.invert_yaxis()
+    axes.set_xlabel("1 - cosine", fontsize=8)
+    axes.tick_params(labelsize=7)
+    if grouping.threshold is not None:
+        axes.axvline(1 - grouping.threshold, color="#c0392b", linestyle="--", linewidth=1)
+        axes.set_title(f"cut at {grouping.threshold:.2f}", fontsize=8, color="#c0392b")
+    return [int(leaf) for leaf in drawn["leaves"]]
+
+
+def image_grid(data: PseudoData, path: Path, *, force: bool = False) -> None:
+    """Draw pseudo-images, see ``draw_image_grid``."""
+    save(draw_image_grid(data), path, force=force)
+
+
+def draw_image_grid(data: PseudoData) -> Figure:
+    """A row of images per class of each teacher; its caption tells the teacher's mean confidence."""
+    import numpy as np
+
+    rows = [
+        (teacher, int(target))
+        for teacher in range(len(data.teachers))
+        for target in np.unique(data.targets[data.teacher_id == teacher])
+    ]
+    figure = _figure(1.9 + 0.45 * COLUMNS, 0.2 + 0.47 * len(rows))
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=1.8 / (1.9 + 0.45 * COLUMNS), right=0.995, top=0.995, bottom=0.005, hspace=0.08)
+    for (teacher, target), axis in zip(rows, axes, strict=True):
+        mine = np.flatnonzero((data.teacher_id == teacher) & (data.targets == target))
+        axis.imshow(_strip(data.images[mine[:COLUMNS]]), cmap="gray", vmin=0, vmax=255, aspect="equal")
+        axis.set_anchor("W")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+        sure = float(data.confidence[mine].astype(float).mean())
+        caption = f"{_short(data.teachers[teacher].label)}: class {target}\nconfidence {sure:.2f}"
+        axis.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=7)
+    return figure
+
+
+def _strip(images):
+    """Images (n, C, H, W) side by side, (H, COLUMNS (W + 1), C or none), white where there are fewer."""
+    import numpy as np
+
+    _, channels, height, width = images.shape
+    strip = np.full((height, COLUMNS * (width + 1), channels), 255, dtype=np.uint8)
+    for number, image in enumerate(images):
+        left = number * (width + 1)
+        strip[:, left : left + width] = image.transpose(1, 2, 0)
+    return strip[..., 0] if channels == 1 else strip[..., :3]
+
+
+def draw_curves(history: History, title: str) -> Figure:
+    """Every curve of a history over steps, one panel each."""
+    figure = _figure(2.6 * max(1, len(history.curves)), 2.2)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1, max(1, len(history.curves)), squeeze=False)[0]
+    for panel, (name, values) in zip(panels, history.curves.items(), strict=False):
+        panel.plot(history.step, values, color="#2c5f8a", linewidth=1.3)
+        panel.set_title(name.replace("_", " "), fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.25)
+        if min(values) > 0 and max(values) > 30 * min(values):
+            panel.set_yscale("log")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _short(label: str) -> str:
+    from ..errors import printable
+
+    return printable(label, 24).replace("$", r"\$")  # matplotlib reads $...$ as a formula

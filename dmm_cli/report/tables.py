@@ -1,0 +1,188 @@
+"""Rows of text as aligned columns, TSV or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import printable
+from ..manifest import (
+    DistillManifest,
+    Evaluation,
+    Grouping,
+    Inspection,
+    Matrix,
+    SimilarityReport,
+    SourceRecord,
+    SynthesisManifest,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column names and rows of cells that are already text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def render(tables: Sequence[Table], style: str) -> str:
+    """Tables as text; ``style`` is table, tsv or md. Never truncated, never coloured."""
+    writer = {"table": _aligned, "tsv": _tsv, "md": _markdown}[style]
+    return "\n\n".join(writer(table) for table in tables) + "\n"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a cell; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def matrix_table(title: str, labels: Sequence[str], matrix: Matrix, digits: int = 4) -> Table:
+    """A square matrix with its labels."""
+    rows = [[label, *(number(value, digits) for value in row)] for label, row in zip(labels, matrix, strict=True)]
+    return Table(title, ["", *labels], rows)
+
+
+def similarity_tables(report: SimilarityReport, per_layer: int | None) -> list[Table]:
+    """All measures, the reference column, and the least similar layers."""
+    tables = [
+        matrix_table(f"{name} ({report.on})" if name != "bn" else "bn (distance)", report.labels, matrix)
+        for name, matrix in report.measures.items()
+        if len(report.labels) > 1
+    ]
+    if report.against is not None:
+        rows = [[label, number(value, 6)] for label, value in report.against.items()]
+        tables.append(Table(f"cosine with {report.reference.label}", ["checkpoint", "cosine"], rows))
+    if per_layer is not None and len(report.labels) > 1:
+        lowest = sorted(report.layers, key=lambda layer: (layer.minimum, layer.name))[:per_layer]
+        rows = [[layer.name, "x".join(map(str, layer.shape)), number(layer.minimum)] for layer in lowest]
+        tables.append(Table("least similar layers", ["tensor", "shape", "lowest cosine"], rows))
+    return tables
+
+
+def group_table(grouping: Grouping) -> Table:
+    """Groups with their reasons."""
+    rows = [
+        [
+            group.name,
+            ", ".join(grouping.labels[i] for i in group.members),
+            ("divergent; " if group.members[0] in grouping.divergent else "") + group.reason,
+        ]
+        for group in grouping.groups
+    ]
+    return Table(f"groups (rule: {grouping.rule})", ["group", "checkpoints", "reason"], rows)
+
+
+def pair_table(grouping: Grouping) -> Table:
+    """Every pair of checkpoints with the reason why it shares a group or does not."""
+    rows = [
+        [
+            f"{grouping.labels[pair.b]}, {grouping.labels[pair.a]}",
+            number(pair.similarity, 3),
+            "together" if pair.together else "apart",
+            pair.reason,
+        ]
+        for pair in grouping.pairs
+    ]
+    return Table("pairs", ["pair", "cosine", "", "reason"], rows)
+
+
+def source_table(sources: Sequence[SourceRecord]) -> Table:
+    """Input files and their hashes."""
+    rows = [[source.label, source.path, source.sha256 or "-"] for source in sources]
+    return Table("checkpoints", ["label", "path", "sha256"], rows)
+
+
+def accuracy_table(evaluation: Evaluation) -> Table:
+    """Accuracy and recall per class, in per cent."""
+    columns = ["model", "accuracy", *(f"recall {name}" for name in evaluation.classes)]
+    rows = [
+        [row.label, number(row.accuracy, 1), *(number(value, 0) for value in row.recall)] for row in evaluation.rows
+    ]
+    return Table(f"accuracy on {evaluation.samples} samples of {evaluation.data}", columns, rows)
+
+
+def teacher_table(manifest: SynthesisManifest) -> Table:
+    """What synthesis drew from each teacher."""
+    rows = [
+        [
+            teacher.label,
+            str(teacher.accepted),
+            str(teacher.rejected),
+            number(teacher.confidence, 3),
+            " ".join(f"{value:.2f}" for value in teacher.prior),
+            teacher.prior_from,
+        ]
+        for teacher in manifest.teachers
+    ]
+    columns = ["teacher", "images", "rejected", "confidence", "class prior", "prior from"]
+    return Table(f"pseudo-data in {manifest.output}", columns, rows)
+
+
+def retention_table(manifest: DistillManifest) -> Table:
+    """The student's agreement with each teacher on that teacher's pseudo-data, in per cent."""
+    rows = [
+        [item.label, str(item.images), number(item.before, 1), number(item.after, 1)] for item in manifest.retention
+    ]
+    return Table(
+        "agreement with each teacher on its own pseudo-data, %",
+        ["teacher", "images", "before", "after"],
+        rows,
+    )
+
+
+def inspection_tables(record: Inspection) -> list[Table]:
+    """What is in a checkpoint: the facts, then its tensors by kind."""
+    facts = [
+        ["file", record.path],
+        ["sha256", record.sha256],
+        ["bytes", str(record.bytes)],
+        ["parameters", str(record.parameters)],
+        ["architecture", record.architecture.spec or "unknown"],
+        ["known from", record.architecture.evidence],
+        ["BatchNorm layers", str(record.norm_layers)],
+        ["dtypes", ", ".join(f"{count} {dtype}" for dtype, count in sorted(record.dtypes.items()))],
+        ["classes", ", ".join(record.classes) or "not named"],
+        *([name, text] for name, text in record.provenance.items()),
+    ]
+    kinds = [[kind, str(tensors), str(values)] for kind, (tensors, values) in sorted(record.kinds.items())]
+    return [
+        Table(record.label, ["fact", "value"], facts),
+        Table("tensors", ["kind", "tensors", "values"], kinds),
+    ]
+
+
+def _clean(table: Table) -> list[list[str]]:
+    return [[printable(cell, 500) for cell in row] for row in (table.columns, *table.rows)]
+
+
+def _aligned(table: Table) -> str:
+    cells = _clean(table)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 or not _numeric(cells, index) else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([table.title, *lines])
+
+
+def _numeric(cells: list[list[str]], column: int) -> bool:
+    return all(row[column] == "-" or row[column].replace(".", "").lstrip("-").isdigit() for row in cells[1:])
+
+
+def _tsv(table: Table) -> str:
+    return "\n".join("\t".join(row) for row in _clean(table))
+
+
+def _markdown(table: Table) -> str:
+    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in _clean(table)]
+    lines = [
+        f"**{printable(table.title)}**",
+        "",
+        *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""A frozen model that images are inverted from.
+
+Legend: B images, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import DmmError
+from ..runtime import mixed_precision
+from .losses import Observation
+from .statistics import StatisticsRecorder
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher, on its device, frozen and in eval mode.
+
+    Attributes:
+        layers: its normalisation layers with running statistics.
+        prior: class prior (K,), zero outside its support; None until it is known.
+    """
+
+    label: str
+    sha256: str
+    model: nn.Module
+    layers: list[nn.Module]
+    num_classes: int
+    prior: torch.Tensor | None = None
+    prior_from: str = ""
+
+    def observe(self, images: torch.Tensor, targets: torch.Tensor) -> Observation:
+        """Forward images (B, C, H, W) and collect what the losses need."""
+        with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device):
+            logits = self.model(images)
+            return Observation(images, logits, targets, recorder.take())
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
+        """Logits, float32 (B, K)."""
+        return torch.cat([self.model(part).float() for part in images.split(batch)])
+
+
+def freeze(model: nn.Module, device: torch.device) -> nn.Module:
+    """Eval mode, no gradients for weights (a third of the cost of a step), channels last."""
+    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def require_statistics(label: str, layers: list[nn.Module]) -> None:
+    """Raise DmmError for a model without running statistics, or with ones that were never updated."""
+    if not layers:
+        raise DmmError(
+            f"{label} has 0 BatchNorm layers, so it stores no statistics to invert",
+            hint="leave it out of synthesize; dmm similarity and dmm merge do not need them",
+        )
+    fresh = all(bool((layer.running_mean == 0).all() and (layer.running_var == 1).all()) for layer in layers)
+    if fresh:
+        raise DmmError(
+            f"the BatchNorm statistics of {label} were never updated (all means 0, all variances 1)",
+            hint="save the checkpoint with its buffers: model.state_dict(), not model.parameters()",
+        )
