@@ -180,7 +180,8 @@ def _grouping(
     # the largest group first, then by name: the same groups in the same order whatever the arguments' order
     clusters.sort(key=lambda members: (-len(members), min(names[i] for i in members)))
     groups = tuple(
-        Group(f"group-{number}", members, _group_reason(members, pairs, names)) for number, members in enumerate(clusters)
+        Group(f"group-{number}", members, _group_reason(members, pairs, names))
+        for number, members in enumerate(clusters)
     )
     alone = tuple(members[0] for members in clusters if len(members) == 1) if len(clusters) > 1 else ()
     heights = tuple(tuple(float(value) for value in row) for row in tree)
@@ -191,7 +192,9 @@ def _group_reason(members: tuple[int, ...], pairs: tuple[PairReason, ...], names
     if len(members) == 1:
         mine = (pair for pair in pairs if members[0] in (pair.a, pair.b) and pair.similarity is not None)
         near = max(mine, key=lambda pair: pair.similarity, default=None)
-        return "alone" if near is None else f"alone; nearest is {names[sum((near.a, near.b)) - members[0]]}, {near.reason}"
+        return (
+            "alone" if near is None else f"alone; nearest is {names[sum((near.a, near.b)) - members[0]]}, {near.reason}"
+        )
     inside = [p for p in pairs if p.a in members and p.b in members]
     values = [p.similarity for p in inside if p.similarity is not None]
     span = f"cosine {min(values):.3f} to {max(values):.3f}: " if values else ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -64,3 +66,22 @@ def mixed_precision(device: torch.device) -> Iterator[None]:
     """bf16 autocast on CUDA; float32 on the CPU, where bf16 is slower on most machines."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         yield
+
+
+def parallel(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
+    """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU.
+
+    One thread per job instead of all threads for each: small networks leave the cores idle
+    otherwise, and the bytes of the result do not depend on the number of cores.
+    """
+    if device.type != "cpu":
+        for job in jobs:
+            job()
+        return
+
+    def alone(job: Callable[[], None]) -> None:
+        torch.set_num_threads(1)  # of this worker; other threads keep theirs
+        job()
+
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        list(pool.map(alone, jobs))

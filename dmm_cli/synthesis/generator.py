@@ -1,4 +1,4 @@
-"""One small network draws the images of every teacher.
+"""Small networks draw the images of every teacher.
 
 Running statistics leave most directions of pixel space free; what fills them decides whether the
 images are digits or noise. A convolutional generator fills them with smooth strokes (Ulyanov et al.,
@@ -6,135 +6,161 @@ Deep Image Prior, CVPR 2018), and one generator for all teachers makes every tea
 shape the strokes of the others: a teacher that saw one class alone, and learned almost nothing,
 still gets images in the style that the well-trained ones agree on. Generators per teacher are common
 in data-free distillation (CMI, Fast-Datafree, NAYER); sharing one across teachers is our addition.
+Several generators from different starts draw differently, which is worth more than training one longer.
 
 Legend: T teachers, K classes, B images per teacher, Z latent size.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from ..images import InputSpec, PixelSpace
 from ..runtime import generator as random_stream
-from ..runtime import mixed_precision, seeded
+from ..runtime import mixed_precision, parallel, seeded
 from .canvas import Progress, Recorder, Settings
+from .network import LATENT, Generator
 from .objective import Objective
 from .prior import draw_targets
 from .teacher import Teacher
 
-LATENT = 32
-WIDTH, NARROWEST = 64, 16  # channels at the lowest resolution, and the least at the highest
-SMALLEST = 4  # side of the lowest resolution, roughly
+MEMBERS = 2  # generators
+EXPLORE = 0.25  # share of the steps that fit the statistics alone, where a class prior is to be estimated
 LEARNING_RATE, BETAS, WARM_UP = 3e-3, (0.5, 0.99), 0.1
 ROUNDS = 4  # of drawing, until enough images are recognised
 BLOCK = 256  # images drawn at once
 
 
-class Generator(nn.Module):
-    """Latent (B, Z) and condition (B,) to image parameters (B, C, H, W).
-
-    Args:
-        size: (C, H, W) of the images.
-        conditions: number of embeddings, one for each class of each teacher.
-    """
-
-    def __init__(self, size: tuple[int, int, int], conditions: int) -> None:
-        super().__init__()
-        channels, height, width = size
-        doublings = max(0, round(math.log2(min(height, width) / SMALLEST)))
-        scales = [2**i for i in reversed(range(doublings + 1))]
-        self._sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in scales]
-        widths = [max(NARROWEST, WIDTH >> i) for i in range(doublings + 1)]
-        self.embedding = nn.Embedding(conditions, LATENT)
-        self.project = nn.Linear(2 * LATENT, WIDTH * self._sizes[0][0] * self._sizes[0][1])
-        self.norm = nn.BatchNorm2d(WIDTH)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip([WIDTH, *widths], widths, strict=False)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.paint = nn.Conv2d(widths[-1], channels, 3, padding=1)
-
-    def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        features = self.project(torch.cat([latent, self.embedding(condition)], 1))
-        features = features.view(len(latent), WIDTH, *self._sizes[0])  # (B, WIDTH, h, w)
-        features = F.leaky_relu(self.norm(features), 0.2)
-        for size, conv, norm in zip(self._sizes, self.convs, self.norms, strict=True):
-            if features.shape[2:] != size:
-                features = F.interpolate(features, size=size)
-            features = F.leaky_relu(norm(conv(features)), 0.2)
-        return self.paint(features)
-
-
 class GeneratorEngine:
-    """Fits a generator to all teachers at once, then draws any number of images.
+    """Fits generators to all teachers at once, then draws any number of images.
 
     Each step draws ``settings.batch`` images of every teacher and sums the teachers' losses.
     """
 
-    def __init__(self, teachers: list[Teacher], spec: InputSpec, settings: Settings, device: torch.device) -> None:
-        self._teachers, self._settings, self._device = teachers, settings, device
+    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, device: torch.device) -> None:
+        self._settings, self._device = settings, device
+        self._members = [_Member(number, teachers, spec, settings, device) for number in range(MEMBERS)]
+
+    def explore(self, on_progress: Progress | None = None) -> list[torch.Tensor]:
+        """Fit the statistics alone; returns each teacher's logits (B, K) on images drawn then."""
+        steps = max(1, round(self._settings.steps * EXPLORE))
+        objective = Objective({**self._settings.weights, "cross_entropy": 0.0})
+        self._each(lambda member: member.train(objective, steps, None, None, on_progress))
+        images = self._settings.count // MEMBERS + 1
+        parts = [member.explored(images) for member in self._members]
+        return [torch.cat(logits) for logits in zip(*parts, strict=True)]
+
+    def fit(self, priors: list[torch.Tensor], recorder: Recorder, on_progress: Progress | None = None) -> None:
+        """Train for what is left of ``settings.steps`` on targets drawn from the class priors (K,)."""
+        objective = Objective(self._settings.weights)
+        left = self._settings.steps - self._members[0].done
+        self._each(lambda member: member.train(objective, left, priors, recorder, on_progress))
+
+    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Fresh images of one teacher, normalised (B, C, H, W), with targets (B,), in up to ``ROUNDS`` rounds.
+
+        Every round shuffles the members' images, so that any part of it holds all members'.
+        """
+        stream = random_stream(self._settings.seed, "draw", teacher)
+        share = -(-self._settings.count // MEMBERS)
+        for _ in range(ROUNDS):
+            targets = [draw_targets(prior, share, stream) for _ in self._members]
+            images = [m.draw(teacher, t, stream) for m, t in zip(self._members, targets, strict=True)]
+            order = torch.randperm(share * MEMBERS, generator=stream)
+            yield torch.cat(images)[order.to(self._device)], torch.cat(targets)[order]
+
+    def _each(self, work: Callable[[_Member], None]) -> None:
+        parallel([lambda member=member: work(member) for member in self._members], self._device)
+
+
+class _Member:
+    """One generator with its optimiser and its own view of the teachers."""
+
+    def __init__(
+        self, number: int, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, device: torch.device
+    ) -> None:
+        self._number, self._settings, self._device = number, settings, device
+        self._teachers = [teacher.view() for teacher in teachers]
         self._space = PixelSpace(spec, device)
-        self._stream = random_stream(settings.seed, "generator")
-        with seeded(settings.seed, "generator weights"):
+        self._stream = random_stream(settings.seed, "generator", number)
+        with seeded(settings.seed, "generator weights", number):
             network = Generator(spec.size, sum(teacher.num_classes for teacher in teachers))
         self._network = network.to(device, memory_format=torch.channels_last)
-        offsets = [0]
-        for teacher in teachers[:-1]:
-            offsets.append(offsets[-1] + teacher.num_classes)
-        self._offsets = offsets
+        widths = torch.tensor([0, *(teacher.num_classes for teacher in teachers)])
+        self._offsets = widths.cumsum(0)[:-1].tolist()
+        self._optimiser = torch.optim.Adam(network.parameters(), LEARNING_RATE, BETAS, fused=device.type == "cuda")
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimiser, LEARNING_RATE, total_steps=settings.steps + 1, pct_start=WARM_UP, cycle_momentum=False
+        )
+        self.done = 0
 
-    def fit(self, objective: Objective, recorder: Recorder, on_progress: Progress | None = None) -> None:
-        """Train the generator for ``settings.steps`` steps."""
-        steps = self._settings.steps
-        optimiser = torch.optim.Adam(
-            self._network.parameters(), LEARNING_RATE, BETAS, fused=self._device.type == "cuda"
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, LEARNING_RATE, total_steps=steps + 1, pct_start=WARM_UP, cycle_momentum=False
-        )
-        for step in range(steps):
-            targets = [draw_targets(t.prior, self._settings.batch, self._stream) for t in self._teachers]
-            images = self._images(targets)
-            outcomes = [
-                objective(teacher, part, target.to(self._device))
-                for teacher, part, target in zip(self._teachers, images, targets, strict=True)
-            ]
-            optimiser.zero_grad(set_to_none=True)
-            torch.stack([total for total, _ in outcomes]).sum().backward()
-            optimiser.step()
-            schedule.step()
-            if recorder.wants(step) or step + 1 == steps:
-                shown = recorder.add(step, [terms for _, terms in outcomes])
-                if on_progress:
-                    on_progress("synthesize", step + 1, steps, **shown)
+    def train(
+        self,
+        objective: Objective,
+        steps: int,
+        priors: list[torch.Tensor] | None,
+        recorder: Recorder | None,
+        on_progress: Progress | None,
+    ) -> None:
+        """Train for some steps; without priors every class is equally likely. The first member reports."""
+        self._network.train()
+        uniform = [torch.full((teacher.num_classes,), 1 / teacher.num_classes) for teacher in self._teachers]
+        for _ in range(steps):
+            targets = [draw_targets(p, self._settings.batch, self._stream) for p in priors or uniform]
+            terms = self._step(objective, targets)
+            self.done += 1
+            if self._number == 0:
+                self._tell(terms, recorder, on_progress)
+
+    def _step(self, objective: Objective, targets: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        outcomes = [
+            objective(teacher, part, target.to(self._device))
+            for teacher, part, target in zip(self._teachers, self._images(targets), targets, strict=True)
+        ]
+        self._optimiser.zero_grad(set_to_none=True)
+        torch.stack([total for total, _ in outcomes]).sum().backward()
+        self._optimiser.step()
+        self._schedule.step()
+        return [terms for _, terms in outcomes]
+
+    def _tell(
+        self, terms: list[dict[str, torch.Tensor]], recorder: Recorder | None, on_progress: Progress | None
+    ) -> None:
+        total = self._settings.steps
+        shown = {}
+        if recorder is not None and (recorder.wants(self.done - 1) or self.done == total):
+            shown = recorder.add(self.done - 1, terms)
+        if on_progress and (shown or recorder is None):
+            on_progress("synthesize", self.done, total, **shown)
 
     @torch.no_grad()
-    def candidates(self, teacher: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Fresh images of one teacher, normalised (B, C, H, W), with targets (B,), in up to ``ROUNDS`` rounds."""
+    def explored(self, count: int) -> list[torch.Tensor]:
+        """Every teacher's logits (count, K) on images drawn without regard to class."""
+        stream = random_stream(self._settings.seed, "explored", self._number)
+        logits = []
+        for number, teacher in enumerate(self._teachers):
+            targets = torch.randint(teacher.num_classes, (count,), generator=stream)
+            logits.append(teacher.logits(self.draw(number, targets, stream)).cpu())
+        return logits
+
+    @torch.no_grad()
+    def draw(self, teacher: int, targets: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
+        """Images (B, C, H, W) of one teacher for targets (B,)."""
         self._network.eval()
-        stream = random_stream(self._settings.seed, "draw", teacher)
-        prior, count = self._teachers[teacher].prior, self._settings.count
-        for _ in range(ROUNDS):
-            targets = draw_targets(prior, count, stream)
-            latent = torch.randn(count, LATENT, generator=stream)
-            blocks = [
-                self._draw(z.to(self._device), (t + self._offsets[teacher]).to(self._device))
-                for z, t in zip(latent.split(BLOCK), targets.split(BLOCK), strict=True)
-            ]
-            yield torch.cat(blocks), targets
+        latent = torch.randn(len(targets), LATENT, generator=stream)
+        condition = targets + self._offsets[teacher]
+        blocks = zip(latent.split(BLOCK), condition.split(BLOCK), strict=True)
+        return torch.cat([self._paint(z, c) for z, c in blocks])
 
     def _images(self, targets: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """One batch per teacher, drawn in a single pass so that its normalisation sees all teachers."""
-        condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)]).to(self._device)
-        latent = torch.randn(len(condition), LATENT, generator=self._stream).to(self._device)
-        return self._draw(latent, condition).split([len(target) for target in targets])
+        condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)])
+        latent = torch.randn(len(condition), LATENT, generator=self._stream)
+        return self._paint(latent, condition).split([len(target) for target in targets])
 
-    def _draw(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def _paint(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         with mixed_precision(self._device):
-            parameters = self._network(latent, condition)
+            parameters = self._network(latent.to(self._device), condition.to(self._device))
         return self._space.normalise(parameters.float().sigmoid())

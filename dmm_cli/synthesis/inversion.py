@@ -14,16 +14,11 @@ import torch
 from ..errors import DmmError
 from ..images import InputSpec, PixelSpace
 from ..manifest import History
-from ..runtime import generator as random_stream
 from . import ENGINES
 from .canvas import Progress, Recorder, Settings
-from .objective import Objective
-from .pixels import optimise_pixels
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
 from .teacher import Teacher
-
-PRIOR_IMAGES, PRIOR_STEPS = 128, 60
 
 
 def synthesize(
@@ -45,31 +40,27 @@ def synthesize(
     Raises:
         DmmError: a teacher recognises none of its images.
     """
-    objective = Objective(settings.weights)
-    space = PixelSpace(spec, device)
-    ready = [
-        teacher if teacher.prior is not None else estimate_prior(teacher, spec, settings.seed, number, device)
-        for number, teacher in enumerate(teachers)
-    ]
+    engine = ENGINES.load(settings.engine)(teachers, spec, settings, device)
+    ready = list(teachers)
+    if any(teacher.prior is None for teacher in teachers):
+        seen = engine.explore(on_progress)
+        ready = [_with_prior(teacher, logits) for teacher, logits in zip(teachers, seen, strict=True)]
     recorder = Recorder(settings.steps)
-    engine = ENGINES.load(settings.engine)(ready, spec, settings, device)
-    engine.fit(objective, recorder, on_progress)
+    engine.fit([teacher.prior for teacher in ready], recorder, on_progress)
+    space = PixelSpace(spec, device)
     parts = [
-        _harvest(teacher, engine.candidates(number), space, settings.count) for number, teacher in enumerate(ready)
+        _harvest(teacher, engine.candidates(number, teacher.prior), space, settings.count)
+        for number, teacher in enumerate(ready)
     ]
     history = recorder.history()
     return _assemble(ready, parts, spec, history), history
 
 
-def estimate_prior(teacher: Teacher, spec: InputSpec, seed: int, number: int, device: torch.device) -> Teacher:
-    """The teacher with a class prior estimated from images inverted on the statistics alone."""
-    stream = random_stream(seed, "prior", number)
-    targets = torch.zeros(PRIOR_IMAGES, dtype=torch.int64, device=device)
-    only_statistics = Objective({"batchnorm": 1.0, "cross_entropy": 0.0})
-    space = PixelSpace(spec, device)
-    images, _ = optimise_pixels(teacher, targets, spec, space, only_statistics, PRIOR_STEPS, stream)
-    prior = from_predictions(teacher.logits(images)).cpu()
-    return replace(teacher, prior=prior, prior_from="estimated")
+def _with_prior(teacher: Teacher, logits: torch.Tensor) -> Teacher:
+    """The teacher with the prior it came with, or with the one its logits (B, K) on explored images tell."""
+    if teacher.prior is not None:
+        return teacher
+    return replace(teacher, prior=from_predictions(logits), prior_from="estimated")
 
 
 def _harvest(teacher: Teacher, candidates, space: PixelSpace, count: int) -> dict[str, np.ndarray | int]:

@@ -7,6 +7,7 @@ import torch
 from ..errors import DmmError
 
 SUPPORT_FLOOR = 0.01  # classes rarer than this are outside the teacher's support
+SURE = 0.9  # probability from which an answer counts, unless most answers are below it
 
 
 def from_counts(counts: list[float], num_classes: int, label: str) -> torch.Tensor:
@@ -26,12 +27,14 @@ def from_counts(counts: list[float], num_classes: int, label: str) -> torch.Tens
 
 
 def from_predictions(logits: torch.Tensor) -> torch.Tensor:
-    """Class prior (K,) as the mean softmax of logits (B, K) over images that match a teacher's statistics.
+    """Class prior (K,) from a teacher's logits (B, K) over images that match its statistics.
 
-    Images inverted on the statistics alone follow the class mix that produced these statistics, so
-    the teacher's own mean prediction over them estimates it. Classes under one per cent are dropped.
+    Images inverted on the statistics alone follow the class mix that produced these statistics. What
+    the teacher is sure of is counted; classes under one per cent are dropped.
     """
-    prior = logits.float().softmax(1).mean(0)  # (K,)
+    confidence, answers = logits.float().softmax(1).max(1)  # (B,)
+    sure = answers[confidence >= min(SURE, float(confidence.median()))]
+    prior = torch.bincount(sure, minlength=logits.shape[1]) / len(sure)  # (K,)
     prior = torch.where(prior < SUPPORT_FLOOR, torch.zeros_like(prior), prior)
     return prior / prior.sum()
 

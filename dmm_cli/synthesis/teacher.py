@@ -5,7 +5,8 @@ Legend: B images, K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -38,6 +39,14 @@ class Teacher:
         with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device):
             logits = self.model(images)
             return Observation(images, logits, targets, recorder.take())
+
+    def view(self) -> Teacher:
+        """The same weights in modules of their own, so that two threads can record statistics at once."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        modules = {name: module for name, module in self.model.named_modules()}
+        places = [next(name for name, module in modules.items() if module is layer) for layer in self.layers]
+        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        return replace(self, model=model, layers=[model.get_submodule(name) for name in places])
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor, batch: int = 512) -> torch.Tensor:

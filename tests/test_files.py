@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from dmm_cli.errors import DmmError
+from dmm_cli.files import atomic_write, check_output, write_bytes, write_text
+
+
+def test_content_and_mode(tmp_path):
+    path = tmp_path / "out"
+    previous = os.umask(0o027)
+    try:
+        write_bytes(path, b"abc")
+    finally:
+        os.umask(previous)
+    assert path.read_bytes() == b"abc"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_the_longest_file_name_works(tmp_path):
+    path = tmp_path / ("n" * 255)
+    write_text(path, "x")
+    assert path.read_text() == "x"
+
+
+@pytest.mark.parametrize("end", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_content_and_nothing_else(tmp_path, end):
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    with pytest.raises(end), atomic_write(path) as file:
+        file.write(b"new")
+        raise end
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_that_are_refused(tmp_path):
+    source = tmp_path / "in"
+    source.write_text("x")
+    alias = tmp_path / "alias"
+    alias.symlink_to(source)
+    refusals = {
+        "exists": (lambda: check_output(source), "the output exists"),
+        "input": (lambda: check_output(alias, inputs=[source], force=True), "one of the inputs"),
+        "directory": (lambda: check_output(tmp_path, force=True), "is a directory"),
+        "parent": (lambda: check_output(tmp_path / "no" / "out"), "no such directory"),
+    }
+    for call, words in refusals.values():
+        with pytest.raises(DmmError, match=words):
+            call()
+    check_output(source, force=True)
+
+
+def test_a_full_disk_names_the_output_and_keeps_the_old(tmp_path):
+    """A file size limit makes the kernel refuse the write the way a full disk does."""
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from dmm_cli.errors import DmmError
+from dmm_cli.files import write_bytes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_bytes(Path({str(path)!r}), bytes(5000), force=True)
+except DmmError as error:
+    print(error.what)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"cannot write {path}: ")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_no_partial_file_and_blocks_no_rerun(tmp_path):
+    path = tmp_path / "out"
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from dmm_cli.files import atomic_write
+with atomic_write(Path({str(path)!r})) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert not path.exists()
+    write_bytes(path, b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+def test_text_is_utf8(tmp_path: Path):
+    write_text(tmp_path / "t", "ü")
+    assert (tmp_path / "t").read_bytes() == b"\xc3\xbc"

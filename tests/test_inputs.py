@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dmm_cli.errors import DmmError
+from dmm_cli.inputs import require_same_tensors, resolve_source, resolve_sources
+
+W = np.zeros((2, 2), np.float32)
+
+
+def labels(*arguments, stdin=""):
+    return [source.label for source in resolve_sources([str(a) for a in arguments], stdin=io.StringIO(stdin))]
+
+
+def test_files_lists_globs_and_standard_input(write, tmp_path):
+    for name in ("b", "a", "c"):
+        write(name, w=W)
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"# sites\n{tmp_path}/c.safetensors\n\n{tmp_path}/a.safetensors\n")
+    assert labels(tmp_path / "b.safetensors", tmp_path / "a.safetensors") == ["b", "a"]
+    assert labels(f"{tmp_path}/?.safetensors") == ["a", "b", "c"]
+    assert labels(f"@{listing}") == ["c", "a"]
+    assert labels("-", stdin=f"{tmp_path}/b.safetensors\n") == ["b"]
+    record = {"schema": "dmm.merge/1", "sources": [{"label": "x", "path": f"{tmp_path}/b.safetensors"}]}
+    assert labels("-", stdin=json.dumps(record)) == ["b"]
+    (tmp_path / "merge.json").write_text(json.dumps(record))
+    assert labels(tmp_path / "merge.json") == ["b"]
+
+
+def test_labels_are_unique(tmp_path):
+    for site in ("north", "south"):
+        (tmp_path / site).mkdir()
+        save_file({"w": W}, tmp_path / site / "model.safetensors")
+    paths = [tmp_path / site / "model.safetensors" for site in ("north", "south")]
+    assert labels(*paths) == ["north/model", "south/model"]
+    assert labels(tmp_path / "north", tmp_path / "south") == ["north", "south"]
+    assert labels(paths[0], paths[0]) == ["north/model", "north/model#2"]
+
+
+def test_a_directory_brings_its_config(tmp_path):
+    save_file({"w": W}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    assert resolve_source(str(tmp_path)).config == {"architecture": "resnet18"}
+
+
+def sharded(tmp_path, weight_map):
+    save_file({"a": W}, tmp_path / "s1.safetensors")
+    save_file({"b": W + 1}, tmp_path / "s2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return resolve_source(str(tmp_path))
+
+
+def test_shards_are_one_checkpoint(tmp_path):
+    source = sharded(tmp_path, {"b": "s2.safetensors", "a": "s1.safetensors"})
+    assert list(source.tensors) == ["a", "b"]
+    assert [path.name for path in source.files] == ["s1.safetensors", "s2.safetensors"]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in source.files]
+    text = f"s1.safetensors {digests[0]}\ns2.safetensors {digests[1]}"
+    assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        ({"a": "../s1.safetensors"}, "outside its directory"),
+        ({"a": ".."}, "outside its directory"),
+        ({"a": "s2.safetensors"}, "shards do not hold"),
+        ({"a": "s9.safetensors"}, "no such file"),
+        ({}, "no weight_map"),
+    ],
+)
+def test_broken_indexes(tmp_path, weight_map, words):
+    with pytest.raises(DmmError, match=words):
+        sharded(tmp_path, weight_map)
+
+
+def test_sha256_is_the_hash_of_the_file(write):
+    path = write("a", w=W)
+    assert resolve_source(str(path)).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-*.safetensors"], "no file matches"),
+        (["@nothing.txt"], "cannot read nothing.txt"),
+        (["."], "no model.safetensors and no"),
+    ],
+)
+def test_inputs_that_are_not_there(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DmmError, match=words):
+        resolve_sources(arguments)
+
+
+def test_records_that_are_not_ours(tmp_path):
+    for text, words in (("{", "not valid JSON"), ("[]", "not a JSON object"), ("{}", "not a record of a dmm stage")):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(DmmError, match=words):
+            resolve_sources([str(tmp_path / "r.json")])
+
+
+def test_too_few(write):
+    with pytest.raises(DmmError, match="2 checkpoints or more, got 1"):
+        resolve_sources([str(write("a", w=W))], minimum=2)
+
+
+def test_every_difference_is_listed(write):
+    paths = [write("a", w=W, v=W), write("b", w=W[:1], u=W), write("c", w=W, v=W)]
+    sources = resolve_sources([str(path) for path in paths])
+    with pytest.raises(DmmError) as error:
+        require_same_tensors(sources)
+    assert list(error.value.evidence) == [
+        f"{paths[1]} lacks v",
+        f"{paths[1]} also holds u",
+        f"{paths[1]}: w is [1, 2], not [2, 2]",
+    ]
+    require_same_tensors([sources[0], sources[2]])
