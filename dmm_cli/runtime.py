@@ -68,20 +68,32 @@ def mixed_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def parallel(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
-    """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU.
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """One thread for every operation on the CPU.
 
-    One thread per job instead of all threads for each: small networks leave the cores idle
-    otherwise, and the bytes of the result do not depend on the number of cores.
+    How an operation is split among threads decides the order of its sums, and with it the last bits;
+    on one thread the bytes of a result depend on neither the number of cores nor their load.
     """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def parallel(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
+    """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU."""
     if device.type != "cpu":
         for job in jobs:
             job()
         return
 
     def alone(job: Callable[[], None]) -> None:
-        torch.set_num_threads(1)  # of this worker; other threads keep theirs
-        job()
+        with one_thread(device):  # of this worker; other threads keep theirs
+            job()
 
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         list(pool.map(alone, jobs))

@@ -127,7 +127,8 @@ def test_a_fifo_is_refused_at_once(tmp_path):
     path = tmp_path / "pipe.safetensors"
     os.mkfifo(path)
     assert "not a regular file" in message(path)
-    assert "not a regular file" in pytest.raises(DmmError, read_header, Path("/dev/zero")).value.what
+    with pytest.raises(DmmError, match="not a regular file"):
+        read_header(Path("/dev/zero"))
 
 
 def test_a_hundred_thousand_tensors_take_linear_work(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +36,35 @@ Arch = Annotated[
     str | None,
     option("--arch", help="timm name with arguments (resnet18,num_classes=10) or package.module:factory."),
 ]
+InputSize = Annotated[str | None, option("--input-size", help="Channels, height, width of the input: 3,32,32.")]
+Mean = Annotated[str | None, option("--mean", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
+Std = Annotated[str | None, option("--std", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
+
+
+@dataclass(frozen=True)
+class InputFlags:
+    """What the user said about the models' input; empty where the files are to tell."""
+
+    size: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def input_flags(size: str | None, mean: str | None, std: str | None) -> InputFlags:
+    """Parse ``--input-size``, ``--mean`` and ``--std``.
+
+    Raises:
+        DmmError: not numbers, or a size that is not three positive integers, or a deviation of zero or less.
+    """
+    parts = numbers(size, "--input-size")
+    if parts and (len(parts) != 3 or any(part < 1 or part != int(part) for part in parts)):
+        raise DmmError(f"--input-size takes channels,height,width, not {size}", hint="for example 3,32,32")
+    flags = InputFlags(tuple(map(int, parts)), numbers(mean, "--mean"), numbers(std, "--std"))
+    if any(value <= 0 for value in flags.std):
+        raise DmmError(f"--std must be above zero, not {std}")
+    return flags
 
 
 def chosen_format(name: str, as_json: bool) -> str:

@@ -29,7 +29,7 @@ EPILOG = epilog(
     "dmm distill merged/group-0.safetensors merged/merge.json --data pseudo.safetensors -o model.safetensors",
     "dmm distill student.safetensors site-*.safetensors --data pseudo.safetensors --steps 1000 -o out.safetensors",
 )
-STEPS, BATCH, RATE, TEMPERATURE = 600, 128, 1e-3, 2.0
+STEPS, BATCH, RATE, TEMPERATURE = 400, 128, 3e-3, 2.0
 
 
 @guarded

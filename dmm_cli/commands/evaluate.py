@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,9 @@ def evaluate(
         float | None, options.option("--fail-under", help="Exit 1 when an accuracy is below this, in per cent.")
     ] = None,
     arch: options.Arch = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     device: options.Device = "auto",
     format: options.Format = "table",
     json: options.Json = False,
@@ -46,13 +50,14 @@ def evaluate(
     import sys
 
     style = options.chosen_format(format, json)
+    flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
 
     from ..manifest import dump
     from ..report.console import emit
     from ..report.tables import accuracy_table, render
 
-    result = evaluate_sources(sources, data, arch=arch, device=device, ensemble=ensemble)
+    result = evaluate_sources(sources, data, arch=arch, flags=flags, device=device, ensemble=ensemble)
     if quiet:
         emit("\n".join(f"{row.accuracy:.4f}" for row in result.rows), output, force=force)
     else:
@@ -63,7 +68,13 @@ def evaluate(
 
 
 def evaluate_sources(
-    sources: Sequence[Source], data: Path, *, arch: str | None, device: str, ensemble: bool
+    sources: Sequence[Source],
+    data: Path,
+    *,
+    arch: str | None,
+    flags: options.InputFlags,
+    device: str,
+    ensemble: bool,
 ) -> Evaluation:
     """Accuracy of every checkpoint and, if asked, of the mean of their probabilities."""
     from .. import architectures, evaluation
@@ -77,7 +88,7 @@ def evaluate_sources(
     predictions, classes = [], labelled.classes
     for number, source in enumerate(sources):
         model, _ = architectures.load_model(source, arch)
-        spec = architectures.input_spec(source, model)
+        spec = architectures.input_spec(source, model, **asdict(flags))
         predictions.append(evaluation.predict(model, labelled, spec, where))
         classes = classes or architectures.class_names(source) or ()
         progress("evaluate", number + 1, len(sources))

@@ -24,7 +24,7 @@ from .merge import grouping_of, merge_groups
 
 if TYPE_CHECKING:
     from ..distillation.refine import Settings as DistillSettings
-    from ..synthesis.canvas import Settings as SynthesisSettings
+    from ..synthesis.settings import Settings as SynthesisSettings
 
 EPILOG = epilog(
     "dmm run fixtures/digits/site-*.safetensors -o out/ --data fixtures/digits/test.safetensors",
@@ -65,6 +65,7 @@ class Plan:
     group: str
     method: str
     arch: str | None
+    flags: options.InputFlags
     device: str
     synthesis: SynthesisSettings
     distillation: DistillSettings
@@ -93,6 +94,9 @@ def run(
         int, options.option("--distill-steps", help="Optimiser steps of the distillation.", min=1)
     ] = distillation.STEPS,
     arch: options.Arch = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
@@ -109,6 +113,7 @@ def run(
         raise DmmError("nowhere to write", hint="name a directory with -o out/")
     METHODS.check(method)
     options.group_rule(group)
+    flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     origin = resolve_source(base) if base else None
     require_same_tensors([*sources, *([origin] if origin else [])])
@@ -124,14 +129,21 @@ def run(
         return
 
     from ..distillation.refine import Settings as DistillSettings
-    from ..synthesis.canvas import Settings as SynthesisSettings
+    from ..synthesis.settings import Settings as SynthesisSettings
 
     plan = Plan(
-        sources, origin, group, method, arch, device,
-        SynthesisSettings(count, synthesize_steps, seed=seed),
-        DistillSettings(distill_steps, seed=seed),
-        data, quiet,
-    )  # fmt: skip
+        sources=sources,
+        base=origin,
+        group=group,
+        method=method,
+        arch=arch,
+        flags=flags,
+        device=device,
+        synthesis=SynthesisSettings(count, synthesize_steps, seed=seed),
+        distillation=DistillSettings(distill_steps, seed=seed),
+        data=data,
+        quiet=quiet,
+    )
     output.mkdir(parents=True, exist_ok=True)
     files = Layout(output)
     stages = Stages(output, lambda stage, fresh: status(f"{stage}: up to date" if fresh else stage, quiet=quiet))
@@ -142,6 +154,7 @@ def run(
 def execute(plan: Plan, files: Layout, stages: Stages) -> None:
     """All stages, in order; each one reads what the one before wrote."""
     hashes = [source.sha256 for source in plan.sources]
+    where = {"arch": plan.arch, "device": plan.device}
     names = [[source.label, str(source.path)] for source in plan.sources]
     stages.run(
         "similarity",
@@ -166,8 +179,8 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
             "sources": hashes,
             "names": names,
             "settings": asdict(plan.synthesis),
-            "arch": plan.arch,
-            "device": plan.device,
+            "input": asdict(plan.flags),
+            **where,
         },
         [files.pseudo, files.synthesis, files.images],
         lambda: _synthesize(plan, files),
@@ -176,7 +189,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
     lessons = {"student": student.sha256, "data": file_hash(files.pseudo), "sources": hashes, "names": names}
     stages.run(
         "distill",
-        {**lessons, "settings": asdict(plan.distillation), "arch": plan.arch, "device": plan.device},
+        {**lessons, "settings": asdict(plan.distillation), **where},
         [files.model, files.distillation],
         lambda: _distill(plan, files, student),
     )
@@ -225,7 +238,7 @@ def _synthesize(plan: Plan, files: Layout) -> None:
     from ..report.figures import image_grid
 
     manifest, data = synthesis.synthesize_sources(
-        plan.sources, files.pseudo, plan.synthesis, arch=plan.arch, device=plan.device, force=True,
+        plan.sources, files.pseudo, plan.synthesis, arch=plan.arch, flags=plan.flags, device=plan.device, force=True,
         on_progress=Progress(plan.quiet),
     )  # fmt: skip
     write_text(files.synthesis, dump(manifest) + "\n", force=True)
@@ -259,9 +272,11 @@ def _evaluate(plan: Plan, files: Layout) -> None:
     ]
     everything = replace(resolve_source(str(files.everything)), label="linear merge of all")
     model = replace(resolve_source(str(files.model)), label="dmm run")
-    first = evaluate_sources(plan.sources, plan.data, arch=plan.arch, device=plan.device, ensemble=True)
+    first = evaluate_sources(
+        plan.sources, plan.data, arch=plan.arch, flags=plan.flags, device=plan.device, ensemble=True
+    )
     extra = evaluate_sources(
-        [everything, *groups, model], plan.data, arch=plan.arch, device=plan.device, ensemble=False
+        [everything, *groups, model], plan.data, arch=plan.arch, flags=plan.flags, device=plan.device, ensemble=False
     )
     write_text(files.evaluation, dump(replace(first, rows=first.rows + extra.rows)) + "\n", force=True)
 

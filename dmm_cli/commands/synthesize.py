@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     import torch
 
     from ..images import InputSpec
-    from ..synthesis.canvas import Settings
     from ..synthesis.pseudodata import PseudoData
+    from ..synthesis.settings import Settings
     from ..synthesis.teacher import Teacher
 
 EPILOG = epilog(
     "dmm synthesize site-*.safetensors -o pseudo.safetensors --grid pseudo.png",
     "dmm synthesize merged/merge.json --count 1024 --steps 800 --seed 1 -o pseudo.safetensors",
 )
-COUNT, STEPS, BATCH = 512, 400, 64
+COUNT, STEPS, BATCH = 512, 300, 64
 
 
 @guarded
@@ -55,6 +55,9 @@ def synthesize(
         Path | None, options.option("--grid", help="Draw the images to a .png or .svg file, a row per class.")
     ] = None,
     arch: options.Arch = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
@@ -73,6 +76,7 @@ def synthesize(
         LOSSES.check(name)
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
+    flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
     check_output(output, inputs=[path for source in sources for path in source.files], force=force)
 
@@ -82,7 +86,7 @@ def synthesize(
         emit(f"synthesize {count} images from each of {len(sources)} teachers, {steps} steps -> {output}")
         return
 
-    from ..synthesis.canvas import Settings
+    from ..synthesis.settings import Settings
 
     settings = Settings(count, steps, batch, seed, engine, weights)
     prior = options.numbers(class_prior, "--class-prior")
@@ -91,6 +95,7 @@ def synthesize(
         output,
         settings,
         arch=arch,
+        flags=flags,
         device=device,
         prior=prior,
         force=force,
@@ -112,6 +117,7 @@ def synthesize_sources(
     *,
     arch: str | None,
     device: str,
+    flags: options.InputFlags = options.InputFlags(),
     prior: tuple[float, ...] = (),
     force: bool = False,
     on_progress=None,
@@ -123,7 +129,7 @@ def synthesize_sources(
     from ..synthesis.pseudodata import save_pseudo_data
 
     where = resolve_device(device)
-    teachers, spec = load_teachers(sources, arch, where, prior)
+    teachers, spec = load_teachers(sources, arch, where, prior, flags)
     started = time.monotonic()
     data, history = invert(teachers, spec, settings, where, on_progress)
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
@@ -143,7 +149,11 @@ def synthesize_sources(
 
 
 def load_teachers(
-    sources: Sequence[Source], arch: str | None, device: torch.device, prior: tuple[float, ...] = ()
+    sources: Sequence[Source],
+    arch: str | None,
+    device: torch.device,
+    prior: tuple[float, ...] = (),
+    flags: options.InputFlags = options.InputFlags(),
 ) -> tuple[list[Teacher], InputSpec]:
     """Frozen teachers with the priors that are known, and the input they share."""
     from .. import architectures
@@ -153,7 +163,7 @@ def load_teachers(
     teachers, specs = [], {}
     for source in sources:
         model, _ = architectures.load_model(source, arch)
-        spec = architectures.input_spec(source, model)
+        spec = architectures.input_spec(source, model, **asdict(flags))
         specs.setdefault(spec, source.label)
         layers = [layer for _, layer in architectures.norm_layers(model)]
         require_statistics(str(source.path), layers)

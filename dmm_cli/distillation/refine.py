@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..curves import Recorder
 from ..manifest import History, Retention
 from ..runtime import generator as random_stream
-from ..runtime import mixed_precision
+from ..runtime import mixed_precision, one_thread, seeded
 from . import losses
+from .augment import augment
 from .batchnorm import reset_statistics
 from .routing import balanced_weights, soft_labels
 
 Progress = Callable[..., None]
 RESET_BATCHES, RESET_BATCH = 8, 256
-RECORDS = 60
 WARM_UP = 0.1
 
 
@@ -51,16 +52,16 @@ class Settings:
 
     Attributes:
         cross_entropy, anchor: weights beside the distillation term.
-        shift: images are moved by up to this many pixels in each direction.
+        augment: strength of the random changes of pose and texture, see ``augment.augment``.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     temperature: float = 2.0
     cross_entropy: float = 1.0
     anchor: float = 1.0
-    shift: int = 1
+    augment: float = 1.0
     seed: int = 0
 
 
@@ -79,24 +80,26 @@ def refine(
         Curves of the loss terms and of the agreement with the targets, and agreement per teacher.
     """
     device = lessons.images.device
-    before = _agreement(student, lessons)
-    _reset(student, layers, lessons, settings.seed, "before")
+    with one_thread(device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
+        before = _agreement(student, lessons)
+        _reset(student, layers, lessons, settings.seed, "before")
+        history = _train(student, lessons, settings, on_progress)
+        _reset(student, layers, lessons, settings.seed, "after")
+        after = _agreement(student, lessons)
+    return history, _retention(lessons, before, after)
+
+
+def _train(student: nn.Module, lessons: Lessons, settings: Settings, on_progress: Progress | None) -> History:
+    device = lessons.images.device
     initial = copy.deepcopy(student).eval().requires_grad_(False)
     labels = soft_labels(lessons.logits, lessons.teacher_id, lessons.priors, settings.temperature)
     student.train().requires_grad_(True)
-    optimiser = torch.optim.AdamW(
-        student.parameters(), settings.learning_rate, weight_decay=0.0, fused=device.type == "cuda"
-    )
+    rate = settings.learning_rate
+    optimiser = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.0, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        settings.learning_rate,
-        total_steps=settings.steps + 1,
-        pct_start=WARM_UP,
-        cycle_momentum=False,
+        optimiser, rate, total_steps=settings.steps + 1, pct_start=WARM_UP, cycle_momentum=False
     )
-    steps: list[int] = []
-    curves: dict[str, list[float]] = {}
-    every = max(1, settings.steps // RECORDS)
+    recorder = Recorder(settings.steps)
     for step, (index, images) in enumerate(_batches(lessons, settings)):
         with mixed_precision(device):
             logits = student(images)
@@ -109,22 +112,13 @@ def refine(
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % every == 0 or step + 1 == settings.steps:
-            agreement = (logits.argmax(1) == lessons.targets[index]).float().mean()
-            shown = {"loss": float(loss.detach()), "agreement": 100.0 * float(agreement)}
-            steps.append(step)
-            for name, value in {
-                **{k: float(v.detach()) for k, v in terms.items()},
-                "agreement": shown["agreement"],
-            }.items():
-                curves.setdefault(name, []).append(value)
+        if recorder.wants(step):
+            agreement = 100.0 * (logits.argmax(1) == lessons.targets[index]).float().mean()
+            shown = recorder.add(step, {**terms, "loss": loss, "agreement": agreement})
             if on_progress:
-                on_progress("distill", step + 1, settings.steps, **shown)
+                on_progress("distill", step + 1, settings.steps, loss=shown["loss"], agreement=shown["agreement"])
     student.requires_grad_(False)
-    _reset(student, layers, lessons, settings.seed, "after")
-    after = _agreement(student, lessons)
-    history = History(tuple(steps), {name: tuple(values) for name, values in curves.items()})
-    return history, _retention(lessons, before, after)
+    return recorder.history()
 
 
 def _terms(
@@ -144,27 +138,13 @@ def _terms(
 
 
 def _batches(lessons: Lessons, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Class-balanced batches: indices (B,) and shifted images (B, C, H, W)."""
+    """Class-balanced batches: indices (B,) and augmented images (B, C, H, W)."""
     stream = random_stream(settings.seed, "batches")
     weights = balanced_weights(lessons.targets.cpu(), lessons.logits.shape[1])
     for _ in range(settings.steps):
         index = torch.multinomial(weights, settings.batch, replacement=True, generator=stream)
-        offsets = torch.randint(-settings.shift, settings.shift + 1, (2, settings.batch), generator=stream)
         index = index.to(lessons.images.device)
-        yield index, _shift(lessons.images[index], offsets.to(index.device), settings.shift)
-
-
-def _shift(images: torch.Tensor, offsets: torch.Tensor, reach: int) -> torch.Tensor:
-    """Move every image (B, C, H, W) by its own offsets (2, B); the border is repeated."""
-    if not reach:
-        return images
-    count, _, height, width = images.shape
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
-    rows = torch.arange(height, device=images.device)[None] + reach + offsets[0, :, None]  # (B, H)
-    columns = torch.arange(width, device=images.device)[None] + reach + offsets[1, :, None]  # (B, W)
-    number = torch.arange(count, device=images.device)[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
-    return moved.permute(0, 3, 1, 2)
+        yield index, augment(lessons.images[index], settings.augment, stream)
 
 
 def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: int, when: str) -> None:

@@ -49,7 +49,7 @@ def pair_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, str | None]:
     weights: dict[str, list[str]] = defaultdict(list)
     for name, info in tensors.items():
         path, _, kind = name.rpartition(".")
-        if kind == "running_var":
+        if kind == "running_var" and path:
             norms[path.rpartition(".")[0]].append(path)
         elif kind == "weight" and len(info.shape) >= 2:
             weights[path.rpartition(".")[0]].append(path)

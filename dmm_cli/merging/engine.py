@@ -125,7 +125,7 @@ class _Merge:
         for file, row in zip(self._files, variances, strict=True):
             if row.size and row.min() < 0:
                 raise DmmError(f"negative running variance in {printable(info.name)} of {file.source.path}")
-        weight = self._pairs[info.name.rpartition(".")[0]]
+        weight = self._pairs.get(info.name.rpartition(".")[0])
         if weight is None:
             return merged_variance(None, variances, self._shares)
         held = self._files[0].source.tensors[weight]

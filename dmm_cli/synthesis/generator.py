@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..curves import Recorder
 from ..images import InputSpec, PixelSpace
 from ..runtime import generator as random_stream
 from ..runtime import mixed_precision, parallel, seeded
-from .canvas import Progress, Recorder, Settings
 from .network import LATENT, Generator
 from .objective import Objective
 from .prior import draw_targets
+from .settings import Progress, Settings
 from .teacher import Teacher
 
 MEMBERS = 2  # generators
@@ -130,8 +131,9 @@ class _Member:
     ) -> None:
         total = self._settings.steps
         shown = {}
-        if recorder is not None and (recorder.wants(self.done - 1) or self.done == total):
-            shown = recorder.add(self.done - 1, terms)
+        if recorder is not None and recorder.wants(self.done - 1):
+            mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+            shown = recorder.add(self.done - 1, mean)
         if on_progress and (shown or recorder is None):
             on_progress("synthesize", self.done, total, **shown)
 

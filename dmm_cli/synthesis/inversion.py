@@ -11,13 +11,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..curves import Recorder
 from ..errors import DmmError
 from ..images import InputSpec, PixelSpace
 from ..manifest import History
+from ..runtime import one_thread
 from . import ENGINES
-from .canvas import Progress, Recorder, Settings
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
+from .settings import Progress, Settings
 from .teacher import Teacher
 
 
@@ -40,6 +42,17 @@ def synthesize(
     Raises:
         DmmError: a teacher recognises none of its images.
     """
+    with one_thread(device):
+        return _synthesize(teachers, spec, settings, device, on_progress)
+
+
+def _synthesize(
+    teachers: Sequence[Teacher],
+    spec: InputSpec,
+    settings: Settings,
+    device: torch.device,
+    on_progress: Progress | None,
+) -> tuple[PseudoData, History]:
     engine = ENGINES.load(settings.engine)(teachers, spec, settings, device)
     ready = list(teachers)
     if any(teacher.prior is None for teacher in teachers):

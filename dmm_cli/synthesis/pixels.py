@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..curves import Recorder
 from ..images import InputSpec, PixelSpace
 from ..runtime import generator as random_stream
-from .canvas import Progress, Recorder, Settings
 from .objective import Objective
 from .prior import draw_targets
+from .settings import Progress, Settings
 from .teacher import Teacher
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.99)
@@ -82,5 +83,5 @@ class PixelEngine:
             optimiser.step()
             schedule.step()
             if recorder is not None and recorder.wants(step):
-                recorder.add(step, [terms])
+                recorder.add(step, terms)
         return self._space.normalise(pixels.detach().sigmoid()), terms

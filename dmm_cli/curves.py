@@ -1,0 +1,36 @@
+"""The record of a training loop: some tens of points per curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .manifest import History
+
+POINTS = 60
+
+
+class Recorder:
+    """Keeps about ``POINTS`` of ``steps`` points of every curve, the last one among them."""
+
+    def __init__(self, steps: int) -> None:
+        self._last, self._every = steps - 1, max(1, steps // POINTS)
+        self._steps: list[int] = []
+        self._points: list[dict[str, float]] = []
+
+    def wants(self, step: int) -> bool:
+        """Whether the point at a step is kept: reading a value waits for the device, so ask first."""
+        return step % self._every == 0 or step == self._last
+
+    def add(self, step: int, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Store the scalars of one step, and return them as numbers."""
+        point = {name: float(value.detach()) for name, value in values.items()}
+        self._steps.append(step)
+        self._points.append(point)
+        return point
+
+    def history(self) -> History:
+        """All curves."""
+        names = self._points[0] if self._points else {}
+        return History(tuple(self._steps), {name: tuple(point[name] for point in self._points) for name in names})

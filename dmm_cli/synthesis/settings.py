@@ -1,0 +1,26 @@
+"""How to synthesise: what every engine is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to synthesise.
+
+    Attributes:
+        count: images wanted per teacher.
+        steps: optimiser steps. batch: images per teacher and step.
+        weights: of the losses, see ``objective.DEFAULT_WEIGHTS``.
+    """
+
+    count: int = 512
+    steps: int = 300
+    batch: int = 64
+    seed: int = 0
+    engine: str = "generator"
+    weights: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,110 @@
+"""The whole pipeline on the digits fixture, in short form."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import DIGITS, dmm
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
+SHORT = ["--synthesize-steps", 24, "--distill-steps", 30, "--count", 96]
+DATA = DIGITS / "test.safetensors"
+
+
+def accuracies(out) -> dict[str, float]:
+    return {row["label"]: row["accuracy"] for row in json.loads((out / "evaluation.json").read_text())["rows"]}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = dmm("run", *SITES, "-o", out, *SHORT, "--data", DATA)
+    assert result.exit_code == 0, result.stderr
+    return out, result
+
+
+def test_the_accuracy_table_is_printed(done):
+    out, result = done
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"accuracy on 450 samples of {DATA}"
+    names = [line.split("  ")[0] for line in lines[2:10]]
+    ensemble_and_merges = ["ensemble", "linear merge of all", "linear merge of group-0", "dmm run"]
+    assert names == [*(f"site-{name}" for name in "abcde"), *ensemble_and_merges[:3]]
+    assert lines[10].startswith("dmm run")
+    assert lines[-1] == str(out / "model.safetensors")
+    alone = dmm("evaluate", out / "model.safetensors", "--data", DATA, "--json")
+    assert json.loads(alone.stdout)["rows"][0]["accuracy"] == accuracies(out)["dmm run"]
+
+
+def test_the_report_is_one_file_with_everything(done):
+    page = (done[0] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    for words in ("Accuracy", "different starts", "class prior", "agreement with each teacher", "site-e"):
+        assert words in page
+    assert "http" not in page and "<script" not in page
+
+
+def test_a_second_run_skips_everything(done):
+    out, first = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    result = dmm("run", *SITES, "-o", out, *SHORT, "--data", DATA)
+    assert result.stdout == first.stdout
+    assert result.stderr.count("up to date") == 5
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_what_changed_is_done_again_and_what_was_damaged_too(done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    model = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(b"damaged")
+    result = dmm("run", *SITES, "-o", out, *SHORT)
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.endswith("up to date")] == [
+        "similarity: up to date",
+        "merge: up to date",
+        "synthesize: up to date",
+    ]
+    assert (out / "model.safetensors").read_bytes() == model
+    changed = dmm("run", *SITES, "-o", out, *SHORT[:2], "--distill-steps", 5, "--count", 96)
+    assert changed.stderr.count("up to date") == 3
+    assert (out / "model.safetensors").read_bytes() != model
+
+
+def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
+    out, _ = done
+    monkeypatch.chdir(tmp_path)
+    record = dmm("similarity", *SITES, "--json", "-o", "similarity.json")
+    assert record.exit_code == 0
+    assert (tmp_path / "similarity.json").read_bytes() == (out / "similarity.json").read_bytes()
+    piped = dmm("merge", "--group", "-", "-o", "merged", text=(tmp_path / "similarity.json").read_text())
+    assert piped.exit_code == 0, piped.stderr
+    made = dmm("synthesize", "merged/merge.json", "-o", "pseudo.safetensors", "--steps", 24, "--count", 96)
+    assert made.exit_code == 0, made.stderr
+    student = "merged/group-0.safetensors"
+    command = ["distill", student, "merged/merge.json", "--data", "pseudo.safetensors", "--steps", 30]
+    assert dmm(*command, "-o", "model.safetensors").exit_code == 0
+    for name in ("merged/group-0.safetensors", "merged/group-2.safetensors", "pseudo.safetensors", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_directories_that_are_not_ours(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    result = dmm("run", *SITES, "-o", tmp_path)
+    assert result.exit_code == 2 and "not empty and not of an earlier run" in result.stderr
+    result = dmm("run", *SITES, "-o", tmp_path / "note.txt")
+    assert result.exit_code == 2 and "not a directory" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_rare_knowledge_survives(tmp_path):
+    """A quarter of the default effort must already beat the ensemble, and know the digits of the lone sites."""
+    out = tmp_path / "out"
+    result = dmm("run", *SITES, "-o", out, "--data", DATA, "--synthesize-steps", 100, "--distill-steps", 200)
+    assert result.exit_code == 0, result.stderr
+    rows = accuracies(out)
+    assert rows["dmm run"] > rows["ensemble"] + 8 and rows["linear merge of all"] < 30
+    result = json.loads((out / "evaluation.json").read_text())["rows"][-1]
+    assert min(result["recall"][7:]) > 40

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dmm_cli.architectures import build
+from dmm_cli.header import TensorInfo
+from dmm_cli.merging.batchnorm import merged_variance, pair_layers
+
+FAMILIES = {
+    "resnet18": 20, "vgg11_bn": 8, "mobilenetv3_small_100": 34, "efficientnet_b0": 49, "regnety_002": 44,
+    "repvgg_a0": 44, "ghostnet_100": 80, "densenet121": 59,
+}  # fmt: skip
+
+
+def producers(model: torch.nn.Module) -> dict[str, str | None]:
+    """For every BatchNorm layer the convolution whose output tensor it received, by watching one forward pass."""
+    made: dict[int, tuple[str, torch.Tensor]] = {}
+    found: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, i, out, name=name: made.update({out.data_ptr(): (name, out)}))
+        if getattr(module, "running_var", None) is not None:
+            module.register_forward_pre_hook(
+                lambda m, i, name=name: found.update({name: made.get(i[0].data_ptr(), (None,))[0]})
+            )
+    with torch.no_grad():
+        model.eval()(torch.randn(1, 3, 64, 64))
+    return found
+
+
+@pytest.mark.parametrize(("name", "pairs"), FAMILIES.items())
+def test_pairs_read_from_names_are_the_ones_the_network_computes(name, pairs):
+    model = build(name)
+    infos = {key: TensorInfo(key, "F32", tuple(value.shape), 0, 0) for key, value in model.state_dict().items()}
+    expected = {layer: f"{conv}.weight" if conv else None for layer, conv in producers(model).items()}
+    got = pair_layers(infos)
+    assert {layer: got[layer] for layer in expected} == expected
+    assert sum(conv is not None for conv in expected.values()) == pairs
+
+
+def test_the_variance_of_merged_filters_matches_a_simulation():
+    """Filters on white inputs: the merged layer's output variance is known by drawing a million inputs."""
+    draw = np.random.default_rng(0)
+    filters = draw.normal(size=(3, 2, 9))
+    shares = np.array([0.5, 0.3, 0.2])
+    variances = np.square(filters).sum(2)  # of unit white noise through each parent's filter
+    inputs = draw.normal(size=(1_000_000, 9))
+    merged = np.einsum("n,nck->ck", shares, filters)
+    simulated = (inputs @ merged.T).var(0)
+    assert np.allclose(merged_variance(filters, variances, shares), simulated, rtol=0.01)
+    assert (merged_variance(filters, variances, shares) < shares @ variances).all(), "averaging shrinks it"
+
+
+def test_without_a_filter_deviations_are_averaged():
+    variances = np.array([[4.0, 1.0], [16.0, 1.0]])
+    assert np.allclose(merged_variance(None, variances, np.array([0.5, 0.5])), [9.0, 1.0])
+
+
+def test_equal_parents_keep_their_variance_exactly():
+    variance = np.random.default_rng(1).random(5)
+    filters = np.stack([np.random.default_rng(2).normal(size=(5, 3))] * 2)
+    got = merged_variance(filters, np.stack([variance] * 2), np.array([1 / 3, 2 / 3]))
+    assert (got == variance).all()

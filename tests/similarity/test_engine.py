@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import small_net
+
+from dmm_cli.errors import DmmError
+from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.similarity.engine import compute_similarity
+
+WEIGHTS = ["conv1.weight"]  # of small_net: two dimensions or more, not the classifier
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def sources(paths):
+    return resolve_sources([str(path) for path in paths])
+
+
+def test_cosine_sign_and_layers_match_plain_numpy(three):
+    report = compute_similarity(sources(three))
+    nets = [small_net(seed)["conv1.weight"] for seed in range(3)]
+    for i in range(3):
+        for j in range(3):
+            assert report.measures["cosine"][i][j] == pytest.approx(cosine(nets[i], nets[j]), abs=1e-6)
+            agree = float((np.sign(nets[i]) == np.sign(nets[j])).mean())
+            assert report.measures["sign"][i][j] == pytest.approx(agree, abs=1e-12)
+    assert [layer.name for layer in report.layers] == WEIGHTS
+    lowest = min(cosine(nets[i], nets[j]) for i in range(3) for j in range(i))
+    assert report.layers[0].minimum == pytest.approx(lowest, abs=1e-6)
+
+
+def test_bn_distance_is_the_jeffreys_divergence(three):
+    matrix = compute_similarity(sources(three)).measures["bn"]
+    a, b = small_net(0), small_net(1)
+    total = 0.0
+    for m1, v1, m2, v2 in zip(
+        a["bn1.running_mean"], a["bn1.running_var"], b["bn1.running_mean"], b["bn1.running_var"], strict=True
+    ):
+        v1, v2 = v1 + 1e-5, v2 + 1e-5
+        one = 0.5 * (np.log(v2 / v1) + (v1 + (m1 - m2) ** 2) / v2 - 1)
+        other = 0.5 * (np.log(v1 / v2) + (v2 + (m1 - m2) ** 2) / v1 - 1)
+        total += one + other
+    assert matrix[0][1] == pytest.approx(total / 4, rel=1e-6)
+    assert matrix[0][0] == 0.0
+
+
+def test_sums_over_millions_of_elements_stay_accurate(write):
+    """A running float32 dot over 16.8 M positive elements is off by 5e-4."""
+    draw = np.random.default_rng(0)
+    a = draw.random((4096, 4096), dtype=np.float32)
+    b = a + 0.1 * draw.random((4096, 4096), dtype=np.float32)
+    paths = [write("a", w=a), write("b", w=b)]
+    exact = cosine(a, b)
+    assert compute_similarity(sources(paths), measures=["cosine"]).measures["cosine"][0][1] == pytest.approx(
+        exact, abs=1e-7
+    )
+
+
+def test_task_vectors_are_taken_from_the_base(write, three):
+    nets = [small_net(seed)["conv1.weight"] for seed in range(3)]
+    report = compute_similarity(sources(three[:2]), base=resolve_source(str(three[2])))
+    expected = cosine(nets[0] - nets[2], nets[1] - nets[2])
+    assert report.measures["cosine"][0][1] == pytest.approx(expected, abs=1e-6)
+    assert report.on == "task vectors"
+    assert report.raw_cosine[0][1] == pytest.approx(cosine(nets[0], nets[1]), abs=1e-6)
+
+
+def test_a_reference_is_compared_with_everyone(three):
+    report = compute_similarity(sources(three[:1]), reference=resolve_source(str(three[1])))
+    nets = [small_net(seed)["conv1.weight"] for seed in range(2)]
+    assert report.against == {"m0": pytest.approx(cosine(*nets), abs=1e-6)}
+    assert np.shape(report.measures["cosine"]) == (1, 1)
+
+
+def test_a_checkpoint_equals_itself_and_zero_is_defined(write):
+    zero, one = np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)
+    paths = [write("a", w=zero), write("b", w=zero), write("c", w=one)]
+    matrix = compute_similarity(sources(paths), measures=["cosine"]).measures["cosine"]
+    assert matrix == ((1.0, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_is_refused_by_name(write, value):
+    w = np.ones((2, 2), np.float32)
+    bad = w.copy()
+    bad[1, 1] = value
+    with pytest.raises(DmmError, match=r"tensor w of .*b\.safetensors"):
+        compute_similarity(sources([write("a", w=w), write("b", w=bad)]))
+
+
+def test_checkpoints_without_weights_are_refused(write):
+    paths = [write(name, count=np.array(1, np.int64)) for name in "ab"]
+    with pytest.raises(DmmError, match="no float weights"):
+        compute_similarity(sources(paths))

@@ -1,0 +1,120 @@
+"""Inversion against teachers whose data are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import DIGITS
+
+from dmm_cli.commands.synthesize import load_teachers
+from dmm_cli.errors import DmmError
+from dmm_cli.images import PixelSpace
+from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.synthesis import ENGINES
+from dmm_cli.synthesis.inversion import synthesize
+from dmm_cli.synthesis.objective import Objective
+from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
+from dmm_cli.synthesis.settings import Settings
+from dmm_cli.synthesis.teacher import require_statistics
+
+CPU = torch.device("cpu")
+QUICK = {"generator": Settings(64, 60, 32), "pixels": Settings(32, 60, 32, engine="pixels")}
+
+
+def teachers(*names: str):
+    return load_teachers(resolve_sources([str(DIGITS / f"site-{name}.safetensors") for name in names]), None, CPU)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Pseudo-data of two sites, by each engine."""
+    return {name: synthesize(*teachers("d", "e"), settings, CPU) for name, settings in QUICK.items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_every_image_is_recognised_and_labelled_by_its_owner(drawn, engine):
+    data, _ = drawn[engine]
+    owners, spec = teachers("d", "e")
+    images = PixelSpace(spec).from_bytes(torch.from_numpy(data.images))
+    for number, owner in enumerate(owners):
+        mine = torch.from_numpy(data.teacher_id == number)
+        logits = owner.logits(images[mine])
+        assert torch.equal(logits.argmax(1), torch.from_numpy(data.targets)[mine])
+        assert torch.allclose(logits, torch.from_numpy(data.logits)[mine].float(), atol=0.05, rtol=0.01)
+        sure = logits.softmax(1).max(1).values
+        assert torch.allclose(sure, torch.from_numpy(data.confidence)[mine].float(), atol=1e-3)
+        record = data.teachers[number]
+        assert record.accepted == int(mine.sum()) and sum(record.prior) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_priors_tell_the_classes_each_site_was_trained_on(drawn, engine):
+    """Planted truth: site d holds 7 and 8 in about equal shares, site e holds 9 alone."""
+    both, alone = (torch.tensor(teacher.prior) for teacher in drawn[engine][0].teachers)
+    assert both[7:9].sum() > 0.95 and 0.25 < both[7] < 0.75
+    assert alone[9] > 0.95
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_the_images_match_the_statistics_better_than_noise(drawn, engine):
+    data, history = drawn[engine]
+    (owner, _), spec = teachers("d", "e")
+    only = Objective({"cross_entropy": 0.0})
+    images = PixelSpace(spec).from_bytes(torch.from_numpy(data.images[data.teacher_id == 0]))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    losses = [float(only(owner, batch, torch.zeros(len(batch), dtype=torch.int64))[0]) for batch in (images, noise)]
+    assert losses[0] < 0.3 * losses[1]
+    assert history.curves["batchnorm"][-1] < history.curves["batchnorm"][0]
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
+    settings = replace(QUICK[engine], count=8, steps=5, batch=8)
+    files = []
+    for number, seed in enumerate((0, 0, 1)):
+        owners, spec = teachers("d")
+        torch.set_num_threads(1 + number)
+        data, _ = synthesize(owners, spec, replace(settings, seed=seed), CPU)
+        files.append(tmp_path / f"{number}.safetensors")
+        save_pseudo_data(files[-1], data, {})
+    first, second, other = (file.read_bytes() for file in files)
+    assert first == second, "whatever the number of threads"
+    assert first != other
+
+
+def test_a_known_prior_is_kept():
+    (owner,), spec = teachers("d")
+    given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")
+    data, _ = synthesize([given], spec, Settings(40, 30, 32), CPU)
+    assert data.teachers[0].prior[7:9] == (0.25, 0.75)
+
+
+def test_the_file_comes_back(tmp_path, drawn):
+    data, _ = drawn["generator"]
+    path = tmp_path / "p.safetensors"
+    save_pseudo_data(path, data, {"dmm.seed": "0"})
+    got = load_pseudo_data(resolve_source(str(path)))
+    for name in ("images", "targets", "teacher_id", "logits", "confidence", "bn_loss"):
+        assert (getattr(got, name) == getattr(data, name)).all()
+        assert getattr(got, name).dtype == getattr(data, name).dtype
+    assert (got.teachers, got.mean, got.std) == (data.teachers, data.mean, data.std)
+    assert got.teacher_index(data.teachers[1].sha256) == 1 and got.teacher_index("0") is None
+
+
+def test_files_that_are_not_pseudo_data():
+    with pytest.raises(DmmError, match="not a pseudo-data file"):
+        load_pseudo_data(resolve_source(str(DIGITS / "test.safetensors")))
+
+
+def test_losses_are_named():
+    with pytest.raises(DmmError, match="unknown inversion loss: batch_norm"):
+        Objective({"batch_norm": 1.0})
+
+
+def test_teachers_without_statistics_are_refused():
+    with pytest.raises(DmmError, match="0 BatchNorm layers"):
+        require_statistics("vit", [])
+    with pytest.raises(DmmError, match="never updated"):
+        require_statistics("fresh", [torch.nn.BatchNorm2d(3)])

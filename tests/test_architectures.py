@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS
+from safetensors.torch import save_file
+
+from dmm_cli import architectures as arch
+from dmm_cli.errors import DmmError
+from dmm_cli.inputs import resolve_source
+
+
+def saved(tmp_path, spec: str, metadata=None, name="m"):
+    torch.manual_seed(0)
+    model = arch.build(spec)
+    path = tmp_path / f"{name}.safetensors"
+    save_file(model.state_dict(), path, metadata)
+    return model, resolve_source(str(path))
+
+
+def test_specs_are_split_at_the_right_commas():
+    text = "resnet18,num_classes=10,layers=(1,1,1,1),act_layer=silu,drop_rate=0.1"
+    name, arguments = arch.parse_arch(text)
+    assert name == "resnet18"
+    assert arguments == {"num_classes": 10, "layers": (1, 1, 1, 1), "act_layer": "silu", "drop_rate": 0.1}
+    assert arch.format_arch(name, arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("resnet19", "timm has no model resnet19"),
+        ("resnet18,10", "cannot read '10' in --arch"),
+        ("resnet18,no_such=1", "timm cannot build"),
+        ("hf-hub:timm/resnet18", "does not fetch"),
+        ("local-dir:/tmp", "does not fetch"),
+        ("no.such:thing", "no factory no.such:thing"),
+    ],
+)
+def test_specs_that_cannot_be_built(spec, words):
+    with pytest.raises(DmmError, match=words):
+        arch.build(spec)
+
+
+def test_a_factory_is_called():
+    assert isinstance(arch.build("torch.nn:Identity"), torch.nn.Identity)
+
+
+def test_the_flag_beats_metadata_beats_config(tmp_path):
+    _, source = saved(tmp_path, "resnet18,num_classes=3", {"dmm.arch": "resnet18,num_classes=3"})
+    assert arch.identify(source, "resnet34").spec == "resnet34"
+    assert arch.identify(source).evidence == "dmm.arch in the file's metadata"
+    directory = tmp_path / "hub"
+    directory.mkdir()
+    save_file(arch.build("resnet18,num_classes=3").state_dict(), directory / "model.safetensors")
+    config = {
+        "architecture": "resnet18",
+        "num_classes": 3,
+        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.1] * 3, "std": [0.2] * 3},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    hub = resolve_source(str(directory))
+    assert arch.identify(hub).spec == "resnet18,num_classes=3"
+    model, _ = arch.load_model(hub)
+    assert arch.input_spec(hub, model) == arch.InputSpec((3, 64, 64), (0.1,) * 3, (0.2,) * 3)
+    assert arch.input_spec(hub, model, size=(3, 8, 8), mean=[0.5], std=[1.0]).mean == (0.5,) * 3
+
+
+@pytest.mark.parametrize("spec", ["resnet18,num_classes=7,in_chans=1", "resnet34"])
+def test_detection_by_names_and_shapes(tmp_path, spec):
+    _, source = saved(tmp_path, spec)
+    found = arch.identify(source)
+    assert arch.parse_arch(found.spec) == arch.parse_arch(spec)
+    assert "tensor names and shapes match" in found.evidence
+
+
+def test_a_loaded_model_computes_what_the_saved_one_did(tmp_path):
+    model, source = saved(tmp_path, "resnet18,num_classes=5")
+    images = torch.randn(2, 3, 32, 32)
+    loaded, _ = arch.load_model(source, "resnet18,num_classes=5")
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+    assert not loaded.training and arch.num_classes(loaded) == 5
+    assert len(arch.norm_layers(loaded)) == 20
+    assert arch.norm_layers(arch.build("vit_tiny_patch16_224")) == []
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path):
+    _, source = saved(tmp_path, "resnet18,num_classes=5")
+    with pytest.raises(DmmError) as error:
+        arch.load_model(source, "resnet18,num_classes=6")
+    assert list(error.value.evidence) == [
+        "fc.bias is [5], the model has [6]",
+        "fc.weight is [5, 512], the model has [6, 512]",
+    ]
+
+
+def test_half_precision_is_loaded_exactly(tmp_path):
+    torch.manual_seed(0)
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arch.build("resnet18").state_dict().items()}
+    save_file(state, tmp_path / "h.safetensors")
+    source = resolve_source(str(tmp_path / "h.safetensors"))
+    got = arch.load_state_dict(source)
+    assert all(torch.equal(got[name], value) and got[name].dtype == value.dtype for name, value in state.items())
+    model, _ = arch.load_model(source, "resnet18")
+    assert torch.equal(model.conv1.weight, state["conv1.weight"].float())
+
+
+def test_the_fixture_says_what_it_is():
+    source = resolve_source(str(DIGITS / "site-a.safetensors"))
+    model, _ = arch.load_model(source)
+    assert arch.input_spec(source, model) == arch.InputSpec((1, 16, 16), (0.3,), (0.38,))
+    assert arch.class_names(source) == tuple("0123456789")
+    assert arch.class_counts(source) is None
+
+
+def test_input_and_class_mistakes(tmp_path, write):
+    source = resolve_source(str(write("a", w=np.zeros(1, np.float32))))
+    with pytest.raises(DmmError, match="2 means and 1 deviations for 1 channels"):
+        arch.input_spec(source, torch.nn.Identity(), size=(1, 2, 2), mean=(0.0, 1.0), std=(1.0,))
+    with pytest.raises(DmmError, match="does not say how many classes"):
+        arch.num_classes(torch.nn.Identity())

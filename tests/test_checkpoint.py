@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file as save_torch
+
+from dmm_cli.checkpoint import Checkpoint, encode_floats, require_finite, save_arrays, save_like
+from dmm_cli.errors import DmmError
+from dmm_cli.inputs import resolve_source
+
+
+def test_values_of_every_dtype_come_back(tmp_path):
+    tensors = {
+        name: torch.arange(-3, 9).reshape(3, 4).to(dtype)
+        for name, dtype in {
+            "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+            "i64": torch.int64, "i32": torch.int32, "i8": torch.int8,
+        }.items()
+    }  # fmt: skip
+    save_torch(tensors, tmp_path / "a.safetensors")
+    with Checkpoint(resolve_source(str(tmp_path / "a.safetensors"))) as file:
+        for name, tensor in tensors.items():
+            assert file.array(name).tolist() == tensor.tolist(), name
+            if tensor.is_floating_point():
+                assert file.floats(name, 2, 7).tolist() == tensor.flatten()[2:7].tolist()
+        with pytest.raises(DmmError, match="not a float tensor"):
+            file.floats("i64")
+
+
+def test_rounding_to_bfloat16_and_float16_is_torchs():
+    values = np.concatenate([np.random.default_rng(0).normal(size=5000), [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]])
+    for tag, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
+        expected = torch.from_numpy(values).to(torch.float32).to(dtype).view(torch.uint8).numpy()
+        assert (encode_floats(values.astype(np.float32), tag) == expected.reshape(-1)).all(), tag
+
+
+def test_float16_overflow_is_an_error():
+    with pytest.raises(DmmError, match="beyond the range of float16"):
+        encode_floats(np.array([1e6], np.float32), "F16")
+
+
+def test_saved_arrays_are_read_by_the_reference(tmp_path):
+    arrays = {"b": np.arange(3.0), "a": np.array([[1, 2]], np.uint8), "s": np.array(4, np.int64)}
+    path = tmp_path / "x.safetensors"
+    save_arrays(path, arrays, {"k": "v"})
+    got = load_file(path)
+    assert all(np.array_equal(got[name], arrays[name]) and got[name].dtype == arrays[name].dtype for name in arrays)
+    first = path.read_bytes()
+    save_arrays(path, dict(reversed(arrays.items())), {"k": "v"}, force=True)
+    assert path.read_bytes() == first
+
+
+def test_a_copy_keeps_the_dtypes_of_its_model(tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_torch({"w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16), "n": torch.tensor(3)}, source)
+    values = {"w": np.array([1.5, -2.25], np.float32), "n": np.array(9, np.int64)}
+    save_like(tmp_path / "b.safetensors", resolve_source(str(source)), values, {})
+    with Checkpoint(resolve_source(str(tmp_path / "b.safetensors"))) as file:
+        assert file.source.tensors["w"].dtype == "BF16"
+        assert file.array("w").tolist() == [1.5, -2.25] and file.array("n") == 9
+
+
+def test_a_file_cut_while_open_is_an_error_not_a_crash(write):
+    path = write("a", w=np.ones(100_000, np.float32))
+    with pytest.raises(DmmError, match="truncated while tensor w"), Checkpoint(resolve_source(str(path))) as file:
+        os.truncate(path, 1000)
+        file.floats("w")
+
+
+def test_a_file_replaced_while_open_is_noticed(write):
+    path = write("a", w=np.ones(4, np.float32))
+    with pytest.raises(DmmError, match="changed while"), Checkpoint(resolve_source(str(path))):
+        write("a", w=np.zeros(5, np.float32))
+
+
+def test_nan_names_file_and_tensor(write):
+    source = resolve_source(str(write("a", w=np.ones(2, np.float32))))
+    require_finite(source, "w", np.array([1e38, 1e38], np.float32))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(DmmError, match=r"tensor w of .*a.safetensors"):
+            require_finite(source, "w", np.array([1, bad]))

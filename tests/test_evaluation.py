@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS
+from PIL import Image
+from sklearn.metrics import accuracy_score, recall_score
+
+from dmm_cli import evaluation
+from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.errors import DmmError
+from dmm_cli.images import InputSpec
+from dmm_cli.inputs import resolve_source
+
+SPEC = InputSpec((1, 2, 2), (0.0,), (1.0,))
+
+
+def test_scores_match_scikit_learn():
+    draw = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(200, 4, generator=draw).softmax(1)
+    labels = torch.randint(0, 4, (200,), generator=draw)
+    row = evaluation.score("x", probabilities, labels)
+    predicted = probabilities.argmax(1)
+    assert row.accuracy == pytest.approx(100 * accuracy_score(labels, predicted))
+    assert row.recall == pytest.approx(100 * recall_score(labels, predicted, average=None))
+
+
+def test_a_class_without_samples_has_no_recall():
+    row = evaluation.score("x", torch.eye(3)[[0, 0]], torch.tensor([0, 1]))
+    assert row.recall == (100.0, 0.0, None) and row.accuracy == 50.0
+    with pytest.raises(DmmError, match="it has 3"):
+        evaluation.score("x", torch.eye(3), torch.tensor([0, 1, 5]))
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    a, b = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.2, 0.8]])
+    assert torch.allclose(evaluation.ensemble([a, b]), torch.tensor([[0.55, 0.45]]))
+    with pytest.raises(DmmError, match="same classes"):
+        evaluation.ensemble([a, torch.ones(1, 3)])
+
+
+def test_npz_safetensors_and_folders_hold_the_same(tmp_path, write):
+    images = np.arange(24, dtype=np.uint8).reshape(6, 1, 2, 2) * 10
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    np.savez(tmp_path / "a.npz", images=images, labels=labels.astype(np.int32), classes=["x", "y", "z"])
+    st = write("a", {"dmm.classes": json.dumps(["x", "y", "z"])}, images=images, labels=labels)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "folder" / "xyz"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(folder / f"{number}.png")
+    for path in (tmp_path / "a.npz", st, tmp_path / "folder"):
+        data = evaluation.load_labelled(path)
+        assert data.classes == ("x", "y", "z") and data.labels.tolist() == labels.tolist()
+        assert torch.allclose(data.batch(0, 6, SPEC), torch.from_numpy(images).float() / 255)
+
+
+def test_images_are_resized_and_normalised():
+    images = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
+    got = evaluation.prepare(images, InputSpec((1, 8, 8), (0.5,), (0.25,)))
+    assert got.shape == (1, 1, 8, 8) and torch.allclose(got, torch.full_like(got, 2.0))
+    with pytest.raises(DmmError, match="the data have 1 channels, the model takes 3"):
+        evaluation.prepare(images, InputSpec((3, 4, 4), (0.0,) * 3, (1.0,) * 3))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((1, 1, 2, 2), np.uint8)}, "no array named labels"),
+        ({"images": np.zeros((1, 2, 2), np.uint8), "labels": np.zeros(1, int)}, "must be uint8"),
+        ({"images": np.zeros((1, 1, 2, 2), np.float32), "labels": np.zeros(1, int)}, "must be uint8"),
+        ({"images": np.zeros((1, 1, 2, 2), np.uint8), "labels": np.zeros(2, int)}, "must be integers"),
+        ({"images": np.zeros((1, 1, 2, 2), np.uint8), "labels": np.zeros(1)}, "must be integers"),
+        ({"images": np.zeros((1, 1, 2, 2), np.uint8), "labels": np.full(1, -1)}, "negative class"),
+    ],
+)
+def test_data_that_are_not_labelled_images(tmp_path, arrays, words):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DmmError, match=words):
+        evaluation.load_labelled(tmp_path / "a.npz")
+
+
+def test_empty_folders_and_broken_images(tmp_path):
+    with pytest.raises(DmmError, match="no images in"):
+        evaluation.load_labelled(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(b"not a picture")
+    with pytest.raises(DmmError, match=r"cannot read image .*x\.png"):
+        evaluation.load_labelled(tmp_path).batch(0, 1, SPEC)
+    (tmp_path / "a.npz").write_bytes(b"junk")
+    with pytest.raises(DmmError, match="cannot read"):
+        evaluation.load_labelled(tmp_path / "a.npz")
+
+
+def test_a_site_knows_its_own_digits_and_no_others():
+    source = resolve_source(str(DIGITS / "site-d.safetensors"))
+    model, _ = load_model(source)
+    data = evaluation.load_labelled(DIGITS / "test.safetensors")
+    probabilities = evaluation.predict(model, data, input_spec(source, model), torch.device("cpu"), batch=64)
+    assert probabilities.shape == (450, 10) and torch.allclose(probabilities.sum(1), torch.ones(450), atol=1e-5)
+    row = evaluation.score("d", probabilities, data.labels)
+    assert min(row.recall[7:9]) > 90 and max(row.recall[:7] + row.recall[9:]) == 0

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dmm_cli.errors import DmmError
+from dmm_cli.grouping import given_groups, group_checkpoints, groups_from_record
+from dmm_cli.manifest import Grouping, SimilarityReport, SourceRecord, dump
+
+
+def report(matrix, names="abcdefghij") -> SimilarityReport:
+    rows = tuple(tuple(float(v) for v in row) for row in np.asarray(matrix, dtype=float))
+    sources = tuple(SourceRecord(name, f"{name}.safetensors") for name, _ in zip(names, rows, strict=False))
+    return SimilarityReport(sources, {"cosine": rows}, ())
+
+
+def members(grouping: Grouping) -> list[set[str]]:
+    return [{grouping.labels[i] for i in group.members} for group in grouping.groups]
+
+
+def blocks(*sizes: int, inside: float = 0.95, outside: float = 0.0) -> np.ndarray:
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    matrix = np.where(owner[:, None] == owner[None], inside, outside)
+    np.fill_diagonal(matrix, 1.0)
+    return matrix
+
+
+def test_planted_starts_are_found_and_the_lone_ones_are_divergent():
+    grouping = group_checkpoints(report(blocks(3, 1, 1)))
+    assert members(grouping) == [{"a", "b", "c"}, {"d"}, {"e"}]
+    assert grouping.divergent == (3, 4)
+    together = {(pair.b, pair.a): pair.together for pair in grouping.pairs}
+    assert together[0, 1] and not together[0, 3] and len(together) == 10
+    assert "different starts" in next(p.reason for p in grouping.pairs if (p.b, p.a) == (0, 3))
+
+
+def test_nothing_is_divergent_when_all_share_a_start():
+    grouping = group_checkpoints(report(blocks(4, inside=0.9)))
+    assert members(grouping) == [set("abcd")] and grouping.divergent == ()
+
+
+def test_two_tight_clusters_in_one_basin_are_cut_at_their_gap():
+    matrix = blocks(2, 2, inside=0.97, outside=0.4)
+    grouping = group_checkpoints(report(matrix))
+    assert members(grouping) == [{"a", "b"}, {"c", "d"}]
+    assert 0.4 < grouping.threshold < 0.97
+
+
+def test_the_order_of_checkpoints_does_not_matter():
+    matrix = blocks(2, 1, 2)
+    expected = members(group_checkpoints(report(matrix)))
+    for order in itertools.permutations(range(5)):
+        names = "".join("abcde"[i] for i in order)
+        assert members(group_checkpoints(report(matrix[np.ix_(order, order)], names))) == expected
+
+
+def test_threshold_and_all():
+    matrix = np.array([[1, 0.9, 0.6], [0.9, 1, 0.6], [0.6, 0.6, 1]])
+    assert members(group_checkpoints(report(matrix), 0.7)) == [{"a", "b"}, {"c"}]
+    assert members(group_checkpoints(report(matrix), 0.5)) == [{"a", "b", "c"}]
+    assert members(group_checkpoints(report(matrix), "all")) == [{"a", "b", "c"}]
+
+
+def test_groups_come_back_from_every_record():
+    similarity = report(blocks(2, 1))
+    grouping = group_checkpoints(similarity)
+    labels = list(similarity.labels)
+    for record in (
+        similarity.to_json(),
+        grouping.to_json(),
+        {"grouping": grouping.to_json()},
+        {"groups": [["a", "b"]]},
+    ):
+        assert members(groups_from_record(record, labels, "f")) == [{"a", "b"}, {"c"}]
+    assert Grouping.from_json(grouping.to_json()) == grouping
+    assert SimilarityReport.from_json(similarity.to_json()) == similarity
+    assert dump(grouping).startswith('{\n  "schema": "dmm.groups/1"')
+
+
+def test_groups_that_do_not_fit():
+    with pytest.raises(DmmError) as error:
+        given_groups(["a", "b"], [["a", "x"], ["a"]], "g.json")
+    assert list(error.value.evidence) == ["unknown: x", "twice: a", "known: a, b"]
+    with pytest.raises(DmmError, match="compares other checkpoints"):
+        groups_from_record(report(blocks(2)).to_json(), ["a", "z"], "f")
+    with pytest.raises(DmmError, match="holds no groups"):
+        groups_from_record({}, ["a"], "f")

@@ -1,0 +1,112 @@
+"""Who may import whom: app -> commands -> {report, library} -> floor; and what must not load early."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from conftest import DIGITS, ROOT, shell
+
+FLOOR = {"errors", "registry", "header", "files", "inputs", "manifest", "config"}
+LIBRARY = {
+    "similarity", "grouping", "merging", "synthesis", "distillation", "architectures", "checkpoint",
+    "runtime", "evaluation", "images", "curves",
+}  # fmt: skip
+PACKAGES = {"similarity", "merging", "synthesis", "distillation"}  # they meet in commands, or through a file
+TERMINAL = {"app", "commands", "report", "__main__"}
+HEAVY = {"torch", "timm", "numpy", "scipy", "matplotlib", "rich"}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "dmm_cli").rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(ROOT / "dmm_cli")
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names of everything a module imports, anywhere in it."""
+    package = ("dmm_cli", *path.relative_to(ROOT / "dmm_cli").parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            found |= {module} if module not in ("dmm_cli",) else {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("dmm_cli.")} - {"__version__"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_down(path):
+    part, used = part_of(path), ours(path)
+    assert part in FLOOR | LIBRARY | TERMINAL | {"__init__"}, "a new part needs its place in this table"
+    outside = {name.split(".")[0] for name in imports(path) if not name.startswith("dmm_cli")}
+    if part in FLOOR:
+        assert used <= FLOOR
+        assert not outside & (HEAVY | {"typer", "safetensors"})
+    if part in LIBRARY:
+        assert not used & TERMINAL
+        assert not outside & {"typer", "rich"}
+    if part in PACKAGES:
+        assert not used & (PACKAGES - {part})
+    if part == "report":
+        assert not used & {"app", "commands"}
+        assert "torch" not in outside
+    if part != "architectures":
+        assert "timm" not in outside
+    assert "click" not in outside, "Typer carries its own"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_neither_prints_nor_exits(path):
+    if part_of(path) in TERMINAL:
+        return
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = {ast.unparse(function) for function in calls}
+    assert not names & {"print", "sys.exit", "exit", "input"}
+
+
+SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["merge", "--help"], 0),
+        (["--version"], 0),
+        (["merge", "--no-such-flag"], 2),
+        (["nothing"], 2),
+        (["similarity", "missing.safetensors", SITES[0]], 2),
+        (["merge", str(ROOT / "pyproject.toml"), SITES[0], "-o", "out.safetensors"], 2),
+        (["merge", *SITES, "--method", "liner", "-o", "out.safetensors"], 2),
+        (["similarity", *SITES, "--dry-run"], 0),
+        (["merge", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
+        (["synthesize", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
+        (["distill", *SITES, "--data", SITES[0], "-o", "out.safetensors", "--dry-run"], 0),
+        (["run", *SITES, "-o", "out", "--dry-run"], 0),
+    ],
+)
+def test_nothing_heavy_is_imported(arguments, code, tmp_path):
+    program = f"""
+import json, sys
+from dmm_cli.app import app
+try:
+    app({arguments!r})
+except SystemExit as end:
+    loaded = sorted({HEAVY!r} & set(sys.modules))
+    print(json.dumps([end.code, loaded]), file=sys.stderr)
+"""
+    result = shell(code=program, cwd=tmp_path)
+    assert json.loads(result.stderr.splitlines()[-1]) == [code, []]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from dmm_cli.errors import DmmError
+from dmm_cli.runtime import describe_device, generator, parallel, resolve_device, seeded
+
+CPU = torch.device("cpu")
+
+
+def test_devices():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, words in (("cuda:99", "no such device: cuda:99"), ("meta", "cpu or cuda"), ("gpu", "unknown device")):
+        with pytest.raises(DmmError, match=words):
+            resolve_device(name)
+    assert describe_device(CPU).startswith("cpu (")
+
+
+def test_streams_depend_on_seed_and_salt_alone():
+    def draw(*salt):
+        return torch.rand(4, generator=generator(*salt)).tolist()
+
+    assert draw(0, "a", 1) == draw(0, "a", 1)
+    assert len({tuple(draw(*salt)) for salt in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2))}) == 4
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    with seeded(0, "x"):
+        first = torch.rand(3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with seeded(0, "x"):
+        assert torch.equal(torch.rand(3), first)
+
+
+def test_parallel_jobs_run_on_one_thread_each_and_leave_the_rest_alone():
+    seen = []
+    threads = torch.get_num_threads()
+    parallel([lambda: seen.append((torch.get_num_threads(), threading.get_ident()))] * 4, CPU)
+    assert [count for count, _ in seen] == [1] * 4
+    assert threading.get_ident() not in {thread for _, thread in seen}
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ValueError, match="inside"):
+        parallel([lambda: (_ for _ in ()).throw(ValueError("inside"))], CPU)
