@@ -1,0 +1,271 @@
+"""The interface rules: streams, exit codes, formats, defaults, outputs that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import DIGITS, ROOT, dmm, shell, small_net
+from safetensors.numpy import load_file, save_file
+
+from dmm_cli import __version__
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
+
+
+def test_version_and_help():
+    assert dmm("--version").stdout == f"dmm {__version__}\n"
+    assert dmm("--help").exit_code == 0 and "Usage" in dmm().stdout + dmm().stderr
+
+
+@pytest.mark.parametrize(
+    ("style", "start"), [("json", "{"), ("tsv", "\tsite-a"), ("md", "**cosine"), ("table", "cosine")]
+)
+def test_formats(style, start):
+    result = dmm("similarity", *SITES[:2], "--format", style)
+    assert result.exit_code == 0 and result.stdout.startswith(start)
+    if style == "json":
+        assert json.loads(result.stdout)["schema"] == "dmm.similarity/1"
+    if style == "tsv":
+        assert result.stdout.splitlines()[1].split("\t")[1] == "1.0000"
+    assert "\x1b" not in result.stdout
+
+
+def test_quiet_prints_one_number_a_line():
+    values = [float(line) for line in dmm("similarity", *SITES[:3], "-q").stdout.split()]
+    assert len(values) == 3 and all(0.9 < value < 1 for value in values)
+
+
+def test_a_gate_exits_1_and_prints_both_numbers():
+    passed = dmm("similarity", SITES[1], "--against", SITES[0], "--fail-under", 0.9)
+    assert passed.exit_code == 0
+    failed = dmm("similarity", SITES[3], "--against", SITES[0], "--fail-under", 0.9)
+    assert failed.exit_code == 1
+    assert "cosine below 0.9" in failed.stderr and "site-d: -0.00" in failed.stderr
+
+
+def test_per_layer_shows_the_ten_least_similar():
+    text = dmm("similarity", *SITES, "--per-layer").stdout
+    rows = text[text.index("least similar layers") :].split("\n\n")[0].splitlines()[2:]
+    values = [float(row.split()[-1]) for row in rows]
+    assert len(rows) == 10 and values == sorted(values)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_figures_are_deterministic(tmp_path, suffix):
+    paths = [tmp_path / f"{number}.{suffix}" for number in range(2)]
+    for path in paths:
+        assert dmm("similarity", *SITES, "--figure", path).exit_code == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    if suffix == "svg":
+        assert "</svg>" in paths[0].read_text()
+    refused = dmm("similarity", *SITES, "--figure", tmp_path / "x.pdf")
+    assert refused.exit_code == 2 and "name a .png or .svg file" in refused.stderr
+
+
+def test_merge_writes_one_file_or_a_directory(tmp_path):
+    one = dmm("merge", *SITES[:2], "-o", tmp_path / "one.safetensors", "-q")
+    assert one.exit_code == 0 and one.stdout == f"{tmp_path}/one.safetensors\n"
+    many = dmm("merge", *SITES, "--group", "auto", "-o", tmp_path / "many", "--json")
+    record = json.loads(many.stdout)
+    assert record["outputs"] == [f"{tmp_path}/many/group-{number}.safetensors" for number in range(3)]
+    assert record == json.loads((tmp_path / "many" / "merge.json").read_text())
+    alone = load_file(tmp_path / "many" / "group-1.safetensors")
+    assert all((alone[name] == value).all() for name, value in load_file(SITES[3]).items())
+    refused = dmm("merge", *SITES, "--group", "auto", "-o", tmp_path / "x.safetensors")
+    assert refused.exit_code == 2 and "3 groups do not fit in one file" in refused.stderr
+
+
+def test_merge_takes_groups_from_a_file_and_parameters(tmp_path):
+    (tmp_path / "g.json").write_text('{"groups": [["site-a", "site-d"], ["site-b"]]}')
+    result = dmm("merge", SITES[0], SITES[1], SITES[3], "--group", tmp_path / "g.json", "-o", tmp_path / "out", "-q")
+    assert result.exit_code == 0 and len(result.stdout.split()) == 2
+    base = DIGITS / "base.safetensors"
+    options = ["--method", "task_arithmetic", "--base", base, "--param", "scale=1"]
+    assert dmm("merge", SITES[0], *options, "-o", tmp_path / "t.safetensors").exit_code == 0
+    got, site = load_file(tmp_path / "t.safetensors"), load_file(SITES[0])
+    assert np.allclose(got["conv1.weight"], site["conv1.weight"], atol=1e-6)
+
+
+def test_the_same_file_twice_is_warned_about(tmp_path):
+    result = dmm("merge", SITES[0], SITES[0], "-o", tmp_path / "m.safetensors")
+    assert result.exit_code == 0 and "has the same bytes as" in result.stderr
+    got = load_file(tmp_path / "m.safetensors")
+    assert all(got[name].tobytes() == value.tobytes() for name, value in load_file(SITES[0]).items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["similarity", SITES[0]], "2 checkpoints or more, got 1"),
+        (["similarity", *SITES[:2], "--format", "jsn"], "did you mean json?"),
+        (["similarity", *SITES[:2], "--measure", "cosin"], "did you mean cosine?"),
+        (["merge", *SITES[:2]], "name a file or a directory with -o"),
+        (["merge", "-o", "x.safetensors"], "no checkpoints given"),
+        (["merge", *SITES[:2], "-o", "x.safetensors", "--group", "2"], "a cosine between -1 and 1"),
+        (["merge", *SITES[:2], "-o", "x.safetensors", "--weights", "1,a"], "takes numbers separated by commas"),
+        (["merge", *SITES[:2], "-o", "x.safetensors", "--param", "scale"], "takes name=value"),
+        (["merge", *SITES[:2], "-o", "no/such/dir/x.safetensors"], "no such directory"),
+        (["synthesize", SITES[0]], "name a file with -o"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--engine", "pixel"], "did you mean pixels?"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--loss", "bn=1"], "unknown inversion loss: bn"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--device", "cuda:9"], "no such device: cuda:9"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--class-prior", "1,2"], "2 counts for 10 classes"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--input-size", "3,32"], "channels,height,width"),
+        (["distill", *SITES[:2], "--data", SITES[0], "-o", "x.safetensors"], "not a pseudo-data file"),
+        (["distill", *SITES[:2], "--data", SITES[0]], "name a file with -o"),
+        (["evaluate", SITES[0], "--data", SITES[0]], "no array named images"),
+        (["evaluate", SITES[0], "--data", DIGITS / "test.safetensors", "--std", "0"], "above zero"),
+        (["run", *SITES], "name a directory with -o"),
+        (["run", *SITES, "-o", "out", "--data", "nothing"], "no such file: nothing"),
+        (["inspect", "nothing.safetensors"], "no such file: nothing.safetensors"),
+    ],
+)
+def test_mistakes_exit_2_with_one_message_and_write_nothing(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = dmm(*arguments)
+    assert result.exit_code == 2 and words in result.stderr
+    assert result.stderr.count("error:") == 1 and result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+BROKEN = {
+    "empty": lambda path: path.write_bytes(b""),
+    "lfs": lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+    "pickle": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "fifo": os.mkfifo,
+    "truncated": lambda path: path.write_bytes(SITES[0].read_bytes()[:-100]),
+    "other keys": lambda path: save_file({"w": np.ones((2, 2), np.float32)}, path),
+    "nan": lambda path: save_file({**load_file(SITES[0]), "fc.weight": np.full((10, 64), np.nan, np.float32)}, path),
+    "other shapes": lambda path: save_file({**load_file(SITES[0]), "fc.bias": np.ones(3, np.float32)}, path),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_checkpoints_are_named_by_merge(tmp_path, kind):
+    path = tmp_path / "bad.safetensors"
+    BROKEN[kind](path)
+    result = dmm("merge", SITES[0], path, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2, result.output
+    assert str(path) in result.stderr
+    if kind in ("nan", "other shapes"):
+        assert "fc." in result.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_teachers_that_cannot_teach(tmp_path, write):
+    out = tmp_path / "out.safetensors"
+    unknown = dmm("synthesize", write("odd", **small_net(0)), "-o", out)
+    assert unknown.exit_code == 2 and "cannot tell the architecture" in unknown.stderr
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    from dmm_cli.architectures import build
+
+    torch.manual_seed(0)
+    vit = "vit_tiny_patch16_224,num_classes=3,img_size=32,patch_size=16,depth=1"
+    save_torch(build(vit).state_dict(), tmp_path / "vit.safetensors", {"dmm.arch": vit})
+    result = dmm("synthesize", tmp_path / "vit.safetensors", "-o", out)
+    assert result.exit_code == 2 and "0 BatchNorm layers" in result.stderr
+    assert not out.exists()
+
+
+def test_outputs_in_the_way(tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    refused = dmm("merge", *SITES[:2], "-o", out)
+    assert refused.exit_code == 2 and "--force" in refused.stderr and out.read_text() == "mine"
+    assert dmm("merge", *SITES[:2], "-o", out, "--force").exit_code == 0
+    before = SITES[0].read_bytes()
+    clash = dmm("merge", *SITES[:2], "-o", SITES[0], "--force")
+    assert clash.exit_code == 2 and "one of the inputs" in clash.stderr and SITES[0].read_bytes() == before
+
+
+def test_defaults_come_from_file_then_environment_then_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["merge", *SITES[:2], "--force", "--json", "-o", "x.safetensors"]
+    (tmp_path / "dmm.toml").write_text('[merge]\nmethod = "slerp"\n')
+    assert json.loads(dmm(*command).stdout)["method"] == "slerp"
+    monkeypatch.setenv("DMM_MERGE_METHOD", "linear")
+    assert json.loads(dmm(*command).stdout)["method"] == "linear"
+    assert json.loads(dmm(*command, "--method", "slerp").stdout)["method"] == "slerp"
+    (tmp_path / "dmm.toml").write_text('[merge]\nmetod = "slerp"\n')
+    result = dmm(*command)
+    assert result.exit_code == 2 and "did you mean method?" in result.stderr
+
+
+def test_inspect_tells_what_is_there():
+    result = dmm("inspect", SITES[3], "--json")
+    record = json.loads(result.stdout)
+    assert record["architecture"]["evidence"] == "dmm.arch in the file's metadata"
+    assert record["parameters"] == 167018 and record["norm_layers"] == 13
+    assert record["dtypes"] == {"F32": 67, "I64": 13} and record["classes"] == list("0123456789")
+    assert dmm("inspect", SITES[3], "-q").stdout.startswith("resnet18,num_classes=10")
+    assert "BatchNorm layers" in dmm("inspect", SITES[3]).stdout
+
+
+def test_evaluate_scores_models_and_their_ensemble():
+    command = ["evaluate", *SITES[:2], "--data", DIGITS / "test.safetensors", "--ensemble"]
+    record = json.loads(dmm(*command, "--json").stdout)
+    assert [row["label"] for row in record["rows"]] == ["site-a", "site-b", "ensemble"]
+    values = [float(line) for line in dmm(*command, "-q").stdout.split()]
+    assert values == pytest.approx([row["accuracy"] for row in record["rows"]], abs=1e-4)
+    failed = dmm(*command, "--fail-under", 60)
+    assert failed.exit_code == 1 and "accuracy below 60" in failed.stderr
+
+
+def test_names_from_outside_cannot_speak_to_the_terminal(tmp_path):
+    path = tmp_path / "a\x1b[31m.safetensors"
+    save_file({"w\x1b[2J": np.ones(2, np.float32)}, path)
+    result = dmm("merge", SITES[0], path, "-o", tmp_path / "o.safetensors")
+    assert result.exit_code == 2 and "\x1b" not in result.stderr
+
+
+def test_a_crash_is_neither_1_nor_a_traceback(monkeypatch):
+    import dmm_cli.similarity.engine as engine
+
+    monkeypatch.setattr(engine, "compute_similarity", lambda *_, **__: 1 / 0)
+    result = dmm("similarity", *SITES[:2])
+    assert result.exit_code == 70 and "internal: ZeroDivisionError" in result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.setenv("DMM_DEBUG", "1")
+    assert "Traceback" in dmm("similarity", *SITES[:2]).stderr
+
+
+def test_a_closed_pipe_is_silent():
+    command = f"{sys.executable} -m dmm_cli similarity {SITES[0]} {SITES[1]} --json | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 141 and result.stderr == ""
+
+
+def big(path, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    save_file({f"w{i}": draw.standard_normal((1000, 1000), dtype=np.float32) for i in range(60)}, path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_merge_leaves_no_partial_file(tmp_path, number, code):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, path in enumerate(paths):
+        big(path, i)
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "dmm_cli", "merge", *map(str, paths), "-o", str(out)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".dmm-*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == code
+    assert not out.exists()
+    left = list(tmp_path.glob(".dmm-*"))
+    assert number == signal.SIGKILL or left == []
+    assert shell("merge", *paths, "-o", out).returncode == 0 and out.exists()
