@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ def load_config(path: Path | None, options: Mapping[str, Collection[str]]) -> di
         if not DEFAULT.is_file():
             return {}
         path = DEFAULT
+    import tomllib  # only where there is a file: help must start fast
+
     try:
         tables = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

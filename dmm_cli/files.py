@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DmmError: the file system refused the write; the message names the output.
     """
-    temporary = path.parent / f".dmm-{secrets.token_hex(8)}.tmp"
+    temporary = path.parent / f".dmm-{os.urandom(8).hex()}.tmp"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -64,6 +63,8 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, or of the sorted list of shard names and hashes."""
+        import hashlib  # loads OpenSSL, which help does not need
+
         hashes = []
         for header in self.headers:
             with open(header.path, "rb") as file:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..inputs import Source
-from ..manifest import SourceRecord
+
+if TYPE_CHECKING:
+    from ..manifest import SourceRecord
 
 CARRIED = ("dmm.arch", "dmm.input", "dmm.classes")  # kept when all parents agree
 
 
 def records(sources: Sequence[Source], weights: Sequence[float] = ()) -> tuple[SourceRecord, ...]:
     """One record per source; without weights each has weight 1."""
+
+    from ..manifest import SourceRecord
+
     shares = weights or (1.0,) * len(sources)
     return tuple(SourceRecord(s.label, str(s.path), s.sha256, w) for s, w in zip(sources, shares, strict=True))
 

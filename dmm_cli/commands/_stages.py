@@ -6,7 +6,6 @@ every file it wrote. A stage is up to date when its key is the same and its file
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,8 @@ class Stages:
 
     def run(self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[Path], work: Callable[[], None]) -> None:
         """Do the work unless these inputs already gave these outputs (files, or directories of files)."""
+        import hashlib
+
         key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
         entry = self._done.get(stage, {})
         fresh = entry.get("key") == key and entry.get("outputs") == self._hashes(outputs)
@@ -50,6 +51,8 @@ class Stages:
 
 def file_hash(path: Path) -> str | None:
     """SHA-256 of a file, None when it is not there."""
+    import hashlib
+
     if not path.is_file():
         return None
     with open(path, "rb") as file:

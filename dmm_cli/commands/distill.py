@@ -14,7 +14,6 @@ import typer
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
-from ..manifest import DistillManifest, SourceRecord, dump
 from . import _options as options
 from ._provenance import ancestors, inherited, lineage, records, stamp
 from ._run import epilog, guarded
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..distillation.refine import Lessons, Settings
+    from ..manifest import DistillManifest
     from ..synthesis.pseudodata import PseudoData
 
 EPILOG = epilog(
@@ -41,7 +41,7 @@ def distill(
     ],
     data: Annotated[Path, options.option("--data", help="Pseudo-data from dmm synthesize.")],
     output: options.Output = None,
-    steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
+    steps: Annotated[int, options.option("--steps", help="Optimiser steps; 0 only resets BatchNorm.", min=0)] = STEPS,
     batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = BATCH,
     learning_rate: Annotated[float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")] = RATE,
     temperature: Annotated[float, options.option("--temperature", help="Softens both sides' logits.")] = TEMPERATURE,
@@ -105,9 +105,11 @@ def distill_sources(
     on_progress=None,
 ) -> DistillManifest:
     """Load the student and its lessons, refine, and write the checkpoint."""
+
     from .. import architectures
     from ..checkpoint import save_like
     from ..distillation.refine import refine
+    from ..manifest import DistillManifest, SourceRecord
     from ..runtime import describe_device, resolve_device
     from ..synthesis.pseudodata import load_pseudo_data
 
@@ -193,6 +195,7 @@ def _require_classes(data: PseudoData, student: Source, num_classes: int) -> Non
 
 
 def _report(manifest: DistillManifest, quiet: bool, json: bool) -> None:
+    from ..manifest import dump
     from ..report.console import emit
     from ..report.tables import render, retention_table
 

@@ -9,11 +9,12 @@ import typer
 
 from ..errors import DmmError
 from ..inputs import Source, resolve_source
-from ..manifest import ArchitectureGuess, Inspection, dump
 from . import _options as options
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
+    from ..manifest import ArchitectureGuess, Inspection
+
     pass
 
 EPILOG = epilog("dmm inspect model.safetensors", "dmm inspect sites/a/ --json")
@@ -30,6 +31,9 @@ def inspect(
     quiet: options.Quiet = False,
 ) -> None:
     """Show a checkpoint's architecture, tensors, BatchNorm layers, classes and provenance."""
+
+    from ..manifest import dump
+
     style = options.chosen_format(format, json)
     source = resolve_source(checkpoint)
 
@@ -47,6 +51,9 @@ def inspect(
 
 def inspect_source(source: Source, arch: str | None = None) -> Inspection:
     """Everything headers and metadata tell, and the architecture they point to."""
+
+    from ..manifest import Inspection
+
     kinds: dict[str, list[int]] = {}
     dtypes: dict[str, int] = {}
     for info in source.tensors.values():
@@ -71,6 +78,7 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
     from ..architectures import identify
+    from ..manifest import ArchitectureGuess
 
     try:
         found = identify(source, arch)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import DmmError
 from ..files import check_output, write_text
 from ..inputs import Source, paths_in_record, read_record, read_text, resolve_source, resolve_sources
-from ..manifest import Grouping, MergeManifest, SourceRecord, dump
 from ..merging import METHODS
 from ..merging.recipe import Recipe, check
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded
+
+if TYPE_CHECKING:
+    from ..manifest import Grouping, MergeManifest
 
 EPILOG = epilog(
     "dmm merge a.safetensors b.safetensors --weights 3,1 -o merged.safetensors",
@@ -90,6 +92,8 @@ def merge_groups(
     on_progress=None,
 ) -> MergeManifest:
     """Write one file for one group, or ``group-K.safetensors`` and ``merge.json`` in a directory."""
+
+    from ..manifest import MergeManifest, SourceRecord, dump
     from ..merging import engine
     from ..merging.method import effective_parameters
 
@@ -211,6 +215,7 @@ def _warnings(sources: Sequence[Source]) -> tuple[str, ...]:
 
 
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
+    from ..manifest import dump
     from ..report.console import emit
     from ..report.tables import Table, group_table, render
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import DmmError
 from ..files import write_text
 from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
-from ..manifest import DistillManifest, Evaluation, MergeManifest, SimilarityReport, SynthesisManifest, dump
 from ..merging import METHODS
 from ..merging.recipe import Recipe
 from . import _options as options
@@ -210,6 +209,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
 
 def _similarity(plan: Plan, files: Layout) -> None:
     from ..grouping import group_checkpoints
+    from ..manifest import dump
     from ..report.console import Progress
     from ..report.figures import heat_map
     from ..similarity.engine import compute_similarity
@@ -234,6 +234,7 @@ def _merge(plan: Plan, files: Layout) -> None:
 
 
 def _synthesize(plan: Plan, files: Layout) -> None:
+    from ..manifest import dump
     from ..report.console import Progress
     from ..report.figures import image_grid
 
@@ -246,6 +247,7 @@ def _synthesize(plan: Plan, files: Layout) -> None:
 
 
 def _distill(plan: Plan, files: Layout, student: Source) -> None:
+    from ..manifest import dump
     from ..report.console import Progress
 
     manifest = distillation.distill_sources(
@@ -257,8 +259,10 @@ def _distill(plan: Plan, files: Layout, student: Source) -> None:
 
 def _evaluate(plan: Plan, files: Layout) -> None:
     """Every checkpoint, their ensemble, both linear merges, and the result."""
+
     from dataclasses import replace
 
+    from ..manifest import MergeManifest, dump
     from ..merging import engine
     from .merge import metadata_of
 
@@ -282,6 +286,7 @@ def _evaluate(plan: Plan, files: Layout) -> None:
 
 
 def _write_report(plan: Plan, files: Layout) -> None:
+    from ..manifest import DistillManifest, Evaluation, MergeManifest, SimilarityReport, SynthesisManifest
     from ..report.html import write_report
     from ..synthesis.pseudodata import load_pseudo_data
 
@@ -318,6 +323,7 @@ def _check_directory(output: Path, force: bool) -> None:
 
 
 def _report(files: Layout, data: Path | None, quiet: bool, json: bool) -> None:
+    from ..manifest import DistillManifest, Evaluation, dump
     from ..report.console import emit
     from ..report.tables import accuracy_table, render
 

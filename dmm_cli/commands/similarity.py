@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import CheckFailed, DmmError
 from ..inputs import resolve_source, resolve_sources
-from ..manifest import SimilarityReport, dump
 from ..similarity import MEASURES
 from . import _options as options
 from ._run import epilog, guarded
+
+if TYPE_CHECKING:
+    from ..manifest import SimilarityReport
 
 EPILOG = epilog(
     "dmm similarity site-*.safetensors --per-layer",
@@ -49,6 +51,9 @@ def similarity(
     Cosine and sign agreement are taken over weights of two or more dimensions without the classifier;
     "bn" is the distance of the BatchNorm statistics, 0 for equal ones.
     """
+
+    from ..manifest import dump
+
     style = options.chosen_format(format, json)
     measures = [MEASURES.check(name) for name in measure or MEASURES.names()]
     if figure and figure.suffix not in (".png", ".svg"):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_sources
-from ..manifest import SynthesisManifest, TeacherReport, dump
 from ..synthesis import ENGINES, LOSSES
 from . import _options as options
 from ._provenance import records, stamp
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..images import InputSpec
+    from ..manifest import SynthesisManifest, TeacherReport
     from ..synthesis.pseudodata import PseudoData
     from ..synthesis.settings import Settings
     from ..synthesis.teacher import Teacher
@@ -123,6 +123,8 @@ def synthesize_sources(
     on_progress=None,
 ) -> tuple[SynthesisManifest, PseudoData]:
     """Load the teachers, synthesise, and write the pseudo-data file."""
+
+    from ..manifest import SynthesisManifest
     from ..runtime import describe_device, resolve_device
     from ..synthesis.inversion import synthesize as invert
     from ..synthesis.objective import Objective
@@ -182,6 +184,8 @@ def load_teachers(
 
 
 def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:
+    from ..manifest import TeacherReport
+
     record = data.teachers[number]
     mine = data.confidence[data.teacher_id == number]
     return TeacherReport(
@@ -197,6 +201,7 @@ def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> T
 
 
 def _report(manifest: SynthesisManifest, quiet: bool, json: bool) -> None:
+    from ..manifest import dump
     from ..report.console import emit
     from ..report.tables import render, teacher_table
 

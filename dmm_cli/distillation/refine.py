@@ -83,7 +83,7 @@ def refine(
     with one_thread(device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
         before = _agreement(student, lessons)
         _reset(student, layers, lessons, settings.seed, "before")
-        history = _train(student, lessons, settings, on_progress)
+        history = _train(student, lessons, settings, on_progress) if settings.steps else History((), {})
         _reset(student, layers, lessons, settings.seed, "after")
         after = _agreement(student, lessons)
     return history, _retention(lessons, before, after)
