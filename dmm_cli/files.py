@@ -15,7 +15,7 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
     """Refuse an output that cannot or must not be written.
 
     Raises:
-        DmmError: the path is one of the inputs, is a directory, exists without ``force``, or lies in
+        DmmError: the path is one of the inputs, is a directory or a device, exists without ``force``, or lies in
             a directory that does not exist.
     """
     for source in inputs:
@@ -23,6 +23,8 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
             raise DmmError(f"the output is one of the inputs: {path}", hint="name another file with -o")
     if path.is_dir():
         raise DmmError(f"the output is a directory: {path}", hint="name a file in it with -o")
+    if path.exists() and not path.is_file():
+        raise DmmError(f"the output is not a regular file: {path}", hint="leave -o out to write to standard output")
     if path.exists() and not force:
         raise DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
     if not path.parent.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -84,16 +85,27 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def parallel(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
-    """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU."""
+def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], device: torch.device) -> None:
+    """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU.
+
+    Args:
+        jobs: each is given a function that tells whether to stop early, to be asked once a step: when
+            the user interrupts, or another job fails, nobody waits for the rest.
+    """
     if device.type != "cpu":
         for job in jobs:
-            job()
+            job(lambda: False)
         return
+    stop = threading.Event()
 
-    def alone(job: Callable[[], None]) -> None:
+    def alone(job: Callable[[Callable[[], bool]], None]) -> None:
         with one_thread(device):  # of this worker; other threads keep theirs
-            job()
+            job(stop.is_set)
 
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        list(pool.map(alone, jobs))
+        try:
+            for future in [pool.submit(alone, job) for job in jobs]:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise

@@ -50,6 +50,7 @@ def test_outputs_that_are_refused(tmp_path):
         "exists": (lambda: check_output(source), "the output exists"),
         "input": (lambda: check_output(alias, inputs=[source], force=True), "one of the inputs"),
         "directory": (lambda: check_output(tmp_path, force=True), "is a directory"),
+        "device": (lambda: check_output(Path("/dev/null"), force=True), "not a regular file"),
         "parent": (lambda: check_output(tmp_path / "no" / "out"), "no such directory"),
     }
     for call, words in refusals.values():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -38,9 +39,19 @@ def test_streams_depend_on_seed_and_salt_alone():
 def test_parallel_jobs_run_on_one_thread_each_and_leave_the_rest_alone():
     seen = []
     threads = torch.get_num_threads()
-    parallel([lambda: seen.append((torch.get_num_threads(), threading.get_ident()))] * 4, CPU)
+    parallel([lambda stop: seen.append((torch.get_num_threads(), threading.get_ident()))] * 4, CPU)
     assert [count for count, _ in seen] == [1] * 4
     assert threading.get_ident() not in {thread for _, thread in seen}
     assert torch.get_num_threads() == threads
+
+
+def test_a_failing_job_stops_the_others():
+    def fail(stop):
+        raise ValueError("inside")
+
+    def wait(stop):
+        while not stop():
+            time.sleep(0.01)
+
     with pytest.raises(ValueError, match="inside"):
-        parallel([lambda: (_ for _ in ()).throw(ValueError("inside"))], CPU)
+        parallel([fail, wait], CPU)

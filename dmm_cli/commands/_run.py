@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -39,8 +40,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:
-            # the reader is gone: give Python's exit something to flush into
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_stdout()
             raise typer.Exit(BROKEN_PIPE) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -48,6 +48,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except DmmError as error:
             _show(error)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            _drop_stdout()
+            _show(DmmError(f"{error.strerror or error}: {error.filename or 'standard output'}"))
+            raise typer.Exit(DmmError.exit_code) from None
         except Exception as error:
             if _is_typers_own(error):
                 raise
@@ -58,6 +62,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signal.SIGTERM, previous)
 
     return run
+
+
+def _drop_stdout() -> None:
+    """Give Python's exit something to flush into, where stdout cannot take it: its reader is gone, or the disk full."""
+    with contextlib.suppress(OSError):  # a test's stdout has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_typers_own(error: Exception) -> bool:

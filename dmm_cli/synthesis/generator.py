@@ -14,6 +14,7 @@ Legend: T teachers, K classes, B images per teacher, Z latent size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -48,7 +49,7 @@ class GeneratorEngine:
         """Fit the statistics alone; returns each teacher's logits (B, K) on images drawn then."""
         steps = max(1, round(self._settings.steps * EXPLORE))
         objective = Objective({**self._settings.weights, "cross_entropy": 0.0})
-        self._each(lambda member: member.train(objective, steps, None, None, on_progress))
+        self._each(lambda member, stop: member.train(objective, steps, stop, on_progress=on_progress))
         images = self._settings.count // MEMBERS + 1
         parts = [member.explored(images) for member in self._members]
         return [torch.cat(logits) for logits in zip(*parts, strict=True)]
@@ -57,7 +58,7 @@ class GeneratorEngine:
         """Train for what is left of ``settings.steps`` on targets drawn from the class priors (K,)."""
         objective = Objective(self._settings.weights)
         left = self._settings.steps - self._members[0].done
-        self._each(lambda member: member.train(objective, left, priors, recorder, on_progress))
+        self._each(lambda member, stop: member.train(objective, left, stop, priors, recorder, on_progress))
 
     def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Fresh images of one teacher, normalised (B, C, H, W), with targets (B,), in up to ``ROUNDS`` rounds.
@@ -72,8 +73,8 @@ class GeneratorEngine:
             order = torch.randperm(share * MEMBERS, generator=stream)
             yield torch.cat(images)[order.to(self._device)], torch.cat(targets)[order]
 
-    def _each(self, work: Callable[[_Member], None]) -> None:
-        parallel([lambda member=member: work(member) for member in self._members], self._device)
+    def _each(self, work: Callable[[_Member, Callable[[], bool]], None]) -> None:
+        parallel([partial(work, member) for member in self._members], self._device)
 
 
 class _Member:
@@ -101,14 +102,17 @@ class _Member:
         self,
         objective: Objective,
         steps: int,
-        priors: list[torch.Tensor] | None,
-        recorder: Recorder | None,
-        on_progress: Progress | None,
+        stop: Callable[[], bool],
+        priors: list[torch.Tensor] | None = None,
+        recorder: Recorder | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
         """Train for some steps; without priors every class is equally likely. The first member reports."""
         self._network.train()
         uniform = [torch.full((teacher.num_classes,), 1 / teacher.num_classes) for teacher in self._teachers]
         for _ in range(steps):
+            if stop():
+                return
             targets = [draw_targets(p, self._settings.batch, self._stream) for p in priors or uniform]
             terms = self._step(objective, targets)
             self.done += 1

@@ -246,6 +246,27 @@ def test_a_closed_pipe_is_silent():
     assert result.returncode == 141 and result.stderr == ""
 
 
+def test_a_full_disk_behind_stdout_is_an_error():
+    command = [sys.executable, "-m", "dmm_cli", "similarity", str(SITES[0]), str(SITES[1])]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+    assert result.returncode == 2
+    assert result.stderr == "error: No space left on device: standard output\n"
+
+
+def test_an_interrupted_synthesis_ends_at_once_and_writes_nothing(tmp_path):
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "dmm_cli", "synthesize", str(SITES[3]), "-o", str(out), "--steps", "100000"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("synthesize")
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=20)
+    assert process.returncode == 130 and rest.endswith("interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def big(path, seed: int) -> None:
     draw = np.random.default_rng(seed)
     save_file({f"w{i}": draw.standard_normal((1000, 1000), dtype=np.float32) for i in range(60)}, path)
