@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,7 +106,8 @@ def run(
     """Group, merge, synthesize and distill: N checkpoints to one, in one directory.
 
     Stages whose inputs and parameters have not changed are skipped. The result is model.safetensors;
-    report.html shows how it came about. With --data the accuracy of every step is printed.
+    report.html shows how it came about. With --data the accuracy of every step is printed. Where no
+    checkpoint diverges, distill has nothing to teach and only resets BatchNorm.
     """
     if output is None:
         raise DmmError("nowhere to write", hint="name a directory with -o out/")
@@ -184,6 +185,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         [files.pseudo, files.synthesis, files.images],
         lambda: _synthesize(plan, files),
     )
+    plan = _lesson_plan(plan, files)
     student = resolve_source(str(files.group("group-0")))
     lessons = {"student": student.sha256, "data": file_hash(files.pseudo), "sources": hashes, "names": names}
     stages.run(
@@ -246,6 +248,14 @@ def _synthesize(plan: Plan, files: Layout) -> None:
     image_grid(data, files.images, force=True)
 
 
+def _lesson_plan(plan: Plan, files: Layout) -> Plan:
+    """Without a divergent checkpoint there is nothing to teach: only BatchNorm is reset."""
+    from ..manifest import MergeManifest
+
+    one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
+    return replace(plan, distillation=replace(plan.distillation, steps=0)) if one_start else plan
+
+
 def _distill(plan: Plan, files: Layout, student: Source) -> None:
     from ..manifest import dump
     from ..report.console import Progress
@@ -259,9 +269,6 @@ def _distill(plan: Plan, files: Layout, student: Source) -> None:
 
 def _evaluate(plan: Plan, files: Layout) -> None:
     """Every checkpoint, their ensemble, both linear merges, and the result."""
-
-    from dataclasses import replace
-
     from ..manifest import MergeManifest, dump
     from ..merging import engine
     from .merge import metadata_of

@@ -95,7 +95,7 @@ def _train(student: nn.Module, lessons: Lessons, settings: Settings, on_progress
     labels = soft_labels(lessons.logits, lessons.teacher_id, lessons.priors, settings.temperature)
     student.train().requires_grad_(True)
     rate = settings.learning_rate
-    optimiser = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.0, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=settings.steps + 1, pct_start=WARM_UP, cycle_momentum=False
     )

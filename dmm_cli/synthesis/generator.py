@@ -13,6 +13,7 @@ Legend: T teachers, K classes, B images per teacher, Z latent size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -44,12 +45,13 @@ class GeneratorEngine:
     def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, device: torch.device) -> None:
         self._settings, self._device = settings, device
         self._members = [_Member(number, teachers, spec, settings, device) for number in range(MEMBERS)]
+        self._lock = threading.Lock()
 
     def explore(self, on_progress: Progress | None = None) -> list[torch.Tensor]:
         """Fit the statistics alone; returns each teacher's logits (B, K) on images drawn then."""
         steps = max(1, round(self._settings.steps * EXPLORE))
         objective = Objective({**self._settings.weights, "cross_entropy": 0.0})
-        self._each(lambda member, stop: member.train(objective, steps, stop, on_progress=on_progress))
+        self._train(objective, steps, on_progress=on_progress)
         images = self._settings.count // MEMBERS + 1
         parts = [member.explored(images) for member in self._members]
         return [torch.cat(logits) for logits in zip(*parts, strict=True)]
@@ -58,7 +60,7 @@ class GeneratorEngine:
         """Train for what is left of ``settings.steps`` on targets drawn from the class priors (K,)."""
         objective = Objective(self._settings.weights)
         left = self._settings.steps - self._members[0].done
-        self._each(lambda member, stop: member.train(objective, left, stop, priors, recorder, on_progress))
+        self._train(objective, left, priors, recorder, on_progress)
 
     def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Fresh images of one teacher, normalised (B, C, H, W), with targets (B,), in up to ``ROUNDS`` rounds.
@@ -73,7 +75,29 @@ class GeneratorEngine:
             order = torch.randperm(share * MEMBERS, generator=stream)
             yield torch.cat(images)[order.to(self._device)], torch.cat(targets)[order]
 
-    def _each(self, work: Callable[[_Member, Callable[[], bool]], None]) -> None:
+    def _train(
+        self,
+        objective: Objective,
+        steps: int,
+        priors: list[torch.Tensor] | None = None,
+        recorder: Recorder | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Train every member for some steps; the curves are the first one's."""
+        shown: dict[str, float] = {}
+
+        def work(member: _Member, stop: Callable[[], bool]) -> None:
+            for terms in member.train(objective, steps, priors):
+                if recorder is not None and member is self._members[0] and recorder.wants(member.done - 1):
+                    mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+                    shown.update(recorder.add(member.done - 1, mean))
+                if on_progress:
+                    with self._lock:
+                        done = sum(other.done for other in self._members)
+                        on_progress("synthesize", done, MEMBERS * self._settings.steps, **shown)
+                if stop():
+                    return
+
         parallel([partial(work, member) for member in self._members], self._device)
 
 
@@ -92,32 +116,23 @@ class _Member:
         self._network = network.to(device, memory_format=torch.channels_last)
         widths = torch.tensor([0, *(teacher.num_classes for teacher in teachers)])
         self._offsets = widths.cumsum(0)[:-1].tolist()
-        self._optimiser = torch.optim.Adam(network.parameters(), LEARNING_RATE, BETAS, fused=device.type == "cuda")
+        self._optimiser = torch.optim.Adam(network.parameters(), LEARNING_RATE, BETAS, fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimiser, LEARNING_RATE, total_steps=settings.steps + 1, pct_start=WARM_UP, cycle_momentum=False
         )
         self.done = 0
 
     def train(
-        self,
-        objective: Objective,
-        steps: int,
-        stop: Callable[[], bool],
-        priors: list[torch.Tensor] | None = None,
-        recorder: Recorder | None = None,
-        on_progress: Progress | None = None,
-    ) -> None:
-        """Train for some steps; without priors every class is equally likely. The first member reports."""
+        self, objective: Objective, steps: int, priors: list[torch.Tensor] | None = None
+    ) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Train for some steps, giving every teacher's loss terms; without priors all classes are equally likely."""
         self._network.train()
         uniform = [torch.full((teacher.num_classes,), 1 / teacher.num_classes) for teacher in self._teachers]
         for _ in range(steps):
-            if stop():
-                return
             targets = [draw_targets(p, self._settings.batch, self._stream) for p in priors or uniform]
             terms = self._step(objective, targets)
             self.done += 1
-            if self._number == 0:
-                self._tell(terms, recorder, on_progress)
+            yield terms
 
     def _step(self, objective: Objective, targets: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         outcomes = [
@@ -129,17 +144,6 @@ class _Member:
         self._optimiser.step()
         self._schedule.step()
         return [terms for _, terms in outcomes]
-
-    def _tell(
-        self, terms: list[dict[str, torch.Tensor]], recorder: Recorder | None, on_progress: Progress | None
-    ) -> None:
-        total = self._settings.steps
-        shown = {}
-        if recorder is not None and recorder.wants(self.done - 1):
-            mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-            shown = recorder.add(self.done - 1, mean)
-        if on_progress and (shown or recorder is None):
-            on_progress("synthesize", self.done, total, **shown)
 
     @torch.no_grad()
     def explored(self, count: int) -> list[torch.Tensor]:

@@ -73,7 +73,7 @@ class PixelEngine:
         """Images (B, C, H, W) for targets (B,), from noise, and the last step's loss terms."""
         start = torch.randn(len(targets), *self._spec.size, generator=stream)
         pixels, targets = start.to(self._device).requires_grad_(True), targets.to(self._device)
-        optimiser = torch.optim.Adam([pixels], LEARNING_RATE, BETAS, fused=pixels.is_cuda)
+        optimiser = torch.optim.Adam([pixels], LEARNING_RATE, BETAS, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self._settings.steps)
         terms: dict[str, torch.Tensor] = {}
         for step in range(self._settings.steps):

@@ -15,6 +15,7 @@ from ..errors import DmmError
 from ..runtime import mixed_precision
 from .losses import Observation
 from .statistics import StatisticsRecorder
+from .thinconv import fold_stems
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Teacher:
 
 def freeze(model: nn.Module, device: torch.device) -> nn.Module:
     """Eval mode, no gradients for weights (a third of the cost of a step), channels last."""
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return fold_stems(model) if device.type == "cpu" else model
 
 
 def require_statistics(label: str, layers: list[nn.Module]) -> None:

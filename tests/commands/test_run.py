@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import DIGITS, dmm
+from safetensors.torch import load_file
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
 SHORT = ["--synthesize-steps", 24, "--distill-steps", 30, "--count", 96]
@@ -88,6 +89,14 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
     assert dmm(*command, "-o", "model.safetensors").exit_code == 0
     for name in ("merged/group-0.safetensors", "merged/group-2.safetensors", "pseudo.safetensors", "model.safetensors"):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
+    out = tmp_path / "out"
+    assert dmm("run", *SITES[:3], "-o", out, *SHORT).exit_code == 0
+    tensors, merged = load_file(out / "model.safetensors"), load_file(out / "merged" / "group-0.safetensors")
+    changed = {name for name, tensor in tensors.items() if not tensor.equal(merged[name])}
+    assert changed == {name for name in tensors if name.endswith(("running_mean", "running_var"))}
 
 
 def test_directories_that_are_not_ours(tmp_path):

@@ -17,9 +17,11 @@ def batchnorm(seen: Observation) -> torch.Tensor:
     Returns:
         A scalar, 0 when every channel matches.
     """
-    terms = []
-    for layer in seen.layers:
-        running = layer.running_variance + layer.eps
-        ratio = (layer.variance + layer.eps) / running
-        terms.append((layer.shift.square() / running + ratio - 1.0 - torch.log(ratio)).mean())
-    return torch.stack(terms).mean()
+    # all layers in one row of channels: a dozen operations instead of a dozen per layer
+    running = torch.cat([layer.running_variance + layer.eps for layer in seen.layers])  # (sum of C,)
+    variance = torch.cat([layer.variance + layer.eps for layer in seen.layers])
+    shift = torch.cat([layer.shift for layer in seen.layers])
+    ratio = variance / running
+    divergence = shift.square() / running + ratio - 1.0 - torch.log(ratio)
+    widths = [len(layer.shift) for layer in seen.layers]
+    return torch.stack([part.mean() for part in divergence.split(widths)]).mean()
