@@ -88,11 +88,11 @@ class GeneratorEngine:
 
         def work(member: _Member, stop: Callable[[], bool]) -> None:
             for terms in member.train(objective, steps, priors):
-                if recorder is not None and member is self._members[0] and recorder.wants(member.done - 1):
-                    mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-                    shown.update(recorder.add(member.done - 1, mean))
-                if on_progress:
-                    with self._lock:
+                with self._lock:
+                    if recorder is not None and member is self._members[0] and recorder.wants(member.done - 1):
+                        mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+                        shown.update(recorder.add(member.done - 1, mean))
+                    if on_progress:
                         done = sum(other.done for other in self._members)
                         on_progress("synthesize", done, MEMBERS * self._settings.steps, **shown)
                 if stop():
