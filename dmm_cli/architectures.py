@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
@@ -47,13 +47,13 @@ def _timm() -> ModuleType:
     # torchvision's compiled operators do not fit this torch build; timm uses none of them, but
     # torchvision registers fake kernels for two schemas at import and fails when they are absent
     global _schemas
-    _schemas = torch.library.Library("torchvision", "DEF")
+    _schemas = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("timm")
 
 
-_schemas: torch.library.Library | None = None  # a library's schemas live as long as the object
+_schemas: library.Library | None = None  # a library's schemas live as long as the object
 
 
 def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
