@@ -89,9 +89,8 @@ class GeneratorEngine:
         def work(member: _Member, stop: Callable[[], bool]) -> None:
             for terms in member.train(objective, steps, priors):
                 with self._lock:
-                    if recorder is not None and member is self._members[0] and recorder.wants(member.done - 1):
-                        mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-                        shown.update(recorder.add(member.done - 1, mean))
+                    if recorder is not None and member is self._members[0]:
+                        shown.update(_record(recorder, member.done - 1, terms))
                     if on_progress:
                         done = sum(other.done for other in self._members)
                         on_progress("synthesize", done, MEMBERS * self._settings.steps, **shown)
@@ -99,6 +98,13 @@ class GeneratorEngine:
                     return
 
         parallel([partial(work, member) for member in self._members], self._device)
+
+
+def _record(recorder: Recorder, step: int, terms: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Add the mean of the teachers' loss terms to the curves, where a point is due; returns that point."""
+    if not recorder.wants(step):
+        return {}
+    return recorder.add(step, {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]})
 
 
 class _Member:

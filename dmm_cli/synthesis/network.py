@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .thinconv import Paint
+from .thinconv import NarrowConv2d
 
 LATENT = 32
 WIDTH, NARROWEST = 32, 16  # channels at the lowest resolution, and the least at the highest
@@ -40,7 +40,7 @@ class Generator(nn.Module):
             nn.Conv2d(a, b, 3, padding=1) for a, b in zip([WIDTH, *widths], widths, strict=False)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.paint = Paint(widths[-1], channels)
+        self.paint = NarrowConv2d(widths[-1], channels)
 
     def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         features = self.project(torch.cat([latent, self.embedding(condition)], 1))

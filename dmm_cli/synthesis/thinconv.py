@@ -1,9 +1,9 @@
 """Convolutions between an image of few channels and a map of many, at the speed of a matrix product.
 
 On the CPU oneDNN's kernels work on blocks of 8 or 16 channels, and leave most of each block idle where
-one side has one to four. There a product with the kernel matrix, folded into place, is faster: forward and backward
-of a ResNet's 7 x 7 stem take 1.5 instead of 5.4 ms on 64 grey images of 16 x 16, 106 instead of 141 ms
-on 8 colour images of 224 x 224 (one core, Zen 4).
+one side has one to four. There a product with the kernel matrix, folded into place, is faster: forward
+and backward of a ResNet's 7 x 7 stem take 1.5 instead of 5.4 ms on 64 grey images of 16 x 16, 106 instead
+of 141 ms on 8 colour images of 224 x 224 (one core, Zen 4).
 
 Legend: B images, C few channels, F many channels, K kernel positions, H height, W width, P output positions.
 """
@@ -56,7 +56,7 @@ def fold_stems(model: nn.Module) -> nn.Module:
     return model
 
 
-class Paint(nn.Module):
+class NarrowConv2d(nn.Module):
     """A 3 x 3 convolution from features (B, F, H, W) to an image (B, C, H, W) of few channels."""
 
     def __init__(self, features: int, channels: int) -> None:
