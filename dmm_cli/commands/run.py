@@ -67,7 +67,7 @@ class Plan:
     flags: options.InputFlags
     device: str
     synthesis: SynthesisSettings
-    distillation: DistillSettings
+    distill_steps: int | None
     data: Path | None
     quiet: bool
 
@@ -90,8 +90,14 @@ def run(
         int, options.option("--synthesize-steps", help="Optimiser steps of the synthesis.", min=1)
     ] = synthesis.STEPS,
     distill_steps: Annotated[
-        int, options.option("--distill-steps", help="Optimiser steps of the distillation.", min=1)
-    ] = distillation.STEPS,
+        int | None,
+        options.option(
+            "--distill-steps",
+            help=f"Optimiser steps of the distillation; if not given {distillation.STEPS}, or 0, which only resets "
+            "BatchNorm, where --group auto finds one group: nothing diverges.",
+            min=0,
+        ),
+    ] = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -106,8 +112,7 @@ def run(
     """Group, merge, synthesize and distill: N checkpoints to one, in one directory.
 
     Stages whose inputs and parameters have not changed are skipped. The result is model.safetensors;
-    report.html shows how it came about. With --data the accuracy of every step is printed. Where no
-    checkpoint diverges, distill has nothing to teach and only resets BatchNorm.
+    report.html shows how it came about. With --data the accuracy of every step is printed.
     """
     if output is None:
         raise DmmError("nowhere to write", hint="name a directory with -o out/")
@@ -128,7 +133,6 @@ def run(
              f"{len(sources)} teachers, distill -> {output}")  # fmt: skip
         return
 
-    from ..distillation.refine import Settings as DistillSettings
     from ..synthesis.settings import Settings as SynthesisSettings
 
     plan = Plan(
@@ -140,7 +144,7 @@ def run(
         flags=flags,
         device=device,
         synthesis=SynthesisSettings(count, synthesize_steps, seed=seed),
-        distillation=DistillSettings(distill_steps, seed=seed),
+        distill_steps=distill_steps,
         data=data,
         quiet=quiet,
     )
@@ -185,14 +189,14 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         [files.pseudo, files.synthesis, files.images],
         lambda: _synthesize(plan, files),
     )
-    plan = _lesson_plan(plan, files)
+    settings = _distillation(plan, files)
     student = resolve_source(str(files.group("group-0")))
     lessons = {"student": student.sha256, "data": file_hash(files.pseudo), "sources": hashes, "names": names}
     stages.run(
         "distill",
-        {**lessons, "settings": asdict(plan.distillation), **where},
+        {**lessons, "settings": asdict(settings), **where},
         [files.model, files.distillation],
-        lambda: _distill(plan, files, student),
+        lambda: _distill(plan, files, student, settings),
     )
     if plan.data is not None:
         stages.run(
@@ -248,20 +252,24 @@ def _synthesize(plan: Plan, files: Layout) -> None:
     image_grid(data, files.images, force=True)
 
 
-def _lesson_plan(plan: Plan, files: Layout) -> Plan:
-    """Without a divergent checkpoint there is nothing to teach: only BatchNorm is reset."""
+def _distillation(plan: Plan, files: Layout) -> DistillSettings:
+    """As asked; unless asked, without a divergent checkpoint there is nothing to teach."""
+    from ..distillation.refine import Settings
     from ..manifest import MergeManifest
 
-    one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
-    return replace(plan, distillation=replace(plan.distillation, steps=0)) if one_start else plan
+    steps = plan.distill_steps
+    if steps is None:
+        one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
+        steps = 0 if one_start else distillation.STEPS
+    return Settings(steps, seed=plan.synthesis.seed)
 
 
-def _distill(plan: Plan, files: Layout, student: Source) -> None:
+def _distill(plan: Plan, files: Layout, student: Source, settings: DistillSettings) -> None:
     from ..manifest import dump
     from ..report.console import Progress
 
     manifest = distillation.distill_sources(
-        student, plan.sources, resolve_source(str(files.pseudo)), files.model, plan.distillation,
+        student, plan.sources, resolve_source(str(files.pseudo)), files.model, settings,
         arch=plan.arch, device=plan.device, force=True, on_progress=Progress(plan.quiet),
     )  # fmt: skip
     write_text(files.distillation, dump(manifest) + "\n", force=True)

@@ -57,7 +57,9 @@ def write_report(
         _picture(figures.draw_curves(synthesis.history, "synthesis"), "losses of the synthesis"),
         "<h2>Distillation</h2>",
         _table(tables.retention_table(distillation)),
-        _picture(figures.draw_curves(distillation.history, "distillation"), "losses of the distillation"),
+        _picture(figures.draw_curves(distillation.history, "distillation"), "losses of the distillation")
+        if distillation.history.step
+        else "<p>No step of distillation: only the BatchNorm statistics were reset on the pseudo-data.</p>",
         "<h2>Inputs</h2>",
         _table(tables.source_table(merged.sources)),
         f"<p>dmm {__version__}; synthesis {synthesis.seconds:.0f} s on {_text(synthesis.device)}, "
