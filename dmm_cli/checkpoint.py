@@ -5,18 +5,21 @@ Reads go through ``pread``: a memory map dies with SIGBUS when the file shrinks 
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from .errors import DmmError, printable
 from .files import atomic_write, check_output
-from .header import ITEM_SIZE, encode_header
+from .header import FLOATS, ITEM_SIZE, Layout, TensorInfo, encode_header, file_order
 from .inputs import Source
 
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+Chunks = Callable[[str], Iterable[np.ndarray | bytes]]
+OnRead = Callable[[Path, int, memoryview], None]
 
 NUMPY = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "F16": np.float16,
@@ -34,6 +37,7 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._descriptors: dict[Path, int] = {}
+        self._on_read: OnRead | None = None
 
     def __enter__(self) -> Checkpoint:
         for path in self.source.files:
@@ -47,34 +51,61 @@ class Checkpoint:
         if kind is None:
             self.source.check_unchanged()
 
+    def telling(self, on_read: OnRead) -> Checkpoint:
+        """This checkpoint, with every read told: the file, the position in it, and the bytes."""
+        view = copy.copy(self)
+        view._on_read = on_read
+        return view
+
+    def is_ordered(self, names: Sequence[str]) -> bool:
+        """Whether this is one file that holds these tensors and no others, in this order."""
+        tensors = self.source.tensors
+        return len(self.source.headers) == 1 and list(names) == sorted(tensors, key=lambda name: tensors[name].start)
+
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Bytes of elements [start, stop) of a tensor, uint8.
 
         Raises:
             DmmError: the file is shorter than its header says.
         """
-        info, header = self.source.tensors[name], self.source.header_of(name)
-        size = ITEM_SIZE[info.dtype]
+        info = self.source.tensors[name]
         stop = info.numel if stop is None else stop
-        buffer = np.empty((stop - start) * size, dtype=np.uint8)
-        view, offset = memoryview(buffer), header.data_start + info.start + start * size
-        while view:
-            count = os.preadv(self._descriptors[header.path], [view], offset)
-            if count == 0:
-                raise DmmError(f"{header.path} was truncated while tensor {printable(name)} was read")
-            view, offset = view[count:], offset + count
+        buffer = np.empty((stop - start) * ITEM_SIZE[info.dtype], dtype=np.uint8)
+        self._fill(info, start, buffer)
         return buffer
 
     def floats(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Elements [start, stop) of a floating tensor, flat; float64 for F64, else float32."""
         info = self.source.tensors[name]
-        values = self.raw(name, start, stop)
-        if info.dtype == "BF16":
-            return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        if info.dtype not in ("F16", "F32", "F64"):
+        stop = info.numel if stop is None else stop
+        values = np.empty(stop - start, np.float64 if info.dtype == "F64" else np.float32)
+        self.read_floats(name, start, values)
+        return values
+
+    def read_floats(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill ``out``, float32 or float64 (n,), with the elements from ``start`` on of a floating tensor."""
+        info = self.source.tensors[name]
+        if NUMPY.get(info.dtype) == out.dtype:
+            self._fill(info, start, out.view(np.uint8))
+        elif info.dtype == "BF16":
+            bits = self.raw(name, start, start + len(out)).view(np.uint16)
+            out[:] = np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+        elif info.dtype in FLOATS:
+            out[:] = self.raw(name, start, start + len(out)).view(NUMPY[info.dtype])
+        else:
             raise DmmError(f"{info.dtype} tensor {printable(name)} of {self.source.path} is not a float tensor")
-        native = values.view(NUMPY[info.dtype])
-        return native.astype(np.float32) if info.dtype == "F16" else native
+
+    def _fill(self, info: TensorInfo, start: int, buffer: np.ndarray) -> None:
+        header = self.source.header_of(info.name)
+        first = header.data_start + info.start + start * ITEM_SIZE[info.dtype]
+        view, offset = memoryview(buffer), first
+        while view:
+            count = os.preadv(self._descriptors[header.path], [view], offset)
+            if count == 0:
+                raise DmmError(f"{header.path} was truncated while tensor {printable(info.name)} was read")
+            view, offset = view[count:], offset + count
+        if self._on_read:
+            self._on_read(header.path, first, memoryview(buffer))
 
     def array(self, name: str) -> np.ndarray:
         """A whole tensor in its own dtype and shape; BF16, which numpy lacks, as float32."""
@@ -86,7 +117,7 @@ class Checkpoint:
         return self.raw(name).view(NUMPY[info.dtype]).reshape(info.shape)
 
 
-def encode_floats(values: np.ndarray, dtype: str) -> np.ndarray:
+def encode_floats(values: np.ndarray, dtype: str, what: str = "there are values") -> np.ndarray:
     """Float values as the bytes of F16, BF16, F32 or F64, rounded to nearest, ties to even; uint8.
 
     Raises:
@@ -99,36 +130,56 @@ def encode_floats(values: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         encoded = np.ascontiguousarray(values, dtype=NUMPY[dtype])
     if dtype == "F16" and not np.isfinite(encoded).all():
-        raise DmmError("values beyond the range of float16", hint="store the inputs as bfloat16 or float32")
+        raise DmmError(f"{what} beyond the range of float16", hint="store them as bfloat16 or float32")
     return encoded.reshape(-1).view(np.uint8)
+
+
+def write_checkpoint(file: BinaryIO, layout: Layout, chunks: Chunks, metadata: Mapping[str, str]) -> None:
+    """Stream a checkpoint to an open file; equal content gives equal bytes.
+
+    Args:
+        layout: tensor name to (dtype tag, shape).
+        chunks: gives the bytes of one tensor, in pieces; called once per tensor, in ``file_order``.
+    """
+    file.write(encode_header(layout, metadata))
+    for name in file_order(layout):
+        for chunk in chunks(name):
+            file.write(memoryview(chunk))
+
+
+def replace_metadata(file: BinaryIO, layout: Layout, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """Write other metadata of the same length over those of a file that ``write_checkpoint`` wrote.
+
+    Raises:
+        ValueError: they do not have the same length.
+    """
+    header = encode_header(layout, new)
+    if len(header) != len(encode_header(layout, old)):
+        raise ValueError("the new metadata do not fit in the place of the old")
+    file.seek(0)
+    file.write(header)
 
 
 def save_checkpoint(
     path: Path,
     layout: Layout,
-    chunks: Callable[[str], Iterable[np.ndarray | bytes]],
+    chunks: Chunks,
     metadata: Mapping[str, str],
     *,
     inputs: Iterable[Path] = (),
     force: bool = False,
 ) -> None:
-    """Stream a checkpoint to disk; it appears whole or not at all, and equal content gives equal bytes.
+    """Write a checkpoint, see ``write_checkpoint``; it appears whole or not at all.
 
     Args:
-        layout: tensor name to (dtype tag, shape).
-        chunks: gives the bytes of one tensor, in pieces; called once per tensor, in file order.
         inputs: files the output must not replace.
 
     Raises:
         DmmError: the output is refused or cannot be written.
     """
     check_output(path, inputs=inputs, force=force)
-    header, order = encode_header(layout, metadata)
     with atomic_write(path) as file:
-        file.write(header)
-        for name in order:
-            for chunk in chunks(name):
-                file.write(memoryview(chunk))
+        write_checkpoint(file, layout, chunks, metadata)
 
 
 def save_arrays(
@@ -169,10 +220,15 @@ def save_like(
     save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
 
 
-def require_finite(source: Source, name: str, values: np.ndarray) -> None:
-    """Raise DmmError when a block of a tensor holds NaN or infinity."""
-    # one reduction instead of a mask: the sum of finite float32 in float64 cannot overflow
-    if not np.isfinite(np.sum(values, dtype=np.float64)):
+def require_finite(source: Source, name: str, values: np.ndarray) -> float:
+    """The sum of squares of a block (n,) of a tensor.
+
+    Raises:
+        DmmError: the block holds NaN or infinity.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(values, values))  # one read of the block; NaN and infinity go through the sum
+    if not np.isfinite(squares):
         bad = int(np.count_nonzero(~np.isfinite(values)))
         if bad:
             raise DmmError(
@@ -180,3 +236,4 @@ def require_finite(source: Source, name: str, values: np.ndarray) -> None:
                 evidence=[f"{bad} of the {values.size} values read so far"],
                 hint="this checkpoint diverged or was damaged; leave it out",
             )
+    return squares

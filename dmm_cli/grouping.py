@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from .errors import DmmError, printable
 from .manifest import Group, Grouping, PairReason, SimilarityReport
@@ -99,6 +97,9 @@ def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
 def _tree(cosine: np.ndarray) -> np.ndarray:
     if len(cosine) < 2:
         return np.empty((0, 4))
+    from scipy.cluster.hierarchy import linkage  # a quarter of a second, for those who group by similarity
+    from scipy.spatial.distance import squareform
+
     distance = np.clip(1.0 - cosine, 0.0, 2.0)
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0.0)
@@ -108,6 +109,8 @@ def _tree(cosine: np.ndarray) -> np.ndarray:
 def _cut(tree: np.ndarray, threshold: float) -> np.ndarray:
     if not len(tree):
         return np.zeros(1, dtype=int)
+    from scipy.cluster.hierarchy import fcluster
+
     return fcluster(tree, 1.0 - threshold + 1e-12, criterion="distance")
 
 

@@ -27,6 +27,8 @@ ITEM_SIZE = {
 }  # fmt: skip
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name to dtype and shape
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -99,25 +101,23 @@ def read_header(path: Path) -> Header:
     return Header(path, tensors, metadata, 8 + length, _fingerprint(status))
 
 
-def encode_header(
-    layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[str]]:
-    """Canonical header bytes for a layout name -> (dtype, shape), and the order tensors must be written in.
+def file_order(layout: Layout) -> list[str]:
+    """The order tensors are written in: wider items first, then by name, so that every tensor is aligned."""
+    return sorted(layout, key=lambda name: (-ITEM_SIZE[layout[name][0]], name))
 
-    Wider items come first, then names in order, so that every tensor is aligned; metadata keys are
-    sorted and the JSON is padded with spaces to a multiple of eight bytes.
-    """
-    order = sorted(layout, key=lambda name: (-ITEM_SIZE[layout[name][0]], name))
+
+def encode_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+    """Canonical header bytes; metadata keys are sorted and the JSON is padded with spaces to eight bytes."""
     record: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    for name in order:
+    for name in file_order(layout):
         dtype, shape = layout[name]
         end = offset + prod(shape) * ITEM_SIZE[dtype]
         record[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, order
+    return struct.pack("<Q", len(text)) + text
 
 
 def _open_regular(path: Path) -> tuple[int, os.stat_result]:

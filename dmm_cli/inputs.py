@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,19 +60,39 @@ class Source:
         for header in self.headers:
             header.check_unchanged()
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """SHA-256 of the file, or of the sorted list of shard names and hashes."""
-        import hashlib  # loads OpenSSL, which help does not need
+        """SHA-256 of the file, or of the sorted list of shard names and hashes; computed once."""
+        if "_sha256" not in self.__dict__:  # not cached_property: its lock lets one source hash at a time
+            self.know_sha256(combined_digest({path: file_digest(path) for path in self.files}))
+        return self.__dict__["_sha256"]
 
-        hashes = []
-        for header in self.headers:
-            with open(header.path, "rb") as file:
-                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-        if len(hashes) == 1:
-            return hashes[0]
-        lines = sorted(f"{h.path.name} {digest}" for h, digest in zip(self.headers, hashes, strict=True))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    @property
+    def is_hashed(self) -> bool:
+        """Whether ``sha256`` costs nothing any more."""
+        return "_sha256" in self.__dict__
+
+    def know_sha256(self, digest: str) -> None:
+        """Take the hash of the file from whoever has just read it."""
+        self.__dict__["_sha256"] = digest
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    import hashlib  # loads OpenSSL, which help does not need
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combined_digest(digests: Mapping[Path, str]) -> str:
+    """The hash of a checkpoint: that of its file, or of the sorted list of shard names and hashes."""
+    import hashlib
+
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = sorted(f"{path.name} {digest}" for path, digest in digests.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def resolve_source(argument: str) -> Source:
@@ -116,8 +136,12 @@ def resolve_sources(arguments: Sequence[str], *, stdin: TextIO | None = None, mi
     return _with_unique_labels(sources)
 
 
-def require_same_tensors(sources: Sequence[Source]) -> None:
-    """Raise DmmError unless all checkpoints hold the same names with the same shapes; lists all offenders."""
+def require_same_tensors(sources: Sequence[Source], *, any_shape: Collection[str] = ()) -> None:
+    """Raise DmmError unless all checkpoints hold the same names with the same shapes; lists all offenders.
+
+    Args:
+        any_shape: names whose shapes may differ.
+    """
     first, *others = sources
     problems = []
     for other in others:
@@ -129,7 +153,7 @@ def require_same_tensors(sources: Sequence[Source]) -> None:
         problems += [f"{other.path} also holds {printable(name)}" for name in sorted(extra)]
         for name in sorted(first.tensors.keys() & other.tensors.keys()):
             here, there = first.tensors[name].shape, other.tensors[name].shape
-            if here != there:
+            if here != there and name not in any_shape:
                 problems.append(f"{other.path}: {printable(name)} is {list(there)}, not {list(here)}")
     if problems:
         raise DmmError(

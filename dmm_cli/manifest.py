@@ -171,6 +171,7 @@ class MergeManifest(Record):
         outputs: one path per group, in group order.
         batchnorm: layers whose variance came from the analytic rule ("paired") or from plain
             interpolation of standard deviations ("unpaired").
+        norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
     """
 
     SCHEMA: ClassVar[str] = "dmm.merge/1"
@@ -183,6 +184,7 @@ class MergeManifest(Record):
     base: SourceRecord | None = None
     batchnorm: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    norms: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

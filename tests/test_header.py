@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load
 
 from dmm_cli.errors import DmmError
-from dmm_cli.header import ITEM_SIZE, encode_header, read_header
+from dmm_cli.header import ITEM_SIZE, encode_header, file_order, read_header
 
 
 def raw(path: Path, header: dict | str, data: bytes = b"") -> Path:
@@ -47,11 +47,11 @@ def test_reads_what_the_reference_writer_wrote(write):
 
 def test_the_reference_reader_reads_what_we_encode(tmp_path):
     layout = {"b.weight": ("F16", (3,)), "a.count": ("I64", ()), "c": ("F32", (2, 1))}
-    head, order = encode_header(layout, {"z": "1", "a": 'quote " and ü'})
+    head = encode_header(layout, {"z": "1", "a": 'quote " and ü'})
     values = {"a.count": np.array(5, np.int64), "c": np.array([[1.0], [2.0]], np.float32)}
     values["b.weight"] = np.array([1, 2, 3], np.float16)
     path = tmp_path / "x.safetensors"
-    path.write_bytes(head + b"".join(values[name].tobytes() for name in order))
+    path.write_bytes(head + b"".join(values[name].tobytes() for name in file_order(layout)))
     got = load(path.read_bytes())
     assert all((got[name] == values[name]).all() and got[name].dtype == values[name].dtype for name in values)
     with safe_open(path, "numpy") as file:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import DIGITS, ROOT, shell
 
-FLOOR = {"errors", "registry", "header", "files", "inputs", "manifest", "config"}
+FLOOR = {"errors", "registry", "header", "files", "inputs", "manifest", "config", "names", "shards", "digest"}
 LIBRARY = {
     "similarity", "grouping", "merging", "synthesis", "distillation", "architectures", "checkpoint",
-    "runtime", "evaluation", "images", "curves",
+    "runtime", "evaluation", "images", "curves", "ranks", "streaming",
 }  # fmt: skip
 PACKAGES = {"similarity", "merging", "synthesis", "distillation"}  # they meet in commands, or through a file
 TERMINAL = {"app", "commands", "report", "__main__"}

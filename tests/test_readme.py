@@ -11,6 +11,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dmm_cli.app import COMMANDS, app
+from dmm_cli.merging import METHODS
+from dmm_cli.merging.method import effective_parameters
 
 README = (ROOT / "README.md").read_text()
 HELP = re.findall(r"```console\n\$ dmm (\w* ?)--help\n(.*?)```", README, re.S)
@@ -51,6 +53,20 @@ def test_the_two_setup_lines_are_whole():
 def test_the_picture_is_there():
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file()
+
+
+def test_the_table_of_merge_methods_is_the_programs():
+    rows = {
+        name: (dict(re.findall(r"`(\w+)=([^`]+)`", parameters)), needs.strip())
+        for name, parameters, needs in re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|([^|]*)\|$", README, re.M)
+    }
+    assert list(rows) == METHODS.names()
+    for name, (parameters, needs) in rows.items():
+        defaults = effective_parameters(METHODS.load(name), {})
+        assert {key: float(value) for key, value in parameters.items()} == defaults
+        assert needs == {"base": "base", "pair": "two"}.get(
+            next(iter({"base", "pair"} & set(METHODS.traits(name))), ""), ""
+        )
 
 
 def test_every_help_shows_examples_and_exit_codes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +12,24 @@ from ..inputs import Source
 
 if TYPE_CHECKING:
     from ..manifest import SourceRecord
+    from ..merging.heads import Union
 
+PENDING = "0" * 64
 CARRIED = ("dmm.arch", "dmm.input", "dmm.classes")  # kept when all parents agree
 
 
-def records(sources: Sequence[Source], weights: Sequence[float] = ()) -> tuple[SourceRecord, ...]:
-    """One record per source; without weights each has weight 1."""
+def records(
+    sources: Sequence[Source], weights: Sequence[float] = (), *, hashed: bool = True
+) -> tuple[SourceRecord, ...]:
+    """One record per source; without weights each has weight 1. Not hashed, zeros stand where hashes will."""
 
     from ..manifest import SourceRecord
 
     shares = weights or (1.0,) * len(sources)
-    return tuple(SourceRecord(s.label, str(s.path), s.sha256, w) for s, w in zip(sources, shares, strict=True))
+    return tuple(
+        SourceRecord(source.label, str(source.path), source.sha256 if hashed else PENDING, share)
+        for source, share in zip(sources, shares, strict=True)
+    )
 
 
 def stamp(command: str, parameters: Mapping[str, Any], **facts: str) -> dict[str, str]:
@@ -41,18 +49,40 @@ def lineage(parents: Sequence[SourceRecord]) -> str:
     return json.dumps(entries, sort_keys=True)
 
 
-def inherited(parents: Sequence[Source]) -> dict[str, str]:
-    """What a child takes from its parents: what they agree on, and the sum of their class counts."""
+def inherited(parents: Sequence[Source], union: Union | None = None) -> dict[str, str]:
+    """What a child takes from its parents: what they agree on, and the sum of their class counts.
+
+    Args:
+        union: how their classes go together where the lists differ.
+    """
     metadata = {}
     for key in CARRIED:
-        values = {parent.metadata.get(key) for parent in parents}
+        values = {_of_union(key, parent.metadata.get(key), union) for parent in parents}
         if len(values) == 1 and None not in values:
             metadata[key] = values.pop()
     counts = [parent.metadata.get("dmm.class_counts") for parent in parents]
     if all(counts):
-        columns = zip(*map(json.loads, counts), strict=False)
-        metadata["dmm.class_counts"] = json.dumps([sum(column) for column in columns])
+        metadata["dmm.class_counts"] = json.dumps(_summed([json.loads(text) for text in counts], union))
     return metadata
+
+
+def _of_union(key: str, text: str | None, union: Union | None) -> str | None:
+    """A parent's metadata as it holds for a model of all classes."""
+    if union is None or text is None:
+        return text
+    if key == "dmm.classes":
+        return json.dumps(list(union.classes))
+    return re.sub(r"num_classes=\d+", f"num_classes={len(union.classes)}", text)
+
+
+def _summed(counts: list[list[float]], union: Union | None) -> list[float]:
+    if union is None:
+        return [sum(column) for column in zip(*counts, strict=False)]
+    total = [0] * len(union.classes)
+    for own, places in zip(counts, union.places, strict=True):
+        for count, place in zip(own, places, strict=False):
+            total[place] += count
+    return total
 
 
 def ancestors(source: Source) -> set[str]:

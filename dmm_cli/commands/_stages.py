@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import write_text
-from ..inputs import read_record, read_text
+from ..inputs import file_digest, read_record, read_text
 
 STATE = "run.json"
 
@@ -51,9 +51,4 @@ class Stages:
 
 def file_hash(path: Path) -> str | None:
     """SHA-256 of a file, None when it is not there."""
-    import hashlib
-
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path) if path.is_file() else None

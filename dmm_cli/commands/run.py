@@ -16,10 +16,11 @@ from ..merging.recipe import Recipe
 from . import _options as options
 from . import distill as distillation
 from . import synthesize as synthesis
+from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
 from ._stages import STATE, Stages, file_hash
 from .evaluate import evaluate_sources
-from .merge import grouping_of, merge_groups
+from .merge import grouping_of
 
 if TYPE_CHECKING:
     from ..distillation.refine import Settings as DistillSettings
@@ -228,15 +229,17 @@ def _similarity(plan: Plan, files: Layout) -> None:
 def _merge(plan: Plan, files: Layout) -> None:
     from ..report.console import Progress
 
-    recipe = Recipe(plan.method, base=plan.base if "base" in METHODS.traits(plan.method) else None)
-    record = None
-    if plan.group == "auto":
-        record = read_record(read_text(files.similarity), str(files.similarity))
+    base = plan.base if "base" in METHODS.traits(plan.method) else None
+    recipe = Recipe(plan.method, base=base, seed=plan.synthesis.seed, device=plan.device)
+    group, record = plan.group, None
+    if group == "auto":
+        group = str(files.similarity)
+        record = read_record(read_text(files.similarity), group)
     for stale in files.merged.glob("group-*.safetensors"):
         stale.unlink()
     progress = Progress(plan.quiet)
-    grouping = grouping_of(plan.sources, plan.base, plan.group, record, str(files.similarity), progress)
-    merge_groups(plan.sources, grouping, files.merged, recipe, force=True, on_progress=progress)
+    grouping = grouping_of(plan.sources, plan.base, group, record, progress)
+    merge_groups(plan.sources, grouping, Destination(files.merged, force=True), recipe, Team(on_progress=progress))
 
 
 def _synthesize(plan: Plan, files: Layout) -> None:
@@ -279,7 +282,6 @@ def _evaluate(plan: Plan, files: Layout) -> None:
     """Every checkpoint, their ensemble, both linear merges, and the result."""
     from ..manifest import MergeManifest, dump
     from ..merging import engine
-    from .merge import metadata_of
 
     recipe = Recipe("linear")
     engine.merge(plan.sources, files.everything, recipe, metadata_of(plan.sources, recipe), force=True)

@@ -4,21 +4,72 @@ from __future__ import annotations
 
 from ..registry import Registry
 
-# traits: "base" needs a common start; "gram" is given the inner products of whole tensors; "pair" merges two only
+# The first trait says what a method computes, see ``method``: "coefficients", "elements" or "matrices".
+# The others: "base" needs a common start, "gram" the inner products of whole tensors, "trim" the
+# magnitude that a share ``density`` of each tensor exceeds, "pair" merges two checkpoints only.
 METHODS = Registry(
     "merge method",
     {
-        "linear": ("dmm_cli.merging.linear:linear", "weighted mean of the weights (FedAvg)"),
+        "linear": ("dmm_cli.merging.linear:linear", "weighted mean of the weights (FedAvg)", "coefficients"),
         "slerp": (
             "dmm_cli.merging.slerp:slerp",
-            "spherical interpolation of two checkpoints, tensor by tensor",
-            "gram",
-            "pair",
+            "spherical interpolation of two checkpoints",
+            "coefficients", "gram", "pair",
+        ),
+        "karcher": (
+            "dmm_cli.merging.karcher:karcher",
+            "mean on the sphere of any number of checkpoints",
+            "coefficients", "gram",
         ),
         "task_arithmetic": (
             "dmm_cli.merging.task_arithmetic:task_arithmetic",
-            "base plus a scaled sum of task vectors; needs --base",
-            "base",
+            "base plus a scaled sum of task vectors",
+            "coefficients", "base",
+        ),
+        "model_stock": (
+            "dmm_cli.merging.model_stock:model_stock",
+            "between base and mean, by the angle of the task vectors",
+            "coefficients", "base", "gram",
+        ),
+        "ties": (
+            "dmm_cli.merging.ties:ties",
+            "trim, elect sign, disjoint mean",
+            "elements", "base", "trim",
+        ),
+        "dare_linear": (
+            "dmm_cli.merging.dare_linear:dare_linear",
+            "drop at random, rescale, sum",
+            "elements", "base", "random",
+        ),
+        "dare_ties": (
+            "dmm_cli.merging.dare_ties:dare_ties",
+            "drop at random, rescale, elect sign, disjoint mean",
+            "elements", "base", "random",
+        ),
+        "tsv": (
+            "dmm_cli.merging.tsv:tsv",
+            "leading singular vectors of every task, decorrelated",
+            "matrices", "base",
+        ),
+        "iso_c": (
+            "dmm_cli.merging.iso_c:iso_c",
+            "sum of task matrices with a flat spectrum",
+            "matrices", "base",
+        ),
+        "iso_cts": (
+            "dmm_cli.merging.iso_cts:iso_cts",
+            "common and task directions with a flat spectrum",
+            "matrices", "base",
+        ),
+        "wudi": (
+            "dmm_cli.merging.wudi:wudi",
+            "least interference with the rows of every task",
+            "matrices", "base",
         ),
     },
+)  # fmt: skip
+
+CALIBRATIONS = Registry(
+    "calibration",
+    {"svc": ("dmm_cli.merging.svc:svc", "shrink directions that several tasks share (SVC)")},
 )

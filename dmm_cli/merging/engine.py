@@ -1,147 +1,176 @@
-"""Streams tensors through a merge method, block by block.
+"""A merge from open files to written ones: passes, threads, shards, norms.
 
-Legend: N checkpoints, n elements of a block, C channels.
+Legend: N checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, encode_floats, require_finite, save_checkpoint
-from ..errors import DmmError, printable
-from ..header import TensorInfo
+from ..checkpoint import Checkpoint, replace_metadata, write_checkpoint
+from ..digest import Hashes
+from ..files import atomic_write, check_output
+from ..header import Layout, file_order
 from ..inputs import Source
-from . import METHODS
-from .batchnorm import merged_variance, pair_layers
-from .method import Block, effective_parameters
+from ..ranks import Ranks
+from ..shards import index_path, index_text, plan_shards
+from ..streaming import Piece, cores, in_order, one_blas_thread
 from .recipe import Recipe, check
+from .tensors import Part, Tensors
 
-BLOCK = 1 << 18  # elements of one checkpoint held at a time
+MATRIX_THREADS = 4  # each holds the matrices of all checkpoints
 
 Progress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge found out.
+
+    Attributes:
+        path: the file, or where the index of the shards belongs.
+        index: the text of that index, to be written when every process has written its shards; None for one file.
+        paired, unpaired: normalisation layers whose filters are known, or not.
+        lengths: of every matrix or kernel merged here, its norm over the weighted mean of the parents' norms.
+    """
+
+    path: Path
+    index: str | None
+    paired: int
+    unpaired: int
+    lengths: dict[str, float]
 
 
 def merge(
     sources: Sequence[Source],
     output: Path,
     recipe: Recipe,
-    metadata: dict[str, str],
+    metadata: Mapping[str, str],
     *,
+    final_metadata: Callable[[], Mapping[str, str]] | None = None,
+    hashes: Hashes | None = None,
+    max_shard: int | None = None,
+    ranks: Ranks = Ranks(),
     inputs: Sequence[Path] = (),
     force: bool = False,
     on_progress: Progress | None = None,
-) -> dict[str, int]:
-    """Merge checkpoints into one file.
+) -> Outcome:
+    """Merge checkpoints into one file, or into shards; the index is the caller's to write.
 
-    Float tensors go through the method, in float64; running means are averaged, running variances
-    follow ``merged_variance``, step counters take the maximum, and other integer or boolean tensors
-    must be equal. Every tensor keeps the dtype it has in the first checkpoint.
+    Every tensor keeps the dtype it has in the first checkpoint unless the recipe names another. The rules
+    for buffers are told in ``tensors``.
 
-    Returns:
-        How many normalisation layers were "paired" with their filters, and "unpaired".
+    Args:
+        metadata: of the output; ``final_metadata``, of the same length, replaces it when everything is merged.
+        hashes: of the sources, taken from the reads that merge them where that can be.
+        max_shard: bytes of tensors in one file.
+        ranks: this process and those beside it; each writes its part of the files.
 
     Raises:
-        DmmError: see ``check``; a value is NaN or infinite; integer tensors differ; the output is refused.
+        DmmError: see ``recipe.check``; a value is NaN or infinite, or becomes so; a running variance is
+            negative; integer tensors differ; the output is refused.
     """
     check(sources, recipe)
-    infos = sources[0].tensors
-    pairs = pair_layers(infos)
-    layout = {name: (info.dtype, info.shape) for name, info in infos.items()}
-    total, done = sum(info.nbytes for info in infos.values()), 0
     with ExitStack() as stack:
+        stack.enter_context(one_blas_thread())
         files = [stack.enter_context(Checkpoint(source)) for source in sources]
         base = stack.enter_context(Checkpoint(recipe.base)) if recipe.base else None
-        work = _Merge(files, base, recipe, pairs)
+        tensors = Tensors(files, base, recipe)
+        shards = plan_shards(tensors.layout(), output, max_shard)
+        index = index_path(output) if len(shards) > 1 else None
+        for path in [*shards, *([index] if index else [])]:
+            check_output(path, inputs=inputs, force=force)
+        mine = dict(ranks.deal(list(shards.items())))
+        work = _Work(tensors, mine, hashes, on_progress)
+        ranks.wait()  # a file that another process has just written must not look like one that was there
+        if mine:
+            tensors.prepare()
+        _write(mine, work, metadata, final_metadata)
+    found = sum(weight is not None for weight in tensors.pairs.values())
+    return Outcome(
+        index or output, index_text(shards) if index else None, found, len(tensors.pairs) - found, work.lengths()
+    )
 
-        def chunks(name: str) -> Iterator[np.ndarray]:
-            nonlocal done
-            for chunk in work.tensor(infos[name]):
-                done += chunk.nbytes
-                yield chunk
-                if on_progress:
-                    on_progress("merge", done, total)
 
-        save_checkpoint(output, layout, chunks, metadata, inputs=inputs, force=force)
-    found = sum(weight is not None for weight in pairs.values())
-    return {"paired": found, "unpaired": len(pairs) - found}
+def _write(
+    shards: Mapping[Path, Layout],
+    work: _Work,
+    metadata: Mapping[str, str],
+    final_metadata: Callable[[], Mapping[str, str]] | None,
+) -> None:
+    """Write all shards; none takes its place before all of them are complete."""
+    with work.running(), ExitStack() as stack:
+        files = {path: stack.enter_context(atomic_write(path)) for path in shards}
+        for path, file in files.items():
+            write_checkpoint(file, shards[path], work.chunks, metadata)
+            file.flush()
+        if final_metadata is None:
+            return
+        for file in files.values():
+            os.fsync(file.fileno())  # the disk works while hashes are waited for
+        final = final_metadata()
+        for path, file in files.items():
+            replace_metadata(file, shards[path], metadata, final)
 
 
-class _Merge:
+class _Work:
+    """Runs the pieces of all tensors in file order, ahead of the writer."""
+
     def __init__(
-        self, files: list[Checkpoint], base: Checkpoint | None, recipe: Recipe, pairs: dict[str, str | None]
+        self, tensors: Tensors, shards: Mapping[Path, Layout], hashes: Hashes | None, on_progress: Progress | None
     ) -> None:
-        self._files, self._base, self._pairs = files, base, pairs
-        self._method = METHODS.load(recipe.method)
-        self._parameters = effective_parameters(self._method, recipe.parameters)
-        self._needs_gram = "gram" in METHODS.traits(recipe.method) and len(files) > 1
-        self._weight = np.array(recipe.weights or [1.0] * len(files))
-        self._shares = self._weight / self._weight.sum()
+        self._tensors, self._hashes, self._on_progress = tensors, hashes, on_progress
+        self.names = [name for layout in shards.values() for name in file_order(layout)]
+        self._pieces = {name: list(tensors.pieces(name)) for name in self.names}
+        self._total = sum(len(pieces) for pieces in self._pieces.values())
+        self._shapes = {name: shape for layout in shards.values() for name, (_, shape) in layout.items()}
+        self._done = 0
+        if hashes:
+            tensors.feed(hashes, self.names)
+        self._merged: dict[str, float] = {}
+        self._parents: dict[str, np.ndarray] = {}
 
-    def tensor(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        """The merged bytes of one tensor, in pieces."""
-        kind = info.name.rpartition(".")[2]
-        if not info.is_float:
-            yield self._integers(info)
-        elif kind == "running_mean":
-            first, rest = np.split(self._rows(info, 0, info.numel), [1])
-            yield encode_floats(first[0] + self._shares[1:] @ (rest - first), info.dtype)
-        elif kind == "running_var":
-            yield encode_floats(self._variance(info), info.dtype)
-        else:
-            yield from self._weights(info)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Work on the pieces, in threads that end with the block."""
+        jobs = [piece for name in self.names for piece in self._pieces[name]]
+        threads = min(cores(), MATRIX_THREADS) if self._tensors.on_matrices else cores()
+        with in_order(self._merge, jobs, threads) as self._parts:
+            yield
 
-    def _rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
-        rows = np.empty((len(self._files), stop - start))  # (N, n)
-        for row, file in zip(rows, self._files, strict=True):
-            row[:] = file.floats(info.name, start, stop)
-            require_finite(file.source, info.name, row)
-        return rows
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The merged bytes of one tensor; to be called in file order, while ``running``."""
+        for _ in self._pieces[name]:
+            part = next(self._parts)
+            self._measure(name, part)
+            yield part.data
+            self._done += 1
+            if self._on_progress:
+                self._on_progress("merge", self._done, self._total)
 
-    def _weights(self, info: TensorInfo) -> Iterator[np.ndarray]:
-        gram = self._gram(info) if self._needs_gram else None
-        for start in range(0, info.numel, BLOCK):
-            stop = min(start + BLOCK, info.numel)
-            values = self._rows(info, start, stop)
-            if len(values) == 1 and self._base is None:
-                merged = values[0]
-            else:
-                base = self._base.floats(info.name, start, stop).astype(np.float64) if self._base else None
-                merged = self._method(Block(values, self._weight, base, gram), **self._parameters)
-            yield encode_floats(merged, info.dtype)
+    def _merge(self, piece: Piece) -> Part:
+        try:
+            return self._tensors.merge(piece)
+        except BaseException:
+            if self._hashes:
+                self._hashes.stop()  # other threads wait there for what this one will not read
+            raise
 
-    def _gram(self, info: TensorInfo) -> np.ndarray:
-        gram = np.zeros((len(self._files), len(self._files)))
-        for start in range(0, info.numel, BLOCK):
-            rows = self._rows(info, start, min(start + BLOCK, info.numel))
-            gram += rows @ rows.T
-        return gram
+    def _measure(self, name: str, part: Part) -> None:
+        if part.parents is not None and len(self._shapes[name]) > 1:
+            self._merged[name] = self._merged.get(name, 0.0) + part.merged
+            self._parents[name] = self._parents.get(name, 0.0) + part.parents
 
-    def _variance(self, info: TensorInfo) -> np.ndarray:
-        variances = self._rows(info, 0, info.numel)  # (N, C)
-        for file, row in zip(self._files, variances, strict=True):
-            if row.size and row.min() < 0:
-                raise DmmError(f"negative running variance in {printable(info.name)} of {file.source.path}")
-        weight = self._pairs.get(info.name.rpartition(".")[0])
-        if weight is None:
-            return merged_variance(None, variances, self._shares)
-        held = self._files[0].source.tensors[weight]
-        rows = self._rows(held, 0, held.numel)
-        filters = rows.reshape(len(rows), held.shape[0], -1)  # (N, C, K)
-        return merged_variance(filters, variances, self._shares)
-
-    def _integers(self, info: TensorInfo) -> np.ndarray:
-        values = [file.array(info.name) for file in self._files]
-        if info.name.rpartition(".")[2] == "num_batches_tracked":
-            return np.maximum.reduce(values).reshape(-1).view(np.uint8)
-        for file, value in zip(self._files[1:], values[1:], strict=True):
-            if not np.array_equal(value, values[0]):
-                raise DmmError(
-                    f"{info.dtype} tensor {printable(info.name)} differs between "
-                    f"{self._files[0].source.path} and {file.source.path}",
-                    hint="integer and boolean tensors have no mean; they must be equal",
-                )
-        return values[0].reshape(-1).view(np.uint8)
+    def lengths(self) -> dict[str, float]:
+        """Merged norm over the weighted mean of the parents' norms, 1 where all are zero."""
+        ratios = {}
+        for name, squared in self._merged.items():
+            parents = float(self._tensors.shares(name) @ np.sqrt(self._parents[name]))
+            ratios[name] = float(np.sqrt(squared)) / parents if parents else 1.0 if squared == 0 else float("inf")
+        return ratios

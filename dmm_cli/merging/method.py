@@ -1,12 +1,22 @@
-"""What a merge method is: a function on one block of one tensor; its keyword-only arguments are its parameters.
+"""What a merge method is. Its keyword-only arguments are its parameters; the table says which kind it is.
 
-Legend: N checkpoints, n elements of a block.
+*coefficients* maps ``Facts`` of a whole tensor to one number per checkpoint, (N,). The result is the sum of
+checkpoints times coefficients; with the trait "base", the base plus the sum of task vectors times coefficients.
+
+*elements* maps a ``Block`` of task vectors to the merged task vector, (n,). Blocks are independent.
+
+*matrices* maps whole task matrices times their weights, a float32 or float64 torch tensor (N, R, S), to the
+merged task matrix, (R, S). A convolution is the matrix out x in * height * width. Tensors of fewer than two
+dimensions are not matrices: they take the weighted mean of the task vectors.
+
+Legend: N checkpoints, n elements of a block, R x S a matrix.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +27,16 @@ from ..registry import did_you_mean
 
 
 @dataclass(frozen=True)
-class Block:
-    """One block of one tensor, of every checkpoint.
+class Facts:
+    """What coefficients are computed from.
 
     Attributes:
-        values: float64 (N, n).
         weights: float64 (N,), as given, not normalised.
-        base: float64 (n,) for methods with the trait "base", else None.
-        gram: float64 (N, N), inner products of the *whole* tensors, for methods with the trait "gram", else None.
+        gram: float64 (N, N), inner products of the whole tensors, of the task vectors where there is a base;
+            None for methods without the trait "gram".
     """
 
-    values: np.ndarray
     weights: np.ndarray
-    base: np.ndarray | None = None
     gram: np.ndarray | None = None
 
     @property
@@ -38,22 +45,54 @@ class Block:
         return self.weights / self.weights.sum()
 
 
-def effective_parameters(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Block:
+    """One block of one tensor, of every task vector.
+
+    Attributes:
+        values: float32 or float64 (N, n); a method may overwrite it.
+        weights: of the same dtype (N,), as given, not normalised.
+        thresholds: (N,), the smallest magnitude to keep, for methods with the trait "trim".
+        stream: random numbers of this block alone, for methods with the trait "random".
+    """
+
+    values: np.ndarray
+    weights: np.ndarray
+    thresholds: np.ndarray | None = None
+    stream: np.random.Generator | None = None
+
+
+def effective_parameters(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of a method, defaults filled in.
 
     Raises:
-        DmmError: a parameter the method does not have.
+        DmmError: a parameter the method does not have, or one that is not a number.
     """
     defaults = {
         name: item.default
         for name, item in inspect.signature(function).parameters.items()
         if item.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    for name in given.keys() - defaults.keys():
-        near = did_you_mean(name, defaults)
-        raise DmmError(
-            f"{function.__name__} has no parameter {printable(name)}",
-            evidence=[f"it has: {', '.join(defaults) or 'none'}"],
-            hint=f"did you mean {near}?" if near else None,
-        )
+    for name, value in given.items():
+        if name not in defaults:
+            near = did_you_mean(name, defaults)
+            raise DmmError(
+                f"{function.__name__} has no parameter {printable(name)}",
+                evidence=[f"it has: {', '.join(defaults) or 'none'}"],
+                hint=f"did you mean {near}?" if near else None,
+            )
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise DmmError(f"parameter {name} of {function.__name__} is a number, not {printable(str(value))}")
     return {**defaults, **given}
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise DmmError where a parameter is below 0."""
+    if value < 0:
+        raise DmmError(f"{name} must not be negative: {value:g}")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise DmmError unless a parameter lies between 0 and 1."""
+    if not 0.0 <= value <= 1.0:
+        raise DmmError(f"{name} must lie between 0 and 1, not {value:g}")

@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
-from ..errors import DmmError, printable
+from ..errors import DmmError, capped, printable
 from ..inputs import Source, require_same_tensors
-from . import METHODS
+from . import CALIBRATIONS, METHODS
+from .heads import POLICIES, head_union, unlike_heads
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+
+
+@dataclass(frozen=True)
+class Override:
+    """Parameters and weights for the tensors whose name matches a glob."""
+
+    pattern: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -19,31 +32,101 @@ class Recipe:
     Attributes:
         weights: one per checkpoint, or empty for equal ones.
         parameters: of the method; missing ones take its defaults.
+        overrides: for some tensors, later ones win.
+        calibrate: post-processing of merged task matrices, from ``CALIBRATIONS``.
+        calibration: its parameters.
+        head: from ``heads.POLICIES``.
+        dtype: of the output's float tensors, from ``DTYPES``; None keeps the first checkpoint's.
+        seed: of methods that draw.
+        device: for methods on matrices.
     """
 
     method: str = "linear"
     weights: tuple[float, ...] = ()
     parameters: dict[str, Any] = field(default_factory=dict)
     base: Source | None = None
+    overrides: tuple[Override, ...] = ()
+    calibrate: str | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+    head: str = "union"
+    dtype: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def parameters_of(self, name: str) -> dict[str, Any]:
+        """The parameters for one tensor."""
+        matching = [o.parameters for o in self.overrides if fnmatchcase(name, o.pattern)]
+        return {key: value for part in (self.parameters, *matching) for key, value in part.items()}
+
+    def weights_of(self, name: str, count: int) -> tuple[float, ...]:
+        """The weights for one tensor, one per checkpoint."""
+        matching = [o.weights for o in self.overrides if o.weights and fnmatchcase(name, o.pattern)]
+        return matching[-1] if matching else self.weights or (1.0,) * count
 
 
 def check(sources: Sequence[Source], recipe: Recipe) -> None:
     """Everything about a merge that headers can tell.
 
     Raises:
-        DmmError: tensors differ, weights do not fit, the method is unknown, lacks its base or is not
+        DmmError: tensors differ, weights do not fit, a name is unknown, or the method lacks its base or is not
             defined for this many checkpoints.
     """
+    _check_method(recipe, len(sources))
+    others = [recipe.base] if recipe.base else []
+    require_same_tensors([*sources, *others], any_shape=_loose_heads(sources, recipe))
+    _require_same_kinds([*sources, *others])
+    for weights in (recipe.weights, *(override.weights for override in recipe.overrides)):
+        _check_weights(weights, len(sources))
+    for override in recipe.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in sources[0].tensors):
+            raise DmmError(
+                f"no tensor matches {printable(override.pattern)}",
+                evidence=capped(map(printable, sources[0].tensors), 5),
+                hint="dmm inspect lists the tensors",
+            )
+
+
+def _check_method(recipe: Recipe, count: int) -> None:
     traits = METHODS.traits(recipe.method)
     if "base" in traits and recipe.base is None:
         raise DmmError(f"{recipe.method} needs the common start", hint="name it with --base")
-    if "pair" in traits and len(sources) > 2:
+    if "pair" in traits and count > 2:
         raise DmmError(
-            f"{recipe.method} merges two checkpoints, not {len(sources)}", hint="use --method linear for more"
+            f"{recipe.method} merges two checkpoints, not {count}", hint="use --method karcher or linear for more"
         )
-    require_same_tensors([*sources, *([recipe.base] if recipe.base else [])])
-    _require_same_kinds(sources)
-    _check_weights(recipe.weights, len(sources))
+    if recipe.calibrate:
+        CALIBRATIONS.check(recipe.calibrate)
+        if "base" not in traits:
+            raise DmmError(
+                f"--calibrate {recipe.calibrate} works on task vectors, which {recipe.method} has none of",
+                hint=f"one of {', '.join(name for name in METHODS if 'base' in METHODS.traits(name))}",
+            )
+    if recipe.head not in POLICIES:
+        raise DmmError(f"unknown head policy: {printable(recipe.head)}", evidence=[f"known: {', '.join(POLICIES)}"])
+    if recipe.dtype and recipe.dtype not in DTYPES:
+        raise DmmError(f"unknown dtype: {printable(recipe.dtype)}", evidence=[f"known: {', '.join(DTYPES)}"])
+
+
+def _loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
+    """Head tensors whose shapes may differ.
+
+    Raises:
+        DmmError: heads differ, and nothing tells how their rows correspond.
+    """
+    if recipe.head == "first":
+        everything = [*sources, *([recipe.base] if recipe.base else [])]
+        return frozenset(unlike_heads(everything))
+    union = head_union(sources)
+    if union:
+        return union.tensors
+    unlike = unlike_heads(sources)
+    if unlike:
+        raise DmmError(
+            "the checkpoints have heads of different sizes, and not all name their classes",
+            evidence=capped(f"{s.path}: {printable(n)} is {list(s.tensors[n].shape)}" for n in unlike for s in sources),
+            hint="name the classes in the metadata (dmm.classes), or keep one head with --head first",
+        )
+    return frozenset()
 
 
 def _check_weights(weights: Sequence[float], count: int) -> None:

@@ -5,25 +5,12 @@ Legend: N checkpoints, n elements of a block.
 
 from __future__ import annotations
 
-import re
 from typing import Protocol
 
 import numpy as np
 
 from ..header import TensorInfo
-
-RUNNING_MEAN, RUNNING_VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
-HEADS = re.compile(r"(^|\.)(fc|head|classifier|last_linear|head_dist|head\.fc)(\.\d+)?\.(weight|bias)$")
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a running statistic of a normalisation layer."""
-    return name.rpartition(".")[2] in (RUNNING_MEAN, RUNNING_VAR, COUNTER)
-
-
-def is_head(name: str) -> bool:
-    """Whether a tensor belongs to the last classifier, by timm's names for it."""
-    return bool(HEADS.search(name))
+from ..names import is_head, is_statistic
 
 
 def is_weight(info: TensorInfo) -> bool:

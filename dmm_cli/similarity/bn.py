@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..header import TensorInfo
-from .blocks import RUNNING_MEAN, RUNNING_VAR
+from ..names import RUNNING_MEAN, RUNNING_VAR, kind_of
 
 EPS = 1e-5  # PyTorch's default, keeps a dead channel from dividing by zero
 
@@ -23,7 +23,7 @@ class StatisticsDistance:
         self._count = count
 
     def wants(self, info: TensorInfo) -> bool:
-        return info.is_float and info.name.rpartition(".")[2] in (RUNNING_MEAN, RUNNING_VAR)
+        return info.is_float and kind_of(info.name) in (RUNNING_MEAN, RUNNING_VAR)
 
     def add(self, name: str, block: np.ndarray) -> None:
         layer, _, kind = name.rpartition(".")

@@ -6,16 +6,16 @@ Legend: N checkpoints, n elements of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, require_finite
+from ..checkpoint import Checkpoint
 from ..errors import DmmError
 from ..header import TensorInfo
 from ..inputs import Source, require_same_tensors
 from ..manifest import LayerSimilarity, Matrix, SimilarityReport, SourceRecord
+from ..streaming import Piece, in_order, one_blas_thread, pieces, read_rows
 from . import MEASURES
 from .blocks import is_weight
 from .cosine import Cosine
@@ -53,6 +53,7 @@ def compute_similarity(
     tools = {name: MEASURES.load(name)(len(everything)) for name in names}
     raw = Cosine(len(everything))
     with ExitStack() as stack:
+        stack.enter_context(one_blas_thread())
         files = [stack.enter_context(Checkpoint(source)) for source in everything]
         origin = stack.enter_context(Checkpoint(base)) if base else None
         _scan(files, origin, tools, raw, on_progress)
@@ -74,44 +75,33 @@ def _scan(
 ) -> None:
     infos = [info for info in files[0].source.tensors.values() if any(t.wants(info) for t in tools.values())]
     total, done = sum(info.numel for info in infos), 0
-    for info, rows, origin in _read_ahead(files, base, infos):
-        for start in range(0, rows.shape[1], BLOCK):
-            block = rows[:, start : start + BLOCK]
-            if origin is not None and is_weight(info):
-                raw.add(info.name, block)
-                block = block - origin[start : start + BLOCK]
-            for tool in tools.values():
-                if tool.wants(info):
-                    tool.add(info.name, block)
-        done += rows.shape[1]
-        if on_progress:
-            on_progress("similarity", done, total)
+    with _read_ahead(files, base, infos) as parts:
+        for info, rows, origin in parts:
+            for start in range(0, rows.shape[1], BLOCK):
+                block = rows[:, start : start + BLOCK]
+                if origin is not None and is_weight(info):
+                    raw.add(info.name, block)
+                    block = block - origin[start : start + BLOCK]
+                for tool in tools.values():
+                    if tool.wants(info):
+                        tool.add(info.name, block)
+            done += rows.shape[1]
+            if on_progress:
+                on_progress("similarity", done, total)
 
 
 def _read_ahead(
     files: list[Checkpoint], base: Checkpoint | None, infos: list[TensorInfo]
-) -> Iterator[tuple[TensorInfo, np.ndarray, np.ndarray | None]]:
-    """Pieces of all checkpoints as rows (N, n), the next one read while the last is worked on."""
-    pieces = [(info, start, min(start + READ, info.numel)) for info in infos for start in range(0, info.numel, READ)]
+) -> AbstractContextManager[Iterator[tuple[TensorInfo, np.ndarray, np.ndarray | None]]]:
+    """Pieces of all checkpoints as rows (N, n), and of the base, read while earlier ones are worked on."""
+    everything = [*files, base] if base else files
+    known = {info.name: info for info in infos}
 
-    def read(piece: tuple[TensorInfo, int, int]) -> tuple[TensorInfo, np.ndarray, np.ndarray | None]:
-        info, start, stop = piece
-        rows = np.stack([_finite(file, info.name, start, stop) for file in files])  # (N, n)
-        return info, rows, _finite(base, info.name, start, stop) if base else None
+    def read(piece: Piece) -> tuple[TensorInfo, np.ndarray, np.ndarray | None]:
+        rows, _ = read_rows(everything, piece)
+        return known[piece.name], rows[: len(files)], rows[-1] if base else None
 
-    with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(read, pieces[0])
-        for following in [*pieces[1:], None]:
-            current = pending.result()
-            if following:
-                pending = reader.submit(read, following)
-            yield current
-
-
-def _finite(file: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
-    values = file.floats(name, start, stop)
-    require_finite(file.source, name, values)
-    return values
+    return in_order(read, (piece for info in infos for piece in pieces(info, READ)), 1)
 
 
 def _record(source: Source) -> SourceRecord:

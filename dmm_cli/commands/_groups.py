@@ -1,0 +1,219 @@
+"""Merge group by group, and record how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..digest import Hashes
+from ..errors import DmmError, printable
+from ..files import check_output, write_text
+from ..inputs import Source
+from ..merging import CALIBRATIONS, METHODS
+from ..merging.heads import head_union, unlike_heads
+from ..merging.recipe import Recipe, check
+from ..ranks import Ranks
+from ._provenance import inherited, lineage, records, stamp
+
+if TYPE_CHECKING:
+    from ..manifest import Group, Grouping, MergeManifest
+    from ..merging.engine import Outcome
+
+USUAL = (0.8, 1.25)  # merged norm over the parents': two unrelated checkpoints average to 0.71
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a merge goes.
+
+    Attributes:
+        path: a .safetensors file for one group, or a directory.
+        max_shard: bytes of tensors in one file, None for no limit.
+    """
+
+    path: Path
+    max_shard: int | None = None
+    force: bool = False
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+    def group(self, name: str) -> Path:
+        """The file of one group."""
+        return self.path if self.is_file else self.path / f"{name}.safetensors"
+
+    @property
+    def record(self) -> Path | None:
+        """Where merge.json goes: beside the groups in a directory."""
+        return None if self.is_file else self.path / "merge.json"
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who merges together: this process, those beside it, and the threads that hash what is read.
+
+    Attributes:
+        hashes: of every ``ranks.count``-th parent, in the making; None to take them afterwards.
+    """
+
+    ranks: Ranks = field(default_factory=Ranks)
+    hashes: Hashes | None = None
+    on_progress: Callable[..., None] | None = None
+
+    def share_hashes(self, parents: Sequence[Source]) -> None:
+        """Wait until every parent knows its hash, from whichever process took it."""
+        if self.hashes:
+            self.hashes.wait(parents)
+        own = {str(source.path): source.sha256 for source in self.ranks.deal(parents)}
+        everyones = {path: digest for part in self.ranks.gather(own) for path, digest in part.items()}
+        for source in parents:
+            source.know_sha256(everyones[str(source.path)])
+
+
+def parents_of(sources: Sequence[Source], recipe: Recipe) -> list[Source]:
+    """All checkpoints a merge reads."""
+    return [*sources, *([recipe.base] if recipe.base else [])]
+
+
+def merge_groups(
+    sources: Sequence[Source], grouping: Grouping, to: Destination, recipe: Recipe, team: Team = Team()
+) -> MergeManifest:
+    """Write one file for one group, or ``group-K.safetensors`` and ``merge.json`` in a directory.
+
+    Of several groups, one with a single member keeps it as it is, whatever the method.
+
+    Raises:
+        DmmError: the recipe does not fit the checkpoints, or an output is refused.
+    """
+    from ..manifest import MergeManifest, dump
+    from ..merging.method import effective_parameters
+
+    check(sources, recipe)
+    parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
+    parents = parents_of(sources, recipe)
+    _check_outputs(to, grouping, parents)
+    outcomes = [_merge_group(sources, group, len(grouping.groups), to, recipe, team) for group in grouping.groups]
+    several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
+    manifest = MergeManifest(
+        sources=records(sources, recipe.weights),
+        grouping=grouping,
+        method=recipe.method,
+        parameters=parameters,
+        outputs=tuple(str(outcome.path) for outcome in outcomes),
+        base=records([recipe.base])[0] if recipe.base else None,
+        batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
+        warnings=(*_twins(sources), *(line for o in outcomes for line in _odd_lengths(o))),
+        norms=tuple(outcome.lengths for outcome in outcomes),
+    )
+    if to.record and team.ranks.is_first:
+        write_text(to.record, dump(manifest) + "\n", force=to.force)
+    return manifest
+
+
+def _check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]) -> None:
+    if to.is_file and len(grouping.groups) > 1:
+        raise DmmError(
+            f"{len(grouping.groups)} groups do not fit in one file: {to.path}",
+            evidence=[f"{g.name}: {', '.join(grouping.labels[i] for i in g.members)}" for g in grouping.groups],
+            hint="name a directory with -o, or merge everything with --group all",
+        )
+    if to.record:
+        to.path.mkdir(parents=True, exist_ok=True)
+    for path in [*([to.record] if to.record else []), *(to.group(group.name) for group in grouping.groups)]:
+        check_output(path, inputs=files_of(parents), force=to.force)
+
+
+def files_of(parents: Sequence[Source]) -> list[Path]:
+    """All files of all checkpoints."""
+    return [path for source in parents for path in source.files]
+
+
+def _merge_group(
+    sources: Sequence[Source], group: Group, groups: int, to: Destination, recipe: Recipe, team: Team
+) -> Outcome:
+    from ..merging import engine
+
+    members = [sources[i] for i in group.members]
+    inputs = files_of(parents_of(sources, recipe))
+    recipe = _part(recipe, group.members, groups)
+    parents = parents_of(members, recipe)
+
+    def final_metadata() -> dict[str, str]:
+        team.share_hashes(parents)
+        return metadata_of(members, recipe)
+
+    outcome = engine.merge(
+        members,
+        to.group(group.name),
+        recipe,
+        metadata_of(members, recipe, hashed=False),
+        final_metadata=final_metadata,
+        hashes=team.hashes,
+        max_shard=to.max_shard,
+        ranks=team.ranks,
+        inputs=inputs,
+        force=to.force,
+        on_progress=team.on_progress if team.ranks.is_first else None,
+    )
+    parts = team.ranks.gather(outcome.lengths)
+    if outcome.index and team.ranks.is_first:
+        write_text(outcome.path, outcome.index, force=to.force)
+    return replace(outcome, lengths={key: value for part in parts for key, value in part.items()})
+
+
+def _part(recipe: Recipe, members: tuple[int, ...], groups: int) -> Recipe:
+    """The recipe for some of the checkpoints."""
+
+    def chosen(weights: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(weights[i] for i in members) if weights else ()
+
+    if len(members) == 1 and groups > 1:
+        return Recipe(dtype=recipe.dtype)
+    overrides = tuple(replace(override, weights=chosen(override.weights)) for override in recipe.overrides)
+    return replace(recipe, weights=chosen(recipe.weights), overrides=overrides)
+
+
+def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = True) -> dict[str, str]:
+    """Metadata of a merged file; not hashed, it is as long, with zeros for the hashes."""
+    from ..merging.method import effective_parameters
+
+    parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
+    facts = {"method": recipe.method, "sources": lineage(records(members, recipe.weights, hashed=hashed))}
+    if recipe.base:
+        facts["base"] = lineage(records([recipe.base], hashed=hashed))
+    if recipe.overrides:
+        facts["overrides"] = json.dumps([[o.pattern, o.parameters, o.weights] for o in recipe.overrides])
+    if recipe.calibrate:
+        own = effective_parameters(CALIBRATIONS.load(recipe.calibrate), recipe.calibration)
+        facts["calibrate"] = json.dumps({"method": recipe.calibrate, **own})
+    if "random" in METHODS.traits(recipe.method):
+        facts["seed"] = str(recipe.seed)
+    own_head = recipe.head == "first" and unlike_heads(members)
+    union = head_union(members) if recipe.head == "union" else None
+    return {**stamp("merge", parameters, **facts), **inherited(members[:1] if own_head else members, union)}
+
+
+def _twins(sources: Sequence[Source]) -> list[str]:
+    first: dict[str, str] = {}
+    warnings = []
+    for source in sources:
+        if source.sha256 in first:
+            warnings.append(f"{source.path} has the same bytes as {first[source.sha256]}: it counts twice")
+        first.setdefault(source.sha256, str(source.path))
+    return warnings
+
+
+def _odd_lengths(outcome: Outcome) -> list[str]:
+    low, high = USUAL
+    odd = {name: ratio for name, ratio in outcome.lengths.items() if not low <= ratio <= high}
+    if not odd:
+        return []
+    worst = max(odd, key=lambda name: max(odd[name], 1.0 / max(odd[name], 1e-9)))
+    return [
+        f"{outcome.path}: {len(odd)} of {len(outcome.lengths)} weights come out far from their parents' norm, "
+        f"{printable(worst)} at {odd[worst]:.2f} of it; --group auto keeps unlike checkpoints apart"
+    ]

@@ -1,0 +1,141 @@
+"""SHA-256 of files: in threads of its own, or from the reads of a merge, so that no file is read twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DmmError
+from .inputs import Source, combined_digest
+
+CHUNK = 1 << 19  # bytes read and hashed at a time, which a core's cache holds
+
+
+class _File:
+    """How far one file is hashed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, path.stat().st_size
+        self.position = 0
+        self.busy = False
+        self.fed = False  # hashed from what somebody else reads
+        self.hash = hashlib.sha256()
+
+    @property
+    def done(self) -> bool:
+        return self.position >= self.size
+
+    def read(self, count: int) -> bytes:
+        with open(self.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), count, self.position)
+
+
+class Hashes:
+    """Hashes of sources in the making.
+
+    Threads hash the files one after the other. Files that ``feed`` is going to give are left to it from then on.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = [source for source in sources if not source.is_hashed]
+        self._files = {path: _File(path) for source in self._sources for path in source.files}
+        self._turn = threading.Condition()
+        self._stopped = False
+        self._error: Exception | None = None
+        count = min(len(self._files), max(len(os.sched_getaffinity(0)) - 1, 1))
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def expect(self, path: Path, start: int) -> None:
+        """Tell that a file will be given to ``feed``, from byte ``start`` at the latest to its end."""
+        file = self._files.get(path)
+        if file is None:
+            return
+        with self._turn:
+            file.fed = True  # no thread begins another piece
+            self._turn.wait_for(lambda: self._stopped or not file.busy)
+            behind = file.position < start and not self._stopped
+        if behind:
+            self._hash(file, file.read(start - file.position))
+
+    def feed(self, path: Path, position: int, data: memoryview) -> None:
+        """Hash bytes of a file when all before them are hashed; until then the thread waits.
+
+        Calls may come from several threads, in the order of the positions.
+        """
+        file = self._files.get(path)
+        if file is None:
+            return
+        with self._turn:
+            self._turn.wait_for(lambda: self._stopped or (file.position >= position and not file.busy))
+            fresh = data[file.position - position :]
+            if self._stopped or not fresh:
+                return
+            file.busy = True
+        self._hash(file, fresh)
+
+    def wait(self, sources: Collection[Source]) -> None:
+        """Wait until these sources know their hashes.
+
+        Raises:
+            DmmError: a file could not be read, or was cut short.
+        """
+        wanted = [source for source in self._sources if any(source is other for other in sources)]
+        files = [self._files[path] for source in wanted for path in source.files]
+        with self._turn:
+            self._turn.wait_for(lambda: self._stopped or all(file.done for file in files))
+        if self._error:
+            raise self._error
+        for source in wanted:
+            files = {path: self._files[path] for path in source.files}
+            if all(file.done for file in files.values()):  # else it was stopped, and whoever asks reads again
+                source.know_sha256(combined_digest({path: file.hash.hexdigest() for path, file in files.items()}))
+
+    def stop(self) -> None:
+        """End all waiting and all threads."""
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while file := self._next():
+                data = file.read(CHUNK)
+                if not data:
+                    raise DmmError(f"{file.path} was truncated while it was read")
+                self._hash(file, data)
+        except (OSError, DmmError) as error:  # raised again where it is waited for
+            cut = isinstance(error, DmmError)
+            self._error = error if cut else DmmError(f"cannot read {error.filename}: {error.strerror}")
+            self.stop()
+
+    def _next(self) -> _File | None:
+        """The next file to hash a piece of; None when none is left to this thread."""
+        with self._turn:
+            for file in self._files.values():
+                if not (self._stopped or file.done or file.busy or file.fed):
+                    file.busy = True
+                    return file
+        return None
+
+    def _hash(self, file: _File, data: bytes | memoryview) -> None:
+        file.hash.update(data)
+        with self._turn:
+            file.position += len(data)
+            file.busy = False
+            self._turn.notify_all()
+
+
+@contextmanager
+def hashing(sources: Sequence[Source]) -> Iterator[Hashes]:
+    """Hash sources in threads, which end with the block at the latest."""
+    hashes = Hashes(sources)
+    try:
+        yield hashes
+    finally:
+        hashes.stop()

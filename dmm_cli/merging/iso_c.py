@@ -1,0 +1,19 @@
+"""Isotropic merging in the common subspace."""
+
+from __future__ import annotations
+
+import torch
+
+from .spectrum import thin_svd
+
+
+def iso_c(tasks: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+    """Iso-C (Marczak et al., ICML 2025): the sum of the tasks with every singular value set to their mean.
+
+    Directions that the sum lacks, up to rounding, stay out.
+
+    Args:
+        tasks: (N, R, S).
+    """
+    left, values, right = thin_svd(tasks.sum(0, dtype=torch.float64))
+    return scale * values.mean() * (left @ right)

@@ -1,0 +1,39 @@
+"""Isotropic merging in common and task-specific subspaces."""
+
+from __future__ import annotations
+
+import torch
+
+from .method import require_share
+from .spectrum import polar_factor, thin_svd
+
+
+def iso_cts(tasks: torch.Tensor, *, scale: float = 1.0, common: float = 0.8) -> torch.Tensor:
+    """Iso-CTS (Marczak et al., ICML 2025): Iso-C, its weakest directions replaced by those each task has alone.
+
+    The share ``common`` of the directions is taken from the sum; the rest, in equal parts, from what is left
+    of every task outside the column space of those. All are made orthogonal and get the mean singular value.
+
+    Args:
+        tasks: (N, R, S).
+
+    Raises:
+        DmmError: common is not a share.
+    """
+    require_share("common", common)
+    rank = min(tasks.shape[1:])
+    own = min(round(rank * (1.0 - common) / len(tasks)), rank // len(tasks))
+    shared = rank - own * len(tasks)
+    parts = [_leading(tasks.sum(0, dtype=torch.float64), shared)]
+    column_space = parts[0][0]  # (R, shared)
+    for task in tasks if own else ():
+        task = task.double()
+        parts.append(_leading(task - column_space @ (column_space.T @ task), own))
+    left = polar_factor(torch.cat([u for u, _, _ in parts], 1))  # (R, rank)
+    right = polar_factor(torch.cat([v for _, _, v in parts], 0).T)  # (S, rank)
+    return scale * torch.cat([s for _, s, _ in parts]).mean() * (left @ right.T)
+
+
+def _leading(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    left, values, right = thin_svd(matrix)
+    return left[:, :count], values[:count], right[:count]

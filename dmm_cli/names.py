@@ -1,0 +1,28 @@
+"""What a tensor is for, told by its name."""
+
+from __future__ import annotations
+
+import re
+
+RUNNING_MEAN, RUNNING_VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
+WRAPPERS = r"((module|model|net|backbone|encoder)\.)*"  # what training code puts in front
+CLASSIFIERS = (
+    "fc", "last_linear", "classif", r"classifier(\.\d+)?", "head", r"head\.(fc|fc\.fc2|fc2|l|linear|head\.l)",
+    r"head\.classifier\.4", r"head_dist(\.(l|linear))?", r"head\.head_dist\.l",
+)  # fmt: skip
+HEADS = re.compile(rf"{WRAPPERS}({'|'.join(CLASSIFIERS)})\.(weight|bias)")
+
+
+def kind_of(name: str) -> str:
+    """The last part of a tensor's name."""
+    return name.rpartition(".")[2]
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is a running statistic of a normalisation layer."""
+    return kind_of(name) in (RUNNING_MEAN, RUNNING_VAR, COUNTER)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to the last classifier, by timm's names for it."""
+    return bool(HEADS.fullmatch(name))

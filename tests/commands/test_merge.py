@@ -1,0 +1,128 @@
+"""What ``dmm merge`` adds to the engine: warnings, records, shards, processes, classes, overrides from dmm.toml."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import DIGITS, ROOT, dmm, small_net
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from dmm_cli.inputs import resolve_source
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
+BASE = DIGITS / "base.safetensors"
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, "numpy") as file:
+        return file.metadata()
+
+
+def test_the_same_file_twice_is_told(tmp_path, three):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(three[0].read_bytes())
+    result = dmm("merge", three[0], copy, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 0
+    assert f"warning: {copy} has the same bytes as {three[0]}: it counts twice" in result.stderr
+
+
+def test_a_merge_of_strangers_is_told_and_recorded_layer_by_layer(tmp_path):
+    strangers = [DIGITS / "site-a.safetensors", DIGITS / "site-d.safetensors"]
+    result = dmm("merge", *strangers, "-o", tmp_path / "out.safetensors", "--json")
+    record = json.loads(result.stdout)
+    a, d = (load_file(path)["fc.weight"].astype(np.float64) for path in strangers)
+    ratio = np.linalg.norm((a + d) / 2) / (np.linalg.norm(a) + np.linalg.norm(d)) * 2
+    assert record["norms"][0]["fc.weight"] == pytest.approx(ratio, rel=1e-5) and ratio < 0.8
+    assert "weights come out far from their parents' norm" in result.stderr
+    alike = dmm("merge", *SITES, "-o", tmp_path / "alike.safetensors")
+    assert "warning" not in alike.stderr
+
+
+def test_what_made_a_file_is_in_its_metadata(tmp_path):
+    out = tmp_path / "out.safetensors"
+    flags = ["--method", "dare_ties", "--param", "density=0.5", "--param", "fc.*:scale=0", "--seed", 3]
+    assert dmm("merge", *SITES, "--base", BASE, *flags, "-o", out, "--calibrate", "svc").exit_code == 0
+    told = metadata(out)
+    assert told["dmm.method"] == "dare_ties" and told["dmm.seed"] == "3"
+    assert json.loads(told["dmm.parameters"]) == {"density": 0.5, "scale": 0.3}
+    assert json.loads(told["dmm.overrides"]) == [["fc.*", {"scale": 0.0}, []]]
+    assert json.loads(told["dmm.calibrate"]) == {"method": "svc", "alpha": 1.0}
+    assert json.loads(told["dmm.base"])[0]["sha256"] == resolve_source(str(BASE)).sha256
+    assert load_file(out)["fc.weight"].tobytes() == load_file(BASE)["fc.weight"].tobytes()
+
+
+def test_parameters_of_some_tensors_come_from_dmm_toml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = 'method = "task_arithmetic"\nparam = ["scale=1", "fc.*:scale=0", "conv1.*:weights=1,0"]\n'
+    (tmp_path / "dmm.toml").write_text(f"[merge]\n{settings}")
+    assert dmm("merge", *SITES[:2], "--base", BASE, "-o", "out.safetensors").exit_code == 0
+    got, start, a, b = (load_file(path) for path in ("out.safetensors", BASE, *SITES[:2]))
+    assert got["fc.weight"].tobytes() == start["fc.weight"].tobytes()
+    assert np.allclose(got["conv1.weight"], a["conv1.weight"], atol=1e-6)
+    name = "layer1.0.conv1.weight"
+    assert np.allclose(got[name], a[name] + b[name] - start[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--param", "scael=1", "--method", "ties", "--base", BASE], "hint: did you mean scale?"),
+        (["--param", "nothing.*:scale=1", "--method", "ties", "--base", BASE], "no tensor matches nothing.*"),
+        (["--method", "ties"], "hint: name it with --base"),
+        (["--calibrate", "svc"], "works on task vectors, which linear has none of"),
+        (["--calibrate", "scv", "--method", "ties", "--base", BASE], "did you mean svc?"),
+        (["--dtype", "float8"], "unknown dtype: float8"),
+        (["--head", "last"], "unknown head policy: last"),
+        (["--max-shard-size", "many"], "not a size: many"),
+        (["--device", "cuda:99", "--method", "tsv", "--base", BASE], "no such device: cuda:99"),
+    ],
+)
+def test_mistakes_exit_2_and_write_nothing(tmp_path, flags, words):
+    result = dmm("merge", *SITES, *flags, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and words in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_of_different_classes_are_joined_by_name_and_the_file_says_so(write, tmp_path):
+    paths = []
+    for number, classes in enumerate((["cat", "dog"], ["dog", "owl", "elk"])):
+        net = small_net(number) | {"fc.weight": np.full((len(classes), 4), number + 1.0, np.float32)}
+        told = {"dmm.classes": json.dumps(classes), "dmm.arch": f"resnet18,num_classes={len(classes)}"}
+        paths.append(write(f"m{number}", told | {"dmm.class_counts": json.dumps([5] * len(classes))}, **net))
+    out = tmp_path / "out.safetensors"
+    assert dmm("merge", *paths, "-o", out).exit_code == 0
+    assert load_file(out)["fc.weight"][:, 0].tolist() == [1.0, 1.5, 2.0, 2.0]
+    told = metadata(out)
+    assert json.loads(told["dmm.classes"]) == ["cat", "dog", "owl", "elk"]
+    assert told["dmm.arch"] == "resnet18,num_classes=4" and json.loads(told["dmm.class_counts"]) == [5, 10, 5, 5]
+    assert dmm("merge", *paths, "-o", out, "--force", "--head", "first").exit_code == 0
+    assert load_file(out)["fc.weight"].shape == (2, 4)
+
+
+def test_eight_files_are_merged_on_one_core(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    paths = [write(f"m{i}", w=np.full((500, 700), i, np.float32)) for i in range(8)]
+    assert dmm("merge", *paths, "-o", tmp_path / "out.safetensors").exit_code == 0
+    assert (load_file(tmp_path / "out.safetensors")["w"] == 3.5).all()
+
+
+@pytest.mark.parametrize("flags", [["--max-shard-size", "200KB"], ["--method", "tsv", "--base", str(BASE)]])
+def test_two_processes_write_the_bytes_of_one(tmp_path, flags):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for folder, start in zip(folders, ([], launch), strict=True):
+        folder.mkdir()
+        out = folder / "model.safetensors"
+        command = [sys.executable, *start, "-m", "dmm_cli", "merge", *map(str, SITES), *flags, "-o", str(out)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written") == 1
+    one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert one == two and len(one) == (1 if "tsv" in flags else 6)

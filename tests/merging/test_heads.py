@@ -1,0 +1,160 @@
+"""Heads of checkpoints that know different classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dmm_cli.errors import DmmError
+from dmm_cli.inputs import Source, resolve_source
+from dmm_cli.merging import engine
+from dmm_cli.merging.heads import class_names, head_union, unlike_heads
+from dmm_cli.merging.recipe import Recipe, check
+
+FIRST, SECOND = ["cat", "dog", "fox"], ["fox", "owl", "cat", "elk"]
+UNION = ["cat", "dog", "fox", "owl", "elk"]
+
+
+def net(rows: int, seed: int, head: str = "fc") -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return {
+        "conv.weight": draw.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        f"{head}.weight": draw.normal(size=(rows, 4)).astype(np.float32),
+        f"{head}.bias": draw.normal(size=rows).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def source(write):
+    """``source("a", FIRST, seed=0)`` writes a checkpoint that names its classes, or none."""
+
+    def make(name: str, classes: Sequence[str] | None, seed: int = 0, rows: int | None = None, head="fc") -> Source:
+        metadata = None if classes is None else {"dmm.classes": json.dumps(classes)}
+        return resolve_source(str(write(name, metadata, **net(rows or len(classes or ()), seed, head))))
+
+    return make
+
+
+def merged(sources: list[Source], tmp_path: Path, recipe: Recipe = Recipe()) -> dict[str, np.ndarray]:
+    output = tmp_path / "out.safetensors"
+    engine.merge(sources, output, recipe, {"format": "pt"}, force=True)
+    return load_file(output)
+
+
+def expected_rows(heads: list[np.ndarray], lists: list[list[str]], weights: Sequence[float]) -> np.ndarray:
+    """Class by class, the weighted mean over the checkpoints that know it."""
+    rows = []
+    for name in UNION:
+        own = [(w, h[c.index(name)]) for w, h, c in zip(weights, heads, lists, strict=True) if name in c]
+        rows.append(sum(w * row for w, row in own) / sum(w for w, _ in own))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("head", ["fc", "head.fc", "classifier", "classifier.3"])
+@pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
+def test_the_merged_head_has_a_row_for_every_class_and_shared_ones_are_averaged(source, tmp_path, head, weights):
+    sources = [source("a", FIRST, 0, head=head), source("b", SECOND, 1, head=head)]
+    got = merged(sources, tmp_path, Recipe(weights=weights))
+    parents = [net(3, 0, head), net(4, 1, head)]
+    for part in ("weight", "bias"):
+        heads = [parent[f"{head}.{part}"] for parent in parents]
+        assert np.allclose(got[f"{head}.{part}"], expected_rows(heads, [FIRST, SECOND], weights or (1, 1)), atol=1e-6)
+    mean = np.average([parent["conv.weight"] for parent in parents], axis=0, weights=weights or None)
+    assert np.allclose(got["conv.weight"], mean, atol=1e-6)
+
+
+def test_lists_of_equal_length_in_another_order_are_joined_by_name(source, tmp_path):
+    """The shapes agree, the rows do not."""
+    sources = [source("a", ["cat", "dog"], 0), source("b", ["dog", "cat"], 1)]
+    got = merged(sources, tmp_path)["fc.weight"]
+    a, b = net(2, 0)["fc.weight"], net(2, 1)["fc.weight"]
+    assert np.allclose(got, (a + b[::-1]) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "iso_c"])
+def test_a_head_of_different_classes_is_joined_also_where_the_method_has_a_base(source, tmp_path, method):
+    sources = [source("a", FIRST, 0), source("b", SECOND, 1)]
+    got = merged(sources, tmp_path, Recipe(method, base=source("base", None, 9, rows=7)))
+    heads = [net(3, 0)["fc.weight"], net(4, 1)["fc.weight"]]
+    assert np.allclose(got["fc.weight"], expected_rows(heads, [FIRST, SECOND], (1, 1)), atol=1e-6)
+
+
+def test_a_union_of_three_keeps_classes_in_order_of_first_appearance(source):
+    union = head_union([source("a", FIRST), source("b", ["owl", "cat"]), source("c", ["elk", "owl", "dog"])])
+    assert list(union.classes) == UNION
+    assert union.places == ((0, 1, 2), (3, 0), (4, 3, 1))
+    assert union.tensors == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(("first", "second"), [(FIRST, FIRST), (FIRST, None), (None, None)])
+def test_equal_or_unknown_lists_have_no_union(source, tmp_path, first, second):
+    """Then heads of one shape are merged as any weight."""
+    sources = [source("a", first, 0, rows=3), source("b", second, 1, rows=3)]
+    assert head_union(sources) is None and unlike_heads(sources) == []
+    mean = (net(3, 0)["fc.weight"] + net(3, 1)["fc.weight"]) / 2
+    assert np.allclose(merged(sources, tmp_path)["fc.weight"], mean, atol=1e-7)
+
+
+def test_the_first_head_is_kept_as_it_is_where_shapes_differ(source, tmp_path):
+    sources = [source("a", None, 0, rows=3), source("b", None, 1, rows=4)]
+    assert sorted(unlike_heads(sources)) == ["fc.bias", "fc.weight"]
+    got = merged(sources, tmp_path, Recipe(head="first"))
+    a, b = net(3, 0), net(4, 1)
+    assert all(got[name].tobytes() == a[name].tobytes() for name in ("fc.weight", "fc.bias"))
+    assert np.allclose(got["conv.weight"], (a["conv.weight"] + b["conv.weight"]) / 2, atol=1e-7)
+
+
+def test_unlike_heads_without_names_are_refused(source):
+    sources = [source("a", FIRST), source("b", None, rows=4)]
+    with pytest.raises(DmmError, match="heads of different sizes") as error:
+        check(sources, Recipe())
+    assert "--head first" in error.value.hint
+    assert [line.rpartition("/")[2] for line in error.value.evidence] == [
+        "a.safetensors: fc.bias is [3]",
+        "b.safetensors: fc.bias is [4]",
+        "a.safetensors: fc.weight is [3, 4]",
+        "b.safetensors: fc.weight is [4, 4]",
+    ]
+
+
+def test_a_list_that_does_not_fit_its_head_is_refused_where_shapes_differ(source):
+    sources = [source("a", FIRST), source("b", SECOND, rows=5)]
+    with pytest.raises(DmmError):
+        check(sources, Recipe())
+
+
+def test_other_tensors_of_different_shapes_are_refused_under_every_policy(write):
+    paths = [write(name, conv__weight=np.ones((rows, 2), np.float32)) for name, rows in (("a", 3), ("b", 4))]
+    for head in ("union", "first"):
+        with pytest.raises(DmmError, match="do not have the same tensors") as error:
+            check([resolve_source(str(path)) for path in paths], Recipe(head=head))
+        assert "conv.weight is [4, 2], not [3, 2]" in error.value.evidence[0]
+
+
+def test_lists_that_differ_without_a_head_to_join_are_refused(source):
+    """Here the classifier has a name that is not known for one: averaged row by row it would mix classes."""
+    sources = [source("a", ["cat", "dog"], 0, head="logits"), source("b", ["dog", "cat"], 1, head="logits")]
+    with pytest.raises(DmmError, match="classes"):
+        check(sources, Recipe())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "cat, dog", "[]", '["cat", "cat"]', "null", "3", '"cat"', '{"cat": 0, "dog": 1}', "[" * 100_000],
+    ids=["empty", "no JSON", "no names", "twice", "null", "number", "string", "object", "deep"],
+)
+def test_a_damaged_list_of_classes_is_refused(write, text):
+    source = resolve_source(str(write("a", {"dmm.classes": text}, **net(3, 0))))
+    with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.classes is not a JSON list of different names"):
+        class_names(source)
+
+
+def test_classes_are_named_in_the_order_of_the_rows(write):
+    source = resolve_source(str(write("a", {"dmm.classes": '["b", "a", 7]'}, **net(3, 0))))
+    assert class_names(source) == ["b", "a", "7"]
+    assert class_names(resolve_source(str(write("n", **net(3, 0))))) is None
