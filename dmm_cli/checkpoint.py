@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .errors import DmmError, printable
-from .files import atomic_write, check_output
+from .files import atomic_write, check_output, write_behind
 from .header import FLOATS, ITEM_SIZE, Layout, TensorInfo, encode_header, file_order
 from .inputs import Source
 
@@ -89,7 +89,11 @@ class Checkpoint:
             self._fill(info, start, out.view(np.uint8))
         elif info.dtype == "BF16":
             bits = self.raw(name, start, start + len(out)).view(np.uint16)
-            out[:] = np.left_shift(bits, 16, dtype=np.uint32).view(np.float32)
+            wide = out if out.dtype == np.float32 else np.empty(len(out), np.float32)
+            wide.view(np.uint32)[:] = bits
+            np.left_shift(wide.view(np.uint32), 16, out=wide.view(np.uint32))
+            if wide is not out:
+                out[:] = wide
         elif info.dtype in FLOATS:
             out[:] = self.raw(name, start, start + len(out)).view(NUMPY[info.dtype])
         else:
@@ -125,7 +129,11 @@ def encode_floats(values: np.ndarray, dtype: str, what: str = "there are values"
     """
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
         return rounded.astype(np.uint16).view(np.uint8)
     with np.errstate(over="ignore"):
         encoded = np.ascontiguousarray(values, dtype=NUMPY[dtype])
@@ -141,10 +149,11 @@ def write_checkpoint(file: BinaryIO, layout: Layout, chunks: Chunks, metadata: M
         layout: tensor name to (dtype tag, shape).
         chunks: gives the bytes of one tensor, in pieces; called once per tensor, in ``file_order``.
     """
-    file.write(encode_header(layout, metadata))
-    for name in file_order(layout):
-        for chunk in chunks(name):
-            file.write(memoryview(chunk))
+    with write_behind(file) as write:
+        write(encode_header(layout, metadata))
+        for name in file_order(layout):
+            for chunk in chunks(name):
+                write(memoryview(chunk))
 
 
 def replace_metadata(file: BinaryIO, layout: Layout, old: Mapping[str, str], new: Mapping[str, str]) -> None:

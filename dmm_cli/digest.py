@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import DmmError
 from .inputs import Source, combined_digest
 
-CHUNK = 1 << 19  # bytes read and hashed at a time, which a core's cache holds
+CHUNK = 1 << 22  # bytes read and hashed at a time: each time a thread waits for Python to let it go on
 
 
 class _File:
@@ -21,8 +21,8 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, path.stat().st_size
         self.position = 0
+        self.own = self.size  # how far threads of this module hash it; the rest is fed
         self.busy = False
-        self.fed = False  # hashed from what somebody else reads
         self.hash = hashlib.sha256()
 
     @property
@@ -53,15 +53,9 @@ class Hashes:
 
     def expect(self, path: Path, start: int) -> None:
         """Tell that a file will be given to ``feed``, from byte ``start`` at the latest to its end."""
-        file = self._files.get(path)
-        if file is None:
-            return
         with self._turn:
-            file.fed = True  # no thread begins another piece
-            self._turn.wait_for(lambda: self._stopped or not file.busy)
-            behind = file.position < start and not self._stopped
-        if behind:
-            self._hash(file, file.read(start - file.position))
+            if path in self._files:
+                self._files[path].own = start
 
     def feed(self, path: Path, position: int, data: memoryview) -> None:
         """Hash bytes of a file when all before them are hashed; until then the thread waits.
@@ -105,7 +99,7 @@ class Hashes:
     def _work(self) -> None:
         try:
             while file := self._next():
-                data = file.read(CHUNK)
+                data = file.read(min(CHUNK, max(file.own - file.position, 1)))
                 if not data:
                     raise DmmError(f"{file.path} was truncated while it was read")
                 self._hash(file, data)
@@ -118,7 +112,7 @@ class Hashes:
         """The next file to hash a piece of; None when none is left to this thread."""
         with self._turn:
             for file in self._files.values():
-                if not (self._stopped or file.done or file.busy or file.fed):
+                if not (self._stopped or file.busy) and file.position < file.own:
                     file.busy = True
                     return file
         return None

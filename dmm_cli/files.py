@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import DmmError
+
+STRIDE = 32 << 20  # bytes handed to the disk at a time: enough to keep it busy, little enough to begin early
+Buffer = bytes | memoryview
 
 
 def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
@@ -57,6 +61,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         _sync_directory(path.parent)
     except OSError as error:
         raise DmmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def write_behind(file: BinaryIO) -> Iterator[Callable[[Buffer], None]]:
+    """A function that writes, while a thread has the disk store what was written before: the last sync is short.
+
+    An error of the disk is raised by a later write, or at the end of the block.
+    """
+    stored: Future | None = None
+    waiting = 0
+
+    def write(data: Buffer) -> None:
+        nonlocal stored, waiting
+        waiting += file.write(data)
+        if waiting >= STRIDE and (stored is None or stored.done()):
+            if stored:
+                stored.result()
+            file.flush()
+            stored, waiting = pool.submit(os.fdatasync, file.fileno()), 0
+
+    with ThreadPoolExecutor(1) as pool:
+        yield write
+        if stored:
+            stored.result()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from dmm_cli import files
 from dmm_cli.errors import DmmError
-from dmm_cli.files import atomic_write, check_output, write_bytes, write_text
+from dmm_cli.files import atomic_write, check_output, write_behind, write_bytes, write_text
 
 
 def test_content_and_mode(tmp_path):
@@ -67,6 +68,7 @@ def test_a_full_disk_names_the_output_and_keeps_the_old(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
+from dmm_cli import files
 from dmm_cli.errors import DmmError
 from dmm_cli.files import write_bytes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -103,3 +105,22 @@ with atomic_write(Path({str(path)!r})) as file:
 def test_text_is_utf8(tmp_path: Path):
     write_text(tmp_path / "t", "ü")
     assert (tmp_path / "t").read_bytes() == b"\xc3\xbc"
+
+
+def test_what_is_written_behind_is_what_was_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "STRIDE", 1000)
+    pieces = [bytes([number % 256]) * (number * 7) for number in range(200)]
+    path = tmp_path / "x"
+    with atomic_write(path) as file, write_behind(file) as write:
+        for piece in pieces:
+            write(piece)
+    assert path.read_bytes() == b"".join(pieces)
+
+
+def test_an_error_of_the_disk_behind_a_write_is_not_lost(monkeypatch):
+    """A pipe takes bytes but cannot be synced."""
+    monkeypatch.setattr(files, "STRIDE", 1)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb"), os.fdopen(writer, "wb") as file, pytest.raises(OSError, match="Invalid argument"):
+        with write_behind(file) as write:
+            write(b"x")

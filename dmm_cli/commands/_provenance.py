@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..merging.heads import Union
 
 PENDING = "0" * 64
-CARRIED = ("dmm.arch", "dmm.input", "dmm.classes")  # kept when all parents agree
+CARRIED = ("dmm.arch", "dmm.input", "dmm.classes")  # of our own metadata, what holds for a child too
 
 
 def records(
@@ -56,7 +56,8 @@ def inherited(parents: Sequence[Source], union: Union | None = None) -> dict[str
         union: how their classes go together where the lists differ.
     """
     metadata = {}
-    for key in CARRIED:
+    foreign = [key for key in parents[0].metadata if key != "format" and not key.startswith("dmm.")]
+    for key in (*CARRIED, *foreign):
         values = {_of_union(key, parent.metadata.get(key), union) for parent in parents}
         if len(values) == 1 and None not in values:
             metadata[key] = values.pop()

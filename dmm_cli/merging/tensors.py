@@ -164,10 +164,11 @@ class Tensors:
         """
         rows = self._scratch(len(self._all), piece.stop - piece.start, width_of(self._all, piece.name))
         squares = np.zeros(len(rows))
-        for block, part in _blocks(piece):
-            squares += read_rows(files, block, out=rows[:, part])[1]
-            if self._base:
-                rows[1:, part] -= rows[0, part]
+        for n, file in enumerate(files):  # file by file: the next thread can hash one while this one reads the others
+            for block, part in _blocks(piece):
+                squares[n] += read_rows([file], block, out=rows[n : n + 1, part])[1][0]
+                if self._base and n:
+                    rows[n, part] -= rows[0, part]
         return (rows[1:], rows[0], squares[1:]) if self._base else (rows, None, squares)
 
     def _scratch(self, count: int, width: int, dtype: np.dtype) -> np.ndarray:
@@ -189,7 +190,7 @@ class Tensors:
         merged = np.empty(rows.shape[1], rows.dtype)
         if base is None:
             for _, part in _blocks(piece):
-                merged[part] = _blend(rows[:, part], known)
+                _blend(rows[:, part], known, out=merged[part])
         else:
             self._merge_tasks(info, piece, rows, known, out=merged)
             merged += base
@@ -266,7 +267,7 @@ class Tensors:
 
     def _mean(self, info: TensorInfo, piece: Piece) -> Part:
         rows, _ = read_rows(self._parents, piece)
-        return Part(self._encode(info, _blend(rows, self.shares(info.name))))
+        return Part(self._encode(info, _blend(rows, self.shares(info.name), out=np.empty_like(rows[0]))))
 
     def _variance(self, info: TensorInfo, piece: Piece) -> Part:
         variances = _doubles(self._parents, piece)  # (N, C)
@@ -325,14 +326,18 @@ def _blocks(piece: Piece) -> Iterator[tuple[Piece, slice]]:
         yield block, slice(block.start - piece.start, block.stop - piece.start)
 
 
-def _blend(rows: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """``sum_i c_i rows_i`` (n,); overwrites all rows but the first.
+def _blend(rows: np.ndarray, coefficients: np.ndarray, *, out: np.ndarray) -> np.ndarray:
+    """Fill ``out`` (n,) with ``sum_i c_i rows_i``; overwrites all rows but the first.
 
     Computed as the first row and weighted differences from it, so that equal rows come back bit for bit.
     """
     first, others = rows[0], rows[1:]
     np.subtract(others, first, out=others)
-    merged = coefficients[1:].astype(rows.dtype) @ others
+    weights = coefficients[1:].astype(rows.dtype)
+    if len(others) == 1:
+        np.multiply(others[0], weights[0], out=out)  # BLAS leaves a single row to a slow loop
+    else:
+        np.matmul(weights, others, out=out)
     total = float(coefficients.sum())  # above 1 for slerp and karcher, which lengthen the chord
-    merged += first if abs(total - 1.0) < 1e-12 else rows.dtype.type(total) * first
-    return merged
+    out += first if abs(total - 1.0) < 1e-12 else rows.dtype.type(total) * first
+    return out

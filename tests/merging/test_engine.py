@@ -112,6 +112,19 @@ def test_slerp_over_blocks_is_that_of_the_whole_tensor(write, tmp_path, monkeypa
     assert np.allclose(got["w"].ravel(), np.sin(angle / 2) / np.sin(angle) * (a + b), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", METHODS.names())
+def test_numbers_and_empty_tensors_are_merged_too(write, tmp_path, method):
+    values = [{"n": np.array(v, np.float32), "e": np.zeros((0, 3), np.float32)} for v in (1.0, 2.0, 2.0, 2.0)]
+    base, *paths = [write(f"m{number}", **arrays) for number, arrays in enumerate(values)]
+    got, _ = run(paths[: number_for(method)], tmp_path / "out.safetensors", recipe_for(method, base))
+    assert got["n"].shape == () and got["e"].shape == (0, 3)
+    if "random" not in METHODS.traits(method):
+        expected = (
+            1.9 if method == "task_arithmetic" else 2.0
+        )  # 1 + 0.3 * 3 steps of 1; all the others go the whole way
+        assert got["n"] == pytest.approx(expected, rel=1e-6)
+
+
 LARGE = 600_000  # elements; the few larger tensors are of kinds that smaller ones are of too
 REAL = {
     "resnet50": "resnet50,num_classes=10,channels=(8,16,32,64)",
