@@ -54,8 +54,14 @@ def one_blas_thread() -> AbstractContextManager[object]:
     return threadpool_limits(1, "blas")
 
 
+class Until(NamedTuple):
+    """Among jobs: the next one is begun when this is true of the results that have been taken."""
+
+    ready: Callable[[], bool]
+
+
 @contextmanager
-def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], threads: int) -> Iterator[Iterator[Result]]:
+def in_order(work: Callable[[Job], Result], jobs: Iterable[Job | Until], threads: int) -> Iterator[Iterator[Result]]:
     """Results of jobs in the order of the jobs; a few are worked on ahead, so that memory stays bounded.
 
     The threads end with the block: a generator that is left half read would end them whenever, and in whichever
@@ -72,6 +78,10 @@ def in_order(work: Callable[[Job], Result], jobs: Iterable[Job], threads: int) -
 
 def _results(pool: Executor, work: Callable, jobs: Iterable, window: deque[Future], ahead: int) -> Iterator:
     for job in jobs:
+        if isinstance(job, Until):
+            while not job.ready():
+                yield window.popleft().result()
+            continue
         window.append(pool.submit(work, job))
         if len(window) > ahead:
             yield window.popleft().result()

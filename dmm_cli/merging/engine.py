@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,10 +21,11 @@ from ..header import Layout, file_order
 from ..inputs import Source
 from ..ranks import Ranks
 from ..shards import index_path, index_text, plan_shards
-from ..streaming import Piece, cores, in_order, one_blas_thread
+from ..streaming import Piece, Until, cores, in_order, one_blas_thread
 from .recipe import Recipe, check
 from .tensors import Part, Tensors
 
+LAG = 4  # tensors that are worked on between two rounds of one, so that nobody waits for the end of a round
 MATRIX_THREADS = 4  # each holds the matrices of all checkpoints
 
 Progress = Callable[..., None]
@@ -89,8 +91,6 @@ def merge(
         mine = dict(ranks.deal(list(shards.items())))
         work = _Work(tensors, mine, hashes, on_progress)
         ranks.wait()  # a file that another process has just written must not look like one that was there
-        if mine:
-            tensors.prepare()
         _write(mine, work, metadata, final_metadata)
     found = sum(weight is not None for weight in tensors.pairs.values())
     return Outcome(
@@ -119,8 +119,15 @@ def _write(
             replace_metadata(file, shards[path], metadata, final)
 
 
+class _Job(NamedTuple):
+    """A piece to merge, or to measure in a round."""
+
+    piece: Piece
+    round: int | None = None
+
+
 class _Work:
-    """Runs the pieces of all tensors in file order, ahead of the writer."""
+    """Measures and merges the pieces of all tensors, ahead of the writer."""
 
     def __init__(
         self, tensors: Tensors, shards: Mapping[Path, Layout], hashes: Hashes | None, on_progress: Progress | None
@@ -130,6 +137,7 @@ class _Work:
         self._pieces = {name: list(tensors.pieces(name)) for name in self.names}
         self._total = sum(len(pieces) for pieces in self._pieces.values())
         self._shapes = {name: shape for layout in shards.values() for name, (_, shape) in layout.items()}
+        self._rounds = dict.fromkeys(self.names, 0)  # ended so far
         self._done = 0
         if hashes:
             tensors.feed(hashes, self.names)
@@ -138,29 +146,61 @@ class _Work:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Work on the pieces, in threads that end with the block."""
-        jobs = [piece for name in self.names for piece in self._pieces[name]]
+        """Work on the jobs, in threads that end with the block."""
         threads = min(cores(), MATRIX_THREADS) if self._tensors.on_matrices else cores()
-        with in_order(self._merge, jobs, threads) as self._parts:
+        with in_order(self._do, self._jobs(), threads) as self._results:
             yield
 
-    def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """The merged bytes of one tensor; to be called in file order, while ``running``."""
-        for _ in self._pieces[name]:
-            part = next(self._parts)
-            self._measure(name, part)
-            yield part.data
-            self._done += 1
-            if self._on_progress:
-                self._on_progress("merge", self._done, self._total)
+    def _jobs(self) -> Iterator[_Job | Until]:
+        """Every tensor is measured in rounds, then merged; while the results of one come in, others go on.
 
-    def _merge(self, piece: Piece) -> Part:
+        Tensors are first read in file order, and merged in it.
+        """
+        last = max(map(self._tensors.rounds, self.names), default=0)
+        for slot in range(len(self.names) + last * LAG):
+            for stage in range(last + 1):
+                place = slot - stage * LAG
+                if 0 <= place < len(self.names):
+                    yield from self._stage(self.names[place], stage, last)
+
+    def _stage(self, name: str, stage: int, last: int) -> Iterator[_Job | Until]:
+        rounds = self._tensors.rounds(name)
+        if stage == last:
+            yield Until(lambda: self._rounds[name] == rounds)
+            yield from (_Job(piece) for piece in self._pieces[name])
+        elif stage < rounds:
+            yield Until(lambda: self._rounds[name] == stage)
+            yield from (_Job(piece, stage) for piece in self._tensors.blocks(name))
+        elif stage == 0:
+            yield _Job(Piece(name, 0, 0), stage)
+
+    def _do(self, job: _Job) -> tuple[_Job, Part | np.ndarray | None]:
         try:
-            return self._tensors.merge(piece)
+            if job.round is None:
+                return job, self._tensors.merge(job.piece)
+            if self._tensors.rounds(job.piece.name):
+                return job, self._tensors.measure(job.piece, job.round)
+            self._tensors.pass_over(job.piece.name)
+            return job, None
         except BaseException:
             if self._hashes:
                 self._hashes.stop()  # other threads wait there for what this one will not read
             raise
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The merged bytes of one tensor; to be called in file order, while ``running``."""
+        left = len(self._pieces[name])
+        while left:
+            job, result = next(self._results)
+            if job.round is None:
+                left -= 1
+                self._measure(name, result)
+                yield result.data
+                self._done += 1
+                if self._on_progress:
+                    self._on_progress("merge", self._done, self._total)
+            elif result is not None:
+                self._rounds[job.piece.name] += self._tensors.add(job.piece, result)
 
     def _measure(self, name: str, part: Part) -> None:
         if part.parents is not None and len(self._shapes[name]) > 1:

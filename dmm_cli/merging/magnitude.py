@@ -25,18 +25,14 @@ class Selection:
     def __init__(self, ranks: np.ndarray, dtype: np.dtype) -> None:
         self._ranks, self._dtype = ranks.copy(), dtype
         self._bits = np.dtype(f"u{dtype.itemsize}")
-        self._passes = dtype.itemsize * 8 // DIGIT
+        self.rounds = dtype.itemsize * 8 // DIGIT
         self._prefix = np.zeros(len(ranks), self._bits)
         self._level = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether all digits are found."""
-        return self._level == self._passes
+        self._counts: np.ndarray | None = None  # only while a round goes on: there is one for every tensor
 
     def measure(self, rows: np.ndarray) -> np.ndarray:
         """How many of a block's elements (N, n) continue the digits found so far with each digit, (N, BINS)."""
-        shift = self._bits.type(DIGIT * (self._passes - 1 - self._level))
+        shift = self._bits.type(DIGIT * (self.rounds - 1 - self._level))
         found = np.empty((len(rows), BINS), np.int64)
         for row, counts, prefix in zip(rows, found, self._prefix, strict=True):
             digits = np.abs(row).view(self._bits) >> shift
@@ -46,15 +42,23 @@ class Selection:
             counts[:] = np.bincount(digits.astype(np.intp), minlength=BINS)
         return found
 
-    def take(self, total: np.ndarray) -> None:
-        """Take the counts (N, BINS) over all blocks and go one digit further."""
-        for n, row in enumerate(total):
+    def add(self, contribution: np.ndarray) -> None:
+        """Add the counts (N, BINS) of a block."""
+        if self._counts is None:
+            self._counts = contribution
+        else:
+            self._counts += contribution
+
+    def end_round(self) -> None:
+        """Go one digit further."""
+        for n, row in enumerate(self._counts):
             above = row[::-1].cumsum()[::-1]  # elements with this digit or a larger one, (BINS,)
             digit = int(np.flatnonzero(above >= self._ranks[n])[-1])
             self._ranks[n] -= above[digit + 1] if digit + 1 < BINS else 0
             self._prefix[n] = (self._prefix[n] << self._bits.type(DIGIT)) | self._bits.type(digit)
         self._level += 1
+        self._counts = None
 
     def result(self) -> np.ndarray:
-        """The k-th largest magnitudes (N,), once ``done``."""
+        """The k-th largest magnitudes (N,), after all rounds."""
         return self._prefix.view(self._dtype)

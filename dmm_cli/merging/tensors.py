@@ -24,14 +24,13 @@ from ..names import COUNTER, RUNNING_MEAN, RUNNING_VAR, kind_of
 from ..streaming import Piece, pieces, read_rows, split, width_of
 from . import CALIBRATIONS, METHODS
 from .batchnorm import merged_variance, pair_layers
-from .facts import Fact, Gram, find, find_in_passes, trim_threshold
+from .facts import Fact, Gram, trim_threshold
 from .heads import head_union, unlike_heads
 from .method import Block, Facts, effective_parameters
 from .recipe import DTYPES, Recipe
 
 BLOCK = 1 << 17  # elements of one checkpoint held at a time; which elements share a random stream depends on it
 UNHEARD = 1e-12  # share of a checkpoint of weight 0 in classes that no other knows
-HELD = 40 << 20  # bytes of one tensor of all checkpoints that are held rather than read several times
 
 
 class Part(NamedTuple):
@@ -43,7 +42,7 @@ class Part(NamedTuple):
 
 
 class Tensors:
-    """Merges one piece of a tensor at a time; safe to use from several threads after ``prepare``.
+    """Merges one piece of a tensor at a time, after all rounds of measuring it; safe to use from several threads.
 
     Attributes:
         pairs: for every layer with running statistics, the weight whose output it normalises, or None.
@@ -66,9 +65,8 @@ class Tensors:
             name: effective_parameters(self._method, recipe.parameters_of(name)) for name in self._infos
         }
         self._weights = {name: np.array(recipe.weights_of(name, len(files))) for name in self._infos}
-        self._needs_facts = bool({"gram", "trim"} & set(self._traits))
-        self._known: dict[str, np.ndarray | None] = {}
         self._local = threading.local()
+        self._facts = self._find_out()
         self.pairs = pair_layers(self._infos)
         self.on_matrices = "matrices" in self._traits or recipe.calibrate is not None
         self._open_device()
@@ -104,27 +102,47 @@ class Tensors:
     def pieces(self, name: str) -> Iterator[Piece]:
         """The pieces a tensor is merged in."""
         info = self._infos[name]
-        whole = not self.is_weight(name) or (self.on_matrices and self._matrix_shape(name)) or self._is_held(name)
+        whole = not self.is_weight(name) or (self.on_matrices and self._matrix_shape(name))
         return pieces(info, max(info.numel, 1) if whole else BLOCK)
 
-    def _is_held(self, name: str) -> bool:
-        """Whether a tensor of all checkpoints is held in memory, to find its facts and merge it in one read."""
-        size = self._infos[name].numel * width_of(self._all, name).itemsize * len(self._all)
-        return self._needs_facts and size <= HELD
+    def blocks(self, name: str) -> Iterator[Piece]:
+        """The pieces a tensor is measured in."""
+        return pieces(self._infos[name], BLOCK)
 
-    def prepare(self) -> None:
-        """The passes over the data that the method needs before it can merge blocks of large tensors."""
-        infos = [i for i in self._infos.values() if self.is_weight(i.name) and not self._is_held(i.name)]
-        if self._needs_facts:
-            facts = {info.name: self._fact(info) for info in infos}
-            found = find_in_passes(infos, facts, lambda piece: self._read(piece, self._all)[0], BLOCK)
-            self._known = {name: self._learn(name, fact) for name, fact in found.items()}
+    def rounds(self, name: str) -> int:
+        """How often a tensor must be measured before its blocks can be merged."""
+        return self._facts[name].rounds if name in self._facts and self._infos[name].numel else 0
+
+    def _find_out(self) -> dict[str, Fact]:
+        """The facts to find out about every weight."""
+        if not {"gram", "trim"} & set(self._traits):
+            return {}
+        return {info.name: self._fact(info) for info in self._infos.values() if self.is_weight(info.name)}
 
     def _fact(self, info: TensorInfo) -> Fact:
         if "gram" in self._traits:
-            return Gram()
+            return Gram(len(self._files))
         density = self._parameters[info.name]["density"]
         return trim_threshold(density, len(self._files), info.numel, width_of(self._all, info.name))
+
+    def measure(self, piece: Piece, number: int) -> np.ndarray:
+        """What a block contributes to the round of this number, from 0 on."""
+        rows, _, _ = self._read(piece, self._all if number else self._told)
+        return self._facts[piece.name].measure(rows)
+
+    def add(self, piece: Piece, contribution: np.ndarray) -> bool:
+        """Take what a block contributes, in the order of the blocks; whether that ends the round."""
+        fact = self._facts[piece.name]
+        fact.add(contribution)
+        if piece.stop < self._infos[piece.name].numel:
+            return False
+        fact.end_round()
+        return True
+
+    def pass_over(self, name: str) -> None:
+        """Read a tensor for the hashes alone."""
+        for file in self._told:
+            file.raw(name)
 
     def merge(self, piece: Piece) -> Part:
         """The merged bytes of a piece."""
@@ -180,13 +198,8 @@ class Tensors:
         return held[:size].view(dtype).reshape(count, width)
 
     def _merge(self, info: TensorInfo, piece: Piece) -> Part:
-        rows, base, squares = self._read(piece, self._told)
-        known = self._known.get(info.name)
-        if known is None:
-            fact = None
-            if self._needs_facts:
-                fact = find(self._fact(info), lambda: (rows[:, part] for _, part in _blocks(piece)))
-            known = self._learn(info.name, fact)
+        rows, base, squares = self._read(piece, self._reading)
+        known = self._learn(info.name)
         merged = np.empty(rows.shape[1], rows.dtype)
         if base is None:
             for _, part in _blocks(piece):
@@ -217,8 +230,9 @@ class Tensors:
             parameters = self._calibration_parameters
             out[:] = calibrate_matrix(out, tasks, shape, self.device, self._calibration, parameters)
 
-    def _learn(self, name: str, fact: np.ndarray | None) -> np.ndarray | None:
+    def _learn(self, name: str) -> np.ndarray | None:
         """What blocks of a tensor are merged with, (N,): coefficients, or magnitudes to trim at."""
+        fact = self._facts[name].result() if name in self._facts else None
         if "coefficients" not in self._traits:
             return fact
         used = self._used(name)
@@ -261,9 +275,14 @@ class Tensors:
         return matrix_shape(self._infos[name].shape)
 
     @property
+    def _reading(self) -> Sequence[Checkpoint]:
+        """The checkpoints as a merge reads them: told, unless they were told when they were measured."""
+        return self._all if self._facts else self._told
+
+    @property
     def _parents(self) -> Sequence[Checkpoint]:
-        """The checkpoints without the base, for the read of a tensor that is told."""
-        return self._told[1:] if self._base else self._told
+        """The same without the base."""
+        return self._reading[1:] if self._base else self._reading
 
     def _mean(self, info: TensorInfo, piece: Piece) -> Part:
         rows, _ = read_rows(self._parents, piece)

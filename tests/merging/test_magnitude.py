@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import find
 
 from dmm_cli.errors import DmmError
-from dmm_cli.merging.facts import find, trim_threshold
+from dmm_cli.merging.facts import trim_threshold
 from dmm_cli.merging.magnitude import Selection
 
 SIZE = 600
@@ -36,10 +37,7 @@ def rows(kind: str, dtype: np.dtype) -> np.ndarray:
 
 def select(values: np.ndarray, ranks: list[int], block: int) -> np.ndarray:
     selection = Selection(np.array(ranks), values.dtype)
-    while not selection.done:
-        parts = [selection.measure(values[:, start : start + block]) for start in range(0, values.shape[1], block)]
-        selection.take(sum(parts))
-    return selection.result()
+    return find(selection, [values[:, start : start + block] for start in range(0, values.shape[1], block)])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -72,7 +70,7 @@ def test_the_cut_into_blocks_does_not_matter(dtype):
 def test_ranks_given_stay_as_they_are():
     ranks = np.array([3, 5])
     selection = Selection(ranks, np.dtype(np.float32))
-    selection.take(selection.measure(np.ones((2, 8), np.float32)))
+    find(selection, [np.ones((2, 8), np.float32)])
     assert ranks.tolist() == [3, 5]
 
 
@@ -80,7 +78,7 @@ def test_ranks_given_stay_as_they_are():
 def test_a_density_is_rounded_down_to_whole_elements(density, kept):
     values = np.random.default_rng(1).permutation(np.arange(1.0, 101.0)).astype(np.float32)[None] * [[1], [-2]]
     values = values.astype(np.float32)
-    thresholds = find(trim_threshold(density, 2, 100, values.dtype), lambda: [values[:, :30], values[:, 30:]])
+    thresholds = find(trim_threshold(density, 2, 100, values.dtype), [values[:, :30], values[:, 30:]])
     assert [(np.abs(row) >= limit).sum() for row, limit in zip(values, thresholds, strict=True)] == [kept, kept]
 
 
@@ -91,4 +89,4 @@ def test_a_density_that_is_no_share_is_refused(density):
 
 
 def test_a_tensor_without_elements_has_a_threshold():
-    assert len(find(trim_threshold(0.2, 3, 0, np.dtype(np.float32)), list)) == 3
+    assert len(find(trim_threshold(0.2, 3, 0, np.dtype(np.float32)), [])) == 3

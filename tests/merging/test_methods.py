@@ -10,11 +10,12 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from conftest import find
 
 from dmm_cli.errors import DmmError
 from dmm_cli.merging import CALIBRATIONS, METHODS
 from dmm_cli.merging.drop import drop_and_rescale
-from dmm_cli.merging.facts import find, trim_threshold
+from dmm_cli.merging.facts import trim_threshold
 from dmm_cli.merging.iso_cts import iso_cts
 from dmm_cli.merging.matrices import matrix_shape
 from dmm_cli.merging.method import Block, Facts, effective_parameters
@@ -63,7 +64,7 @@ def merged(name: str, tasks: np.ndarray, weights=None, shape=SHAPE, seed: int = 
 
 
 def thresholds(tasks: np.ndarray, density: float) -> np.ndarray:
-    return find(trim_threshold(density, *tasks.shape, tasks.dtype), lambda: [tasks])
+    return find(trim_threshold(density, *tasks.shape, tasks.dtype), [tasks])
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
