@@ -48,8 +48,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.parent / f".dmm-{os.urandom(8).hex()}.tmp"
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
+        try:  # from before the file is there: an interrupt may come as soon as it is
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
