@@ -21,6 +21,12 @@ DIGITS = ROOT / "fixtures" / "digits"
 Write = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """What tests remember of files is not the user's, nor the other way round."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _few_threads():
     import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import DIGITS, ROOT, shell
 
-FLOOR = {"errors", "registry", "header", "files", "inputs", "manifest", "config", "names", "shards", "digest"}
+FLOOR = {"errors", "registry", "header", "files", "inputs", "manifest", "config", "names", "shards", "digest", "recall"}
 LIBRARY = {
     "similarity", "grouping", "merging", "synthesis", "distillation", "architectures", "checkpoint",
     "runtime", "evaluation", "images", "curves", "ranks", "streaming",
