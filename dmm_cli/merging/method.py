@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DmmError, printable
-from ..registry import did_you_mean
+from ..registry import mistyped
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,8 @@ def effective_parameters(function: Callable, given: Mapping[str, Any]) -> dict[s
     }
     for name, value in given.items():
         if name not in defaults:
-            near = did_you_mean(name, defaults)
-            raise DmmError(
-                f"{function.__name__} has no parameter {printable(name)}",
-                evidence=[f"it has: {', '.join(defaults) or 'none'}"],
-                hint=f"did you mean {near}?" if near else None,
-            )
+            what = f"{function.__name__} has no parameter {printable(name)}"
+            raise mistyped(what, name, defaults, listed="it has")
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise DmmError(f"parameter {name} of {function.__name__} is a number, not {printable(str(value))}")
     return {**defaults, **given}
