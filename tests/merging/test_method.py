@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from conftest import SPECTRAL, cosine, merged, normal, rotation, traits
 
 from dmm_cli.errors import DmmError
-from dmm_cli.merging import CALIBRATIONS, METHODS
-from dmm_cli.merging.method import effective_parameters
+from dmm_cli.merging import CALIBRATIONS, METHODS, parameters
+from dmm_cli.merging.method import check_parameters, effective_parameters
+from dmm_cli.registry import Registry
 
 EVERY = [*METHODS, *CALIBRATIONS]
 ORDERLESS = [name for name in METHODS if "random" not in METHODS.traits(name)]
@@ -20,14 +22,17 @@ def count_for(name: str) -> int:
     return 2 if "pair" in traits(name) else 3
 
 
+def table_of(name: str) -> Registry:
+    return METHODS if name in METHODS else CALIBRATIONS
+
+
 # The contract.
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_says_what_it_does(name):
-    table = METHODS if name in METHODS else CALIBRATIONS
-    assert table.summary(name)
-    assert table.load(name).__doc__
+    assert table_of(name).summary(name)
+    assert table_of(name).load(name).__doc__
     assert name in CALIBRATIONS or traits(name)[0] in ("coefficients", "elements", "matrices")
 
 
@@ -104,10 +109,9 @@ def test_a_checkpoint_of_weight_zero_does_not_count(name):
 
 
 def parameters_of(name: str) -> dict[str, float]:
-    function = (METHODS if name in METHODS else CALIBRATIONS).load(name)
     return {
         key: item.default
-        for key, item in inspect.signature(function).parameters.items()
+        for key, item in inspect.signature(table_of(name).load(name)).parameters.items()
         if item.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
@@ -118,7 +122,7 @@ SCALED = [name for name, key in PARAMETERS if key == "scale"]
 
 @pytest.mark.parametrize(("name", "key"), PARAMETERS)
 def test_a_parameter_is_taken_as_given_and_a_misspelt_one_is_named(name, key):
-    function = (METHODS if name in METHODS else CALIBRATIONS).load(name)
+    function = table_of(name).load(name)
     assert effective_parameters(function, {}) == parameters_of(name)
     for value in (0.0, 0.7):
         assert effective_parameters(function, {key: value}) == {**parameters_of(name), key: value}
@@ -129,6 +133,25 @@ def test_a_parameter_is_taken_as_given_and_a_misspelt_one_is_named(name, key):
     assert all(other in error.value.evidence[0] for other in parameters_of(name))
     with pytest.raises(DmmError, match=f"parameter {key} of {name} is a number, not much"):
         effective_parameters(function, {key: "much"})
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_table_lists_the_parameters_of_the_function(name):
+    assert list(parameters(table_of(name), name)) == list(parameters_of(name))
+
+
+def complaint(function: Callable, *arguments, **keywords) -> str | None:
+    try:
+        function(*arguments, **keywords)
+    except DmmError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("name", "key"), PARAMETERS)
+@pytest.mark.parametrize("value", [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5])
+def test_the_table_refuses_the_values_that_the_function_refuses(name, key, value):
+    told = complaint(check_parameters, name, parameters(table_of(name), name), {key: value})
+    assert told == complaint(merged, name, normal(2, 48), **{key: value})
 
 
 @pytest.mark.parametrize("name", ["linear", "slerp", "karcher", "model_stock"])
