@@ -40,6 +40,30 @@ def _listed(table: Registry) -> str:
     )
 
 
+Param = Annotated[
+    list[str] | None,
+    options.option(
+        "--param",
+        help="Parameter of the method: scale=0.3; for some tensors only: 'blocks.0.*:scale=0.1', or their "
+        "'fc.*:weights=1,0'. Repeatable.",
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    options.option(
+        "--calibrate",
+        help=f"Then calibrate merged task vectors; {_listed(CALIBRATIONS)}. Parameter: --param svc.alpha=1.",
+    ),
+]
+Head = Annotated[
+    str,
+    options.option(
+        "--head",
+        help=f"Classifiers of unlike classes; {'; '.join(f'{name}: {what}' for name, what in POLICIES.items())}.",
+    ),
+]
+
+
 @guarded
 def merge(
     checkpoints: Annotated[
@@ -57,28 +81,9 @@ def merge(
         str,
         options.option("--group", help="auto, all, a cosine threshold, a JSON file, or - for standard input."),
     ] = "all",
-    param: Annotated[
-        list[str] | None,
-        options.option(
-            "--param",
-            help="Parameter of the method: scale=0.3; for some tensors only: 'blocks.0.*:scale=0.1', or their "
-            "'fc.*:weights=1,0'. Repeatable.",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        options.option(
-            "--calibrate",
-            help=f"Then calibrate merged task vectors; {_listed(CALIBRATIONS)}. Parameter: --param svc.alpha=1.",
-        ),
-    ] = None,
-    head: Annotated[
-        str,
-        options.option(
-            "--head",
-            help=f"Classifiers of unlike classes; {'; '.join(f'{name}: {what}' for name, what in POLICIES.items())}.",
-        ),
-    ] = "union",
+    param: Param = None,
+    calibrate: Calibrate = None,
+    head: Head = "union",
     dtype: Annotated[
         str | None, options.option("--dtype", help=f"Of the output: {', '.join(DTYPES)}; else the first checkpoint's.")
     ] = None,
@@ -121,10 +126,16 @@ def merge(
     )
     check(sources, recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
-
     if dry_run:
         _show_plan(sources, recipe, to)
-        return
+    else:
+        _execute(sources, recipe, to, group, record, quiet, json)
+
+
+def _execute(
+    sources: Sequence[Source], recipe: Recipe, to: Destination, group: str, record: dict | None, quiet: bool, json: bool
+) -> None:
+    """Group, merge and report."""
     with joined() as ranks, hashing(ranks.deal(parents_of(sources, recipe))) as hashes:  # first: it takes longest
         from ..report.console import Progress
 
