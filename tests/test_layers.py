@@ -15,7 +15,7 @@ FLOOR = {
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "synthesis", "distillation", "architectures", "checkpoint",
-    "runtime", "evaluation", "images", "curves", "ranks", "streaming",
+    "runtime", "evaluation", "recalibration", "images", "curves", "ranks", "streaming",
 }  # fmt: skip
 PACKAGES = {"similarity", "merging", "synthesis", "distillation"}  # they meet in commands, or through a file
 TERMINAL = {"app", "commands", "report", "__main__"}
