@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DmmError
 from ..inputs import Source
+from ._pseudo import balanced_images, readable_errors
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import nn
-
-    from ..synthesis.pseudodata import PseudoData
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,9 @@ def recalibrate(
     where = resolve_device(settings.device)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
     layers = architectures.norm_layers(model)
-    with one_thread(where), _readable_errors(settings.data, merged):
-        batches = _batches(load_pseudo_data(settings.data), parents, settings.seed, where)
+    with one_thread(where), readable_errors(settings.data, merged.label):
+        pseudo = load_pseudo_data(settings.data)
+        batches = balanced_images(pseudo, parents, settings.seed, "recalibrate", where)
         if layers:
             reset_statistics(model, [layer for _, layer in layers], batches)
             names = [name for name, _ in layers]
@@ -90,23 +88,6 @@ def draft(output: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _batches(data: PseudoData, parents: Sequence[Source], seed: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Class-balanced batches of the parents' images, normalised."""
-    import numpy as np
-    import torch
-
-    from ..images import InputSpec, PixelSpace
-    from ..recalibration import balanced_batches, balanced_weights
-    from ..runtime import generator
-
-    places = [data.place_of(parent) for parent in parents]
-    rows = np.flatnonzero(np.isin(data.teacher_id, places))
-    weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
-    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
-    images = space.from_bytes(torch.from_numpy(data.images[rows]).to(device))
-    return balanced_batches(images, weights, generator(seed, "recalibrate"))
-
-
 def _heads(model: nn.Module) -> list[str]:
     from ..names import is_head
 
@@ -118,15 +99,3 @@ def _tensors(model: nn.Module, layers: Sequence[str]) -> Mapping[str, np.ndarray
     owned = set(layers)
     state = model.state_dict()
     return {name: value.cpu().numpy() for name, value in state.items() if name.rpartition(".")[0] in owned}
-
-
-@contextmanager
-def _readable_errors(data: Source, merged: Source) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise DmmError(
-            f"pseudo-images of {data.path} do not go through {merged.label}",
-            evidence=[str(error).splitlines()[0]],
-            hint="use pseudo-data that were synthesized from the checkpoints that are merged",
-        ) from error

@@ -46,8 +46,9 @@ def matrix_table(title: str, labels: Sequence[str], matrix: Matrix, digits: int 
 
 def similarity_tables(report: SimilarityReport, per_layer: int | None) -> list[Table]:
     """All measures, the reference column, and the least similar layers."""
+    kinds = {"bn": "distance", "cka": "activations"}
     tables = [
-        matrix_table(f"{name} ({report.on})" if name != "bn" else "bn (distance)", report.labels, matrix)
+        matrix_table(f"{name} ({kinds.get(name, report.on)})", report.labels, matrix)
         for name, matrix in report.measures.items()
         if len(report.labels) > 1
     ]
