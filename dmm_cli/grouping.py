@@ -7,12 +7,14 @@ Steps (notation: cos is the cosine of the weights, heads and one-dimensional ten
    parts them, and averaging across basins destroys both models;
 2. inside a basin, average linkage on 1 - cos; the tree is cut at its largest gap if that gap is
    ``GAP`` times the height below it, else the basin stays whole;
-3. what stays alone while others form groups is divergent: its knowledge must be distilled.
+3. where there are pseudo-data, a merge that makes a member forget parts its group (``split_group``);
+4. what stays alone while others form groups is divergent: its knowledge must be distilled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -88,6 +90,24 @@ def groups_from_record(record: dict, labels: Sequence[str], origin: str) -> Grou
         raise DmmError(f"{origin} holds no groups", hint='write {"groups": [["a", "b"], ["c"]]}')
     members = [[names[i] for i in g["members"]] if isinstance(g, dict) else list(g) for g in groups]
     return given_groups(labels, members, origin)
+
+
+def split_group(grouping: Grouping, out: Sequence[int], reason: str) -> Grouping:
+    """The grouping with some members of one of its groups in a group of their own instead.
+
+    Args:
+        out: indices of those members.
+        reason: why they do not go together with the others.
+    """
+    labels = np.zeros(len(grouping.labels), dtype=int)
+    for number, other in enumerate(grouping.groups):
+        labels[list(other.members)] = number
+    labels[list(out)] = len(grouping.groups)
+    pairs = tuple(
+        replace(pair, together=False, reason=reason) if pair.together and labels[pair.a] != labels[pair.b] else pair
+        for pair in grouping.pairs
+    )
+    return _grouping(grouping.labels, labels, pairs, grouping.rule, grouping.threshold, np.array(grouping.linkage))
 
 
 def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:

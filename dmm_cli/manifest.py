@@ -164,6 +164,20 @@ class Grouping(Record):
 
 
 @dataclass(frozen=True)
+class Retention(Record):
+    """How far a model agrees with one teacher on that teacher's pseudo-data, in per cent.
+
+    Attributes:
+        before: of the teacher itself for a merge, of the student that was given for a distillation.
+    """
+
+    label: str
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class MergeManifest(Record):
     """What a merge did.
 
@@ -173,6 +187,7 @@ class MergeManifest(Record):
             interpolation of standard deviations ("unpaired").
         norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
         recalibrated: group name to what was set right on pseudo-data, in words.
+        retained: group name to what its merge still recognises of its members' pseudo-images.
     """
 
     SCHEMA: ClassVar[str] = "dmm.merge/1"
@@ -187,6 +202,7 @@ class MergeManifest(Record):
     warnings: tuple[str, ...] = ()
     norms: tuple[dict[str, float], ...] = ()
     recalibrated: dict[str, str] = field(default_factory=dict)
+    retained: dict[str, tuple[Retention, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -224,16 +240,6 @@ class SynthesisManifest(Record):
     seconds: float
     history: History
     output: str
-
-
-@dataclass(frozen=True)
-class Retention(Record):
-    """How far the student agrees with one teacher on that teacher's pseudo-data, in per cent."""
-
-    label: str
-    images: int
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)

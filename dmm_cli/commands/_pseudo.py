@@ -10,8 +10,11 @@ from ..errors import DmmError
 from ..inputs import Source
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from torch import nn
 
+    from ..manifest import Retention
     from ..synthesis.pseudodata import PseudoData
 
 
@@ -23,19 +26,49 @@ def balanced_images(
     Raises:
         DmmError: nothing was made from a parent.
     """
+    import torch
+
+    from ..recalibration import balanced_batches, balanced_weights
+    from ..runtime import generator
+
+    images, rows = images_of(data, parents, device)
+    weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
+    return balanced_batches(images, weights, generator(seed, salt))
+
+
+def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+    """The parents' images, normalised (N, C, H, W), and their rows in the pseudo-data, (N,).
+
+    Raises:
+        DmmError: nothing was made from a parent.
+    """
     import numpy as np
     import torch
 
     from ..images import InputSpec, PixelSpace
-    from ..recalibration import balanced_batches, balanced_weights
-    from ..runtime import generator
 
-    places = [data.place_of(parent) for parent in parents]
-    rows = np.flatnonzero(np.isin(data.teacher_id, places))
-    weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
+    rows = np.flatnonzero(np.isin(data.teacher_id, [data.place_of(parent) for parent in parents]))
     space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
-    images = space.from_bytes(torch.from_numpy(data.images[rows]).to(device))
-    return balanced_batches(images, weights, generator(seed, salt))
+    return space.from_bytes(torch.from_numpy(data.images[rows]).to(device)), rows
+
+
+def retention(
+    model: nn.Module, data: PseudoData, parents: Sequence[Source], device: torch.device
+) -> tuple[Retention, ...]:
+    """How far the parents, and a model in their place, agree with the targets of each parent's images."""
+    import torch
+
+    from ..manifest import Retention
+
+    found = []
+    for parent in parents:
+        images, rows = images_of(data, [parent], device)
+        with torch.no_grad():
+            answers = torch.cat([model(part).argmax(1) for part in images.split(512)]).cpu().numpy()
+        targets = data.targets[rows]
+        shares = [100.0 * float((own == targets).mean()) for own in (data.logits[rows].argmax(1), answers)]
+        found.append(Retention(parent.label, len(rows), *shares))
+    return tuple(found)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ._groups import Destination, Team, merge_groups, parents_of
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
 from ._run import epilog, guarded
+from ._veto import settle
 
 if TYPE_CHECKING:
     from ..manifest import Grouping, MergeManifest
@@ -61,7 +62,8 @@ Recalibrate = Annotated[
     options.option(
         "--recalibrate",
         help="Pseudo-data of the checkpoints: reset the BatchNorm statistics of the merge on them, or, of models "
-        "without BatchNorm, rescale its layers to its parents' activations (REPAIR).",
+        "without BatchNorm, rescale its layers to its parents' activations (REPAIR). With --group auto, checkpoints "
+        "that would forget in the merge leave their group.",
     ),
 ]
 Head = Annotated[
@@ -161,6 +163,8 @@ def _execute(
 
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, record, progress)
+        if recalibration and grouping.rule == "auto":
+            grouping = settle(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
         manifest = merge_groups(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
     if ranks.is_first:
         _report(manifest, quiet, json)
@@ -214,7 +218,7 @@ def grouping_of(
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     from ..manifest import dump
     from ..report.console import emit, status
-    from ..report.tables import Table, group_table, render
+    from ..report.tables import Table, group_table, render, retained_tables
 
     for warning in manifest.warnings:
         status(f"warning: {warning}")
@@ -225,7 +229,7 @@ def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     else:
         paired, unpaired = manifest.batchnorm["paired"], manifest.batchnorm["unpaired"]
         rows = [[path] for path in manifest.outputs]
-        tables = [group_table(manifest.grouping), Table("written", ["file"], rows)]
+        tables = [group_table(manifest.grouping), *retained_tables(manifest), Table("written", ["file"], rows)]
         emit(render(tables, "table"))
         for name, done in manifest.recalibrated.items():
             emit(f"{name}: {done}")

@@ -12,6 +12,7 @@ from ..manifest import (
     Grouping,
     Inspection,
     Matrix,
+    MergeManifest,
     SimilarityReport,
     SourceRecord,
     SynthesisManifest,
@@ -131,6 +132,18 @@ def retention_table(manifest: DistillManifest) -> Table:
         ["teacher", "images", "before", "after"],
         rows,
     )
+
+
+def retained_tables(manifest: MergeManifest) -> list[Table]:
+    """Per group, what its members and their merge recognise of each member's pseudo-data, in per cent."""
+    return [
+        Table(
+            f"{name}: pseudo-images recognised, %",
+            ["checkpoint", "images", "by itself", "by the merge"],
+            [[item.label, str(item.images), number(item.before, 1), number(item.after, 1)] for item in items],
+        )
+        for name, items in manifest.retained.items()
+    ]
 
 
 def inspection_tables(record: Inspection) -> list[Table]:
