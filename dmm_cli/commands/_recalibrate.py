@@ -65,9 +65,7 @@ class Recalibrated:
         save_like(output, self.merged, self.tensors, metadata, inputs=inputs, force=force)
 
 
-def recalibrate(
-    merged: Source, parents: Sequence[Source], recipe: Recipe, settings: Recalibration
-) -> Recalibrated:
+def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, settings: Recalibration) -> Recalibrated:
     """Solve the layers of a merged checkpoint, if its method is one on features, and reset its BatchNorm statistics.
 
     If there are no such statistics, and no layers were solved, layers are repaired.

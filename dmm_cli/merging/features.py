@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def solve_layers(
             shares = torch.tensor(recipe.weights_of(name, len(files)), dtype=torch.float64, device=layer.weight.device)
             seen = Layer(
                 weights=_weights(files, name, layer),
-                grams=_grams(batches, owners, lambda images: _inputs(model, layer, calls, images), layer, stream),
+                grams=_grams(batches, owners, partial(_inputs, model, layer, calls), layer, stream),
                 shares=shares / shares.sum(),
             )
             merged = method(seen, **recipe.parameters_of(name))
