@@ -2,6 +2,7 @@
 
 Steps (notation: cos is the cosine of the weights, heads and one-dimensional tensors left out):
 
+0. checkpoints of different architectures are never together;
 1. basins: an edge where the raw cosine is at least ``BASIN``; connected components. Models of one
    start measure .81 to .99 there, models of different starts below .005, so any value between
    parts them, and averaging across basins destroys both models;
@@ -120,7 +121,7 @@ def _tree(cosine: np.ndarray) -> np.ndarray:
     from scipy.cluster.hierarchy import linkage  # a quarter of a second, for those who group by similarity
     from scipy.spatial.distance import squareform
 
-    distance = np.clip(1.0 - cosine, 0.0, 2.0)
+    distance = np.clip(1.0 - np.nan_to_num(cosine), 0.0, 2.0)  # not comparable: as far apart as strangers
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0.0)
     return linkage(squareform(distance, checks=False), method="average")
@@ -174,11 +175,14 @@ def _pairs(
         for b in range(a):
             together = bool(labels[a] == labels[b])
             reason = _reason(cosine[a, b], raw[a, b], together, rule, threshold)
-            pairs.append(PairReason(a, b, together, float(cosine[a, b]), reason))
+            value = None if np.isnan(cosine[a, b]) else float(cosine[a, b])
+            pairs.append(PairReason(a, b, together, value, reason))
     return tuple(pairs)
 
 
 def _reason(cosine: float, raw: float, together: bool, rule: str | float, threshold: float | None) -> str:
+    if np.isnan(cosine):
+        return "different architectures"
     if rule == "all":
         return "one group was asked for"
     if rule == "auto" and not together and raw < BASIN:

@@ -14,7 +14,7 @@ from ..files import check_output, write_text
 from ..inputs import Source, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
-from ..merging.recipe import Recipe, check
+from ..merging.recipe import Recipe, check, check_weights
 from ..ranks import Ranks
 from ._provenance import inherited, lineage, records, stamp
 from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
@@ -101,7 +101,7 @@ def merge_groups(
     from ..manifest import MergeManifest, dump
     from ..merging.method import effective_parameters
 
-    check(sources, recipe)
+    check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     parents = parents_of(sources, recipe)
     check_outputs(to, grouping, parents)
@@ -129,6 +129,20 @@ def merge_groups(
     if to.record and team.ranks.is_first:
         write_text(to.record, dump(manifest) + "\n", force=to.force)
     return manifest
+
+
+def check_each(sources: Sequence[Source], groups: Sequence[tuple[int, ...]], recipe: Recipe) -> None:
+    """Everything about the merges of these groups that the recipe and the headers can tell.
+
+    Raises:
+        DmmError: see ``check``.
+    """
+    if len(groups) == 1:
+        check(sources, recipe)
+        return
+    check_weights(recipe, len(sources))
+    for members in groups:
+        check([sources[i] for i in members], _part(recipe, members, len(groups)))
 
 
 def check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]) -> None:

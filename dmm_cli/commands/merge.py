@@ -11,15 +11,15 @@ import typer
 
 from ..digest import hashing
 from ..errors import DmmError
-from ..inputs import Source, paths_in_record, read_record, read_text, resolve_source, resolve_sources
+from ..inputs import Source, kinds_of, paths_in_record, read_record, read_text, resolve_source, resolve_sources
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import POLICIES
-from ..merging.recipe import DTYPES, Recipe, check
+from ..merging.recipe import DTYPES, Recipe
 from ..ranks import joined
 from ..registry import Registry
 from ..shards import parse_size
 from . import _options as options
-from ._groups import Destination, Team, merge_groups, parents_of
+from ._groups import Destination, Team, check_each, merge_groups, parents_of
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
 from ._run import epilog, guarded
@@ -138,7 +138,7 @@ def merge(
         seed=seed,
         device=device,
     )
-    check(sources, recipe)
+    check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(resolve_source(recalibrate), arch, device, seed) if recalibrate else None
     if dry_run:
