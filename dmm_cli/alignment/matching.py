@@ -12,7 +12,7 @@ of one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,8 @@ from .apply import identity, permute_tensor
 from .places import Places, Term, places_of
 from .spec import Spec
 
-SWEEPS = 50  # at most; some 3 to 20 are needed
-GAIN = 1e-6  # of a group's similarity: a smaller one is rounding
+SWEEPS = 100  # at most; some 3 to 30 are needed
+ROUNDING = 1e-7  # of a group's similarity: a smaller gain is none
 
 Progress = Callable[..., None]
 
@@ -84,17 +84,25 @@ class _Matching:
         self._other = {name: other[name] for name in self._tensors}
         self._image = identity(spec)
         self._known = ~spec.movable
-        self._shares = {name: [float(self._known[a.units].mean()) for a in axes] for name, axes in self._tensors.items()}
+        self._shares = {
+            name: [float(self._known[a.units].mean()) for a in axes] for name, axes in self._tensors.items()
+        }
         self._groups = places_of(spec.groups, self._tensors, self._reference)
+        self._neighbours = _neighbours(self._groups)
 
     def run(self, *, shuffled: bool) -> Match:
         """The anchored pass, then sweeps until none finds anything better."""
         self._anchor(shuffled)
-        sweeps = 1
-        while sweeps < SWEEPS and self._sweep():
+        sweeps, stale = 1, set(range(len(self._groups)))
+        while stale and sweeps < SWEEPS:
             sweeps += 1
-        products = (np.vdot(self._reference[name], self._other[name]) for name in self._tensors)
-        return Match(self._image, float(sum(products)), sweeps)
+            stale = self._sweep(stale)
+        return Match(self._image, self._objective(self._tensors), sweeps)
+
+    def _objective(self, names: Iterable[str]) -> float:
+        """The sum of products of the weights of some tensors."""
+        pairs = ((self._reference[name].ravel(), self._other[name].ravel()) for name in names)
+        return sum(float(np.einsum("i,i", a, b, dtype=np.float64)) for a, b in pairs)
 
     def _anchor(self, shuffled: bool) -> None:
         left = list(self._groups)
@@ -103,34 +111,36 @@ class _Matching:
             if shuffled:
                 evidence = evidence * self._draw.exponential(size=len(left))
             places = left.pop(int(evidence.argmax()))
-            self._move(places, self._proposal(places, places.all_roles, blocks=True, anchored=True))
+            delta, _ = self._proposal(places, places.all_roles, blocks=True, anchored=True)
+            self._move(places, delta)
             self._known[places.group.everything] = True
             for name in places.touched:
-                self._shares[name] = [float(self._known[a.units].mean()) for a in self._tensors[name]]
+                self._shares[name] = self._share_known(name)
             if self._on_progress:
                 self._on_progress("align", len(self._groups) - len(left), len(self._groups))
 
-    def _sweep(self) -> bool:
-        """Solve every group once, in random order; whether anything moved."""
-        moved = False
-        for number in self._draw.permutation(len(self._groups)):
+    def _share_known(self, name: str) -> list[float]:
+        """The share of units that is in order, of every axis of a tensor."""
+        return [float(self._known[axis.units].mean()) for axis in self._tensors[name]]
+
+    def _sweep(self, stale: Set[int]) -> set[int]:
+        """Solve groups once, in random order; those that have a neighbour moved since."""
+        again: set[int] = set()
+        for number in self._draw.permutation(sorted(stale)).tolist():
+            again.discard(number)
             places = self._groups[number]
             for which, blocks in places.steps():
-                delta = self._proposal(places, which, blocks=blocks, anchored=False)
-                moved |= self._improve(places, delta)
-        return moved
+                delta, gain = self._proposal(places, which, blocks=blocks, anchored=False)
+                if gain > 0 and self._improves(places, delta):
+                    again |= self._neighbours[number]
+        return again
 
-    def _improve(self, places: Places, delta: np.ndarray) -> bool:
-        """Make a move if the weights it touches fit better after it."""
-        if (delta == np.arange(len(delta))).all():
-            return False
-        names = places.touched
-        before = sum(float(np.vdot(self._reference[name], self._other[name])) for name in names)
-        kept = {name: self._other[name] for name in names}
-        image = self._image
+    def _improves(self, places: Places, delta: np.ndarray) -> bool:
+        """Make a move, unless it was only a guess and the weights do not fit better after it."""
+        kept, image = {name: self._other[name] for name in places.touched}, self._image
+        before = self._objective(kept) if places.is_coupled else None
         self._move(places, delta)
-        after = sum(float(np.vdot(self._reference[name], self._other[name])) for name in names)
-        if after > before + GAIN * abs(before):
+        if before is None or self._objective(kept) > before + ROUNDING * abs(before):
             return True
         self._other.update(kept)
         self._image = image
@@ -143,35 +153,35 @@ class _Matching:
 
     def _proposal(
         self, places: Places, which: Sequence[int], *, blocks: bool, anchored: bool
-    ) -> np.ndarray:
-        """The best permutation of these roles' units, and with ``blocks`` of the blocks, while all else stays."""
+    ) -> tuple[np.ndarray, float]:
+        """The best permutation of these roles' units, and with ``blocks`` of the blocks, while all else stays.
+
+        Returns:
+            The permutation, and how much better the weights fit after it; 0 where the difference is rounding.
+        """
         delta = identity(self._spec)
-        group = places.group
-        count = len(group.blocks)
+        group, count = places.group, len(places.group.blocks)
         roles = [group.roles[number] for number in which]
         inner = [
             self._similarity(places.terms[number], role.size, anchored).reshape(*role.shape, *role.shape)
             for number, role in zip(which, roles, strict=True)
         ]  # (H, D, H, D) each
         order = np.arange(count)
+        before = after = 0.0
         if blocks and count > 1:
-            order = _assigned(self._between(places, inner, anchored))
+            own = self._similarity(places.block_terms, count, anchored)  # (H, H)
+            order = _assigned(own + sum(map(_in_best_order, inner)))
             delta[group.blocks] = group.blocks[order]
+            before, after = np.trace(own), own[np.arange(count), order].sum()
         for role, similarity in zip(roles, inner, strict=True):
+            units = np.arange(role.shape[1])
             for h, source in enumerate(order):
-                delta[role[h]] = role[source][_assigned(similarity[h, :, source])]
-        return delta
-
-    def _between(self, places: Places, inner: Sequence[np.ndarray], anchored: bool) -> np.ndarray:
-        """Similarity of blocks (H, H): of their own weights, and of their units in the best order."""
-        count = len(places.group.blocks)
-        total = self._similarity(places.block_terms, count, anchored)
-        for similarity in inner:
-            units = np.arange(similarity.shape[1])
-            for h, g in np.ndindex(count, count):
-                part = similarity[h, :, g]  # (D, D)
-                total[h, g] += part[units, _assigned(part)].sum()
-        return total
+                found = _assigned(similarity[h, :, source])
+                delta[role[h]] = role[source][found]
+                before += np.trace(similarity[h, :, h])
+                after += similarity[h, units, source, found].sum()
+        gain = after - before
+        return delta, float(gain) if gain > ROUNDING * abs(before) else 0.0
 
     def _similarity(self, terms: Sequence[Term], count: int, anchored: bool) -> np.ndarray:
         """Products of the reference's units with the other's, summed over their weights (count, count)."""
@@ -196,6 +206,28 @@ class _Matching:
                 kept = (*axis.deps, axis.axis)
                 array = array * known[tuple(slice(None) if k in kept else None for k in range(array.ndim))]
         return array
+
+
+def _neighbours(groups: Sequence[Places]) -> list[set[int]]:
+    """For every group those that share a tensor with it: what is best for them changes when it moves."""
+    touching: dict[str, set[int]] = {}
+    for number, places in enumerate(groups):
+        for name in places.touched:
+            touching.setdefault(name, set()).add(number)
+    return [
+        set().union(*(touching[name] for name in places.touched)) - (set() if places.is_coupled else {number})
+        for number, places in enumerate(groups)
+    ]
+
+
+def _in_best_order(similarity: np.ndarray) -> np.ndarray:
+    """Similarity of blocks (H, H) whose units (H, D, H, D) are in the best order."""
+    count, units = len(similarity), np.arange(similarity.shape[1])
+    total = np.empty((count, count))
+    for h, g in np.ndindex(count, count):
+        part = similarity[h, :, g]  # (D, D)
+        total[h, g] = part[units, _assigned(part)].sum()
+    return total
 
 
 def _rows(array: np.ndarray, term: Term) -> np.ndarray:

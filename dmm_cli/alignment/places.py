@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -44,14 +45,19 @@ class Places:
     terms: tuple[tuple[Term, ...], ...]
     block_terms: tuple[Term, ...]
 
-    @property
+    @cached_property
     def _everywhere(self) -> list[Term]:
         return [*self.block_terms, *(term for terms in self.terms for term in terms)]
 
-    @property
+    @cached_property
     def touched(self) -> list[str]:
         """Names of the tensors that a move changes."""
         return sorted({term.tensor for term in self._everywhere})
+
+    @cached_property
+    def is_coupled(self) -> bool:
+        """Whether two axes of one tensor belong to the group."""
+        return len({(term.tensor, term.axis.axis) for term in self._everywhere}) > len(self.touched)
 
     @property
     def all_roles(self) -> range:
@@ -72,11 +78,10 @@ class Places:
     def steps(self) -> Iterator[tuple[Sequence[int], bool]]:
         """Sets of roles to solve at once, and whether blocks move too.
 
-        Where two axes of one tensor belong to the group, the joint step is a good guess, a role alone is exact.
+        In a coupled group the joint step is a good guess, and a role alone is solved exactly.
         """
         yield self.all_roles, True
-        axes = {(term.tensor, term.axis.axis) for term in self._everywhere}
-        if len(axes) > len(self.touched):
+        if self.is_coupled:
             yield from (([number], False) for number in self.all_roles)
 
 

@@ -61,7 +61,7 @@ def expand(units: Units, shape: Sequence[int], value: Value, *_: Any, **__: Any)
 
 
 def spatial(units: Units, shape: Sequence[int], x: Value, *_: Any, **__: Any) -> Value:
-    """Pooling and resizing: batch and channels stay, space is fixed."""
+    """Pooling and resizing of (B, C, S...): batch and channels stay, space is fixed."""
     units.rigid(*x.axes[2:])
     return Value(tuple(shape), (*x.axes[:2], *(None for _ in shape[2:])))
 
@@ -95,7 +95,9 @@ def mean(units: Units, shape: Sequence[int], x: Value, dims: Any = None, keepdim
     return reshape(units, x, shape)  # keepdim puts axes of size 1 back
 
 
-def vector_norm(units: Units, shape: Sequence[int], x: Value, order: float = 2, dims: Any = None, *_: Any, **__) -> Value:
+def vector_norm(
+    units: Units, shape: Sequence[int], x: Value, order: float = 2, dims: Any = None, *_: Any, **__
+) -> Value:
     return mean(units, shape, x, dims)
 
 
@@ -136,7 +138,13 @@ def cut(units: Units, value: Value, dim: int, start: int, stop: int, step: int =
 
 
 def slice_(
-    units: Units, shape: Sequence[int], x: Value, dim: int = 0, start: int | None = None, stop: int | None = None, step=1
+    units: Units,
+    shape: Sequence[int],
+    x: Value,
+    dim: int = 0,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int = 1,
 ) -> Value:
     dim %= len(shape)
     return cut(units, x, dim, *slice(start, stop, step).indices(x.shape[dim]))
@@ -190,20 +198,21 @@ def glu(units: Units, shape: Sequence[int], x: Value, dim: int = -1) -> Value:
 
 
 _POINTWISE = (
-    "abs add addcmul alias alpha_dropout bernoulli celu clamp clamp_max clamp_min clone contiguous copysign cos "
-    "detach detach_ div dropout elu eq erf exp expm1 feature_dropout floor gelu ge gt hardsigmoid hardswish "
-    "hardtanh le leaky_relu lift_fresh_copy log log1p logaddexp log_sigmoid logical_and logical_not logical_or "
-    "log_softmax lt masked_fill maximum minimum mish mul ne neg pow reciprocal relu relu6 round rsqrt rsub selu "
-    "sigmoid sign silu sin softmax softplus sqrt square sub tanh threshold to type_as where _to_copy "
-    "_assert_tensor_metadata"
-).split()
-_VIEWS = "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as".split()
-_CONSTANTS = "zeros zeros_like ones ones_like full full_like empty empty_like arange linspace".split()
+    "abs", "add", "addcmul", "alias", "alpha_dropout", "bernoulli", "celu", "clamp", "clamp_max", "clamp_min", "clone",
+    "contiguous", "copysign", "cos", "detach", "div", "dropout", "elu", "eq", "erf", "exp", "expm1",
+    "feature_dropout", "floor", "ge", "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu",
+    "lift_fresh_copy", "log", "log1p", "log_sigmoid", "log_softmax", "logaddexp", "logical_and", "logical_not",
+    "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "ne", "neg", "pow", "reciprocal", "relu",
+    "relu6", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt",
+    "square", "sub", "tanh", "threshold", "to", "type_as", "where", "_to_copy",
+)  # fmt: skip
+_VIEWS = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as", "reshape_as")
+_CONSTANTS = ("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "empty", "empty_like", "arange")
 _SPATIAL = (
-    "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d "
-    "upsample_bicubic2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa"
-).split()
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+)  # fmt: skip
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, pointwise),

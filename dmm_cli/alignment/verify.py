@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import DmmError, printable
+from ..errors import DmmError
 from ..names import COUNTER, RUNNING_VAR, kind_of
 from ..runtime import generator
 from .apply import permute
@@ -21,14 +20,15 @@ JITTER = 0.1  # of a tensor's own deviation, and at least of one
 
 
 def verify(
-    model: nn.Module, arrays: Mapping[str, np.ndarray], spec: Spec, image: np.ndarray, size: tuple[int, ...]
+    name: str, model: nn.Module, arrays: Mapping[str, np.ndarray], spec: Spec, image: np.ndarray, size: tuple[int, ...]
 ) -> float:
     """Compare a network with its permuted copy on random input, with its own weights and with random ones near them.
 
     Weights that happen to be zero or equal hide a wrong permutation; the random ones do not.
 
     Args:
-        model: the module, for its architecture; it is not changed.
+        name: of the checkpoint, for the message.
+        model: the module, for its architecture; it is left in float64, with other weights.
         arrays: the state dict, not permuted.
         size: of one input, without the batch axis.
 
@@ -38,7 +38,7 @@ def verify(
     Raises:
         DmmError: the outputs differ.
     """
-    model = copy.deepcopy(model).double().eval()
+    model = model.double().eval()
     images = torch.randn(1, *size, generator=generator(0, "verify"), dtype=torch.float64)
     state = {name: torch.from_numpy(np.ascontiguousarray(array)).double() for name, array in arrays.items()}
     worst = 0.0
@@ -49,9 +49,9 @@ def verify(
         worst = max(worst, float((after - before).abs().max() / before.abs().max().clamp_min(1e-300)))
     if not worst <= TOLERANCE:
         raise DmmError(
-            f"the permuted {printable(type(model).__name__)} does not compute the same function",
-            evidence=[f"outputs differ by {worst:.1e} of the largest, in float64"],
-            hint="nothing was written; this architecture cannot be aligned, merge it without",
+            f"{name} would not compute the same function with its units in another order",
+            evidence=[f"outputs of {type(model).__name__} differ by {worst:.1e} of the largest, in float64"],
+            hint="this architecture cannot be aligned; nothing was written",
         )
     return worst
 
