@@ -27,6 +27,11 @@ def pointwise(units: Units, shape: Sequence[int], *arguments: Any, **named: Any)
     return c.broadcast(units, shape, tensors)
 
 
+def alike(units: Units, shape: Sequence[int], x: Value, *_: Any, **__: Any) -> Value:
+    """The first tensor as it is, in another precision."""
+    return x
+
+
 def constant(units: Units, shape: Sequence[int], *_: Any, **__: Any) -> Value:
     """A tensor that depends on no element of another."""
     return Value.fixed(shape)
@@ -121,6 +126,22 @@ def cat(units: Units, shape: Sequence[int], tensors: Sequence[Value], dim: int =
     return Value(tuple(shape), tuple(axes))
 
 
+def stack(units: Units, shape: Sequence[int], tensors: Sequence[Value], dim: int = 0) -> Value:
+    """Tensors side by side along a new axis."""
+    dim %= len(shape)
+    alone = (*shape[:dim], 1, *shape[dim + 1 :])
+    return cat(units, shape, [reshape(units, value, alone) for value in tensors], dim)
+
+
+def repeat(units: Units, shape: Sequence[int], x: Value, counts: Sequence[int]) -> Value:
+    """Copies of a tensor side by side."""
+    x = reshape(units, x, (*(1 for _ in counts[len(x.shape) :]), *x.shape))
+    for dim, count in enumerate(counts):
+        if count > 1:
+            x = cat(units, (*x.shape[:dim], count * x.shape[dim], *x.shape[dim + 1 :]), [x] * count, dim)
+    return x
+
+
 def cut(units: Units, value: Value, dim: int, start: int, stop: int, step: int = 1) -> Value:
     """Positions start, start + step, ... of an axis; one that is left alone is fixed."""
     size = len(range(start, stop, step))
@@ -204,10 +225,13 @@ _POINTWISE = (
     "lift_fresh_copy", "log", "log1p", "log_sigmoid", "log_softmax", "logaddexp", "logical_and", "logical_not",
     "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "ne", "neg", "pow", "reciprocal", "relu",
     "relu6", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softmax", "softplus", "sqrt",
-    "square", "sub", "tanh", "threshold", "to", "type_as", "where", "_to_copy",
+    "square", "sub", "tanh", "threshold", "where",
 )  # fmt: skip
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "view_as", "reshape_as")
-_CONSTANTS = ("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "empty", "empty_like", "arange")
+_CONSTANTS = (
+    "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "empty", "empty_like", "arange",
+    "_assert_tensor_metadata",
+)  # fmt: skip
 _SPATIAL = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
@@ -219,6 +243,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_VIEWS, view),
     **dict.fromkeys(_CONSTANTS, constant),
     **dict.fromkeys(_SPATIAL, spatial),
+    **dict.fromkeys(("to", "type_as", "_to_copy"), alike),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), c.convolution),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "logsumexp"), mean),
     **dict.fromkeys(("transpose", "t", "swapaxes", "swapdims"), transpose),
@@ -242,9 +267,11 @@ RULES: dict[str, Rule] = {
     "permute": permute,
     "prelu": c.channel_norm,
     "rms_norm": c.layer_norm,
+    "repeat": repeat,
     "roll": roll,
     "scaled_dot_product_attention": c.attention,
     "select": select,
     "slice": slice_,
+    "stack": stack,
     "unbind": unbind,
 }

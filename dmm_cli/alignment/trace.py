@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,8 +40,9 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
         DmmError: torch.export cannot trace the module.
     """
     try:
-        with torch.no_grad():
-            return torch.export.export(model, (torch.zeros(1, *size),), strict=False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the module stores on itself
+            return torch.export.export(copy.deepcopy(model), (torch.zeros(1, *size),), strict=False)
     except Exception as error:  # whatever the module itself may raise
         raise DmmError(
             f"torch.export cannot trace {type(model).__name__}, so its units cannot be aligned",
