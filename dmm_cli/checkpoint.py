@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +25,7 @@ NUMPY = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "F16": np.float16,
     "I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64, "F64": np.float64,
 }  # fmt: skip
+COPIED = 1 << 20  # elements copied at once
 TAGS = {np.dtype(dtype): tag for tag, dtype in NUMPY.items()}
 
 
@@ -217,16 +218,21 @@ def save_like(
     inputs: Iterable[Path] = (),
     force: bool = False,
 ) -> None:
-    """Write arrays under the names, shapes and dtypes of another checkpoint, see ``save_checkpoint``."""
+    """Write another checkpoint with some of its tensors replaced, in its dtypes, see ``save_checkpoint``."""
     layout = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
 
-    def chunks(name: str) -> list[np.ndarray]:
+    def chunks(name: str) -> Iterator[np.ndarray]:
         info = source.tensors[name]
-        if info.is_float:
-            return [encode_floats(arrays[name].reshape(-1), info.dtype)]
-        return [np.ascontiguousarray(arrays[name], dtype=NUMPY[info.dtype]).reshape(-1).view(np.uint8)]
+        if name not in arrays:
+            for start in range(0, info.numel, COPIED):
+                yield file.raw(name, start, min(start + COPIED, info.numel))
+        elif info.is_float:
+            yield encode_floats(arrays[name].reshape(-1), info.dtype)
+        else:
+            yield np.ascontiguousarray(arrays[name], dtype=NUMPY[info.dtype]).reshape(-1).view(np.uint8)
 
-    save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
+    with Checkpoint(source) as file:
+        save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
 
 
 def require_finite(source: Source, name: str, values: np.ndarray) -> float:

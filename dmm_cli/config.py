@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import DmmError, printable
 from .inputs import read_text
-from .registry import did_you_mean
+from .registry import mistyped
 
 DEFAULT = Path("dmm.toml")
 
@@ -47,5 +47,4 @@ def load_config(path: Path | None, options: Mapping[str, Collection[str]]) -> di
 
 def _require_known(path: Path, kind: str, word: str, known: Collection[str]) -> None:
     if word not in known:
-        near = did_you_mean(word, known)
-        raise DmmError(f"{path}: unknown {kind}: {printable(word)}", hint=f"did you mean {near}?" if near else None)
+        raise mistyped(f"{path}: unknown {kind}: {printable(word)}", word, known, listed=None)

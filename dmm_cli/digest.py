@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import DmmError
-from .inputs import Source, combined_digest
+from .inputs import Source
 
 CHUNK = 1 << 22  # bytes read and hashed at a time: each time a thread waits for Python to let it go on
 
@@ -88,7 +88,7 @@ class Hashes:
         for source in wanted:
             files = {path: self._files[path] for path in source.files}
             if all(file.done for file in files.values()):  # else it was stopped, and whoever asks reads again
-                source.know_sha256(combined_digest({path: file.hash.hexdigest() for path, file in files.items()}))
+                source.know_files({path: file.hash.hexdigest() for path, file in files.items()})
 
     def stop(self) -> None:
         """End all waiting and all threads."""

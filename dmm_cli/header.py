@@ -28,6 +28,7 @@ ITEM_SIZE = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name to dtype and shape
+Fingerprint = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,21 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's tensors and metadata, and a fingerprint (size, mtime in ns, inode) to notice changes by."""
+    """A file's tensors and metadata, and what it looked like when they were read, to notice changes by."""
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_start: int
-    fingerprint: tuple[int, int, int]
+    fingerprint: Fingerprint
 
     def check_unchanged(self) -> None:
         """Raise DmmError when the file is no longer the one whose header was read."""
         try:
-            now = _fingerprint(os.stat(self.path))
+            now = fingerprint(os.stat(self.path))[:-1]
         except OSError:
             now = None
-        if now != self.fingerprint:
+        if now != self.fingerprint[:-1]:  # a new link or mode moves the last one, and is no matter
             raise DmmError(
                 f"{self.path} changed while it was being read",
                 hint="wait until its writer is done, then run the command again",
@@ -98,7 +99,7 @@ def read_header(path: Path) -> Header:
     metadata = _metadata(path, record.pop("__metadata__", {}))
     tensors = {name: _tensor(path, name, entry) for name, entry in record.items()}
     _check_coverage(path, tensors, status.st_size - 8 - length)
-    return Header(path, tensors, metadata, 8 + length, _fingerprint(status))
+    return Header(path, tensors, metadata, 8 + length, fingerprint(status))
 
 
 def file_order(layout: Layout) -> list[str]:
@@ -240,5 +241,6 @@ def _check_coverage(path: Path, tensors: dict[str, TensorInfo], size: int) -> No
         )
 
 
-def _fingerprint(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def fingerprint(status: os.stat_result) -> Fingerprint:
+    """Of a file: device, inode, size, and the times of its last modification and change in ns."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from .errors import DmmError, capped, printable
 from .header import Header, TensorInfo, read_header
+from .recall import recall, remember
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,17 +64,26 @@ class Source:
     @property
     def sha256(self) -> str:
         """SHA-256 of the file, or of the sorted list of shard names and hashes; computed once."""
-        if "_sha256" not in self.__dict__:  # not cached_property: its lock lets one source hash at a time
-            self.know_sha256(combined_digest({path: file_digest(path) for path in self.files}))
+        if not self.is_hashed:  # no cached_property: its lock lets one source hash at a time
+            self.know_files({path: file_digest(path) for path in self.files})
         return self.__dict__["_sha256"]
 
     @property
     def is_hashed(self) -> bool:
-        """Whether ``sha256`` costs nothing any more."""
+        """Whether ``sha256`` costs nothing: it was computed, or is remembered from before."""
+        if "_sha256" not in self.__dict__:
+            known = recall({header.path: header.fingerprint for header in self.headers})
+            if len(known) == len(self.headers):
+                self.know_sha256(combined_digest(known))
         return "_sha256" in self.__dict__
 
+    def know_files(self, digests: Mapping[Path, str]) -> None:
+        """Take the hashes of all files from whoever has just read them, and remember them."""
+        self.know_sha256(combined_digest(digests))
+        remember({header.path: (header.fingerprint, digests[header.path]) for header in self.headers})
+
     def know_sha256(self, digest: str) -> None:
-        """Take the hash of the file from whoever has just read it."""
+        """Take the hash of the checkpoint."""
         self.__dict__["_sha256"] = digest
 
 

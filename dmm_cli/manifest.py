@@ -172,6 +172,7 @@ class MergeManifest(Record):
         batchnorm: layers whose variance came from the analytic rule ("paired") or from plain
             interpolation of standard deviations ("unpaired").
         norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
+        recalibrated: group name to what was set right on pseudo-data, in words.
     """
 
     SCHEMA: ClassVar[str] = "dmm.merge/1"
@@ -185,6 +186,7 @@ class MergeManifest(Record):
     batchnorm: dict[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     norms: tuple[dict[str, float], ...] = ()
+    recalibrated: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import DmmError, printable
@@ -14,6 +14,21 @@ def did_you_mean(word: str, options: Iterable[str]) -> str | None:
     """The option closest to a mistyped word, or None when nothing is near."""
     near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.55)
     return near[0] if near else None
+
+
+def mistyped(what: str, word: str, options: Collection[str], *, listed: str | None = "known") -> DmmError:
+    """The error about a word that is none of the options: it lists them, and suggests the nearest.
+
+    Args:
+        what: the problem, naming the word.
+        listed: what to call the options; None leaves the list out.
+    """
+    near = did_you_mean(word, options)
+    return DmmError(
+        what,
+        evidence=[f"{listed}: {', '.join(options) or 'none'}"] if listed else [],
+        hint=f"did you mean {near}?" if near else None,
+    )
 
 
 class Registry:
@@ -55,12 +70,7 @@ class Registry:
         """
         if name in self._entries:
             return name
-        near = did_you_mean(name, self._entries)
-        raise DmmError(
-            f"unknown {self.kind}: {printable(name)}",
-            evidence=[f"known: {', '.join(self._entries)}"],
-            hint=f"did you mean {near}?" if near else None,
-        )
+        raise mistyped(f"unknown {self.kind}: {printable(name)}", name, self._entries)
 
     def load(self, name: str) -> Any:
         """Import and return the piece.

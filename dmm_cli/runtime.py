@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .devices import require_device_name
 from .errors import DmmError
 
 
@@ -18,22 +19,18 @@ def resolve_device(name: str) -> torch.device:
     """The device a user named: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
 
     Raises:
-        DmmError: the device does not exist here; it is never replaced by another in silence.
+        DmmError: there is no such device, or not here; it is never replaced by another in silence.
     """
+    require_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DmmError(f"unknown device: {name}", hint="one of auto, cpu, cuda, cuda:0, ...") from None
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DmmError(
             f"no such device: {name}",
             evidence=[f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"],
             hint="use --device cpu, or install a torch built for your GPU",
         )
-    if device.type not in ("cpu", "cuda"):
-        raise DmmError(f"dmm computes on cpu or cuda, not on {device.type}")
     return device
 
 

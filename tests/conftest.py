@@ -1,4 +1,7 @@
-"""Shared helpers: checkpoints written by the safetensors package, and the command line in and out of process."""
+"""Shared helpers: checkpoints by the safetensors package, merge methods, the command line in and out of process.
+
+Legend: N tasks, n elements.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 from dmm_cli.app import app
+from dmm_cli.merging import CALIBRATIONS, METHODS
+from dmm_cli.merging.facts import trim_threshold
+from dmm_cli.merging.method import Block, Facts, effective_parameters
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "fixtures" / "digits"
 
+SHAPE = (8, 6)  # of the matrices that tasks are, where it does not matter
+SPECTRAL = [*(name for name in METHODS if "matrices" in METHODS.traits(name)), *CALIBRATIONS]
+
 Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """What tests remember of files is not the user's, nor the other way round."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def _few_threads():
-    import torch
-
     torch.set_num_threads(2)
 
 
@@ -66,6 +80,49 @@ def find(fact, blocks: Sequence[np.ndarray]) -> np.ndarray:
             fact.add(fact.measure(rows))
         fact.end_round()
     return fact.result()
+
+
+def traits(name: str) -> tuple[str, ...]:
+    return METHODS.traits(name) if name in METHODS else ("calibration",)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def merged(name: str, tasks: np.ndarray, weights=None, shape=SHAPE, seed: int = 0, **parameters) -> np.ndarray:
+    """What a method makes of tasks (N, n), called as its trait says; a calibration gets their sum."""
+    weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
+    matrices = torch.from_numpy(tasks.copy()).reshape(len(tasks), *shape) if name in SPECTRAL else None
+    if name in CALIBRATIONS:
+        return CALIBRATIONS.load(name)(matrices.sum(0), matrices, **parameters).numpy().reshape(-1)
+    method = METHODS.load(name)
+    if "coefficients" in traits(name):
+        coefficients = method(Facts(weights, tasks @ tasks.T if "gram" in traits(name) else None), **parameters)
+        assert coefficients.shape == (len(tasks),)
+        return coefficients @ tasks
+    if "matrices" in traits(name):
+        weighted = matrices * torch.from_numpy(weights)[:, None, None]
+        return method(weighted, **parameters).numpy().reshape(-1)
+    block = Block(
+        tasks.copy(),
+        weights.astype(tasks.dtype),
+        thresholds(tasks, effective_parameters(method, parameters)["density"]) if "trim" in traits(name) else None,
+        np.random.Generator(np.random.SFC64(seed)) if "random" in traits(name) else None,
+    )
+    return method(block, **parameters)
+
+
+def thresholds(tasks: np.ndarray, density: float) -> np.ndarray:
+    return find(trim_threshold(density, *tasks.shape, tasks.dtype), [tasks])
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def rotation(size: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(normal(size, size, seed=seed))[0]
 
 
 def dmm(*arguments: object, text: str | None = None) -> Result:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import DIGITS, ROOT, shell
 
-FLOOR = {"errors", "registry", "header", "files", "inputs", "manifest", "config", "names", "shards", "digest"}
+FLOOR = {
+    "errors", "registry", "header", "files", "inputs", "manifest", "config", "names", "shards", "digest", "recall",
+    "devices",
+}  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "synthesis", "distillation", "architectures", "checkpoint",
-    "runtime", "evaluation", "images", "curves", "ranks", "streaming",
+    "runtime", "evaluation", "recalibration", "images", "curves", "ranks", "streaming",
 }  # fmt: skip
 PACKAGES = {"similarity", "merging", "synthesis", "distillation"}  # they meet in commands, or through a file
 TERMINAL = {"app", "commands", "report", "__main__"}
@@ -77,6 +80,7 @@ def test_the_library_neither_prints_nor_exits(path):
 
 
 SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "ab"]
+WUDI = ["merge", *SITES, "--method", "wudi", "--base", str(DIGITS / "base.safetensors"), "-o", "out.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,9 @@ SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "ab"]
         (["merge", *SITES, "--method", "liner", "-o", "out.safetensors"], 2),
         (["similarity", *SITES, "--dry-run"], 0),
         (["merge", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
+        ([*WUDI, "--param", "steps=2", "--calibrate", "svc", "--device", "cuda", "--dry-run"], 0),
+        ([*WUDI, "--param", "steps=0.5"], 2),
+        ([*WUDI, "--device", "gpu"], 2),
         (["synthesize", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
         (["distill", *SITES, "--data", SITES[0], "-o", "out.safetensors", "--dry-run"], 0),
         (["run", *SITES, "-o", "out", "--dry-run"], 0),

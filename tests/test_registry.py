@@ -22,5 +22,6 @@ def test_a_mistyped_name_gets_a_suggestion():
     with pytest.raises(DmmError) as error:
         TABLE.load("sien")
     assert error.value.what == "unknown function: sien"
+    assert error.value.evidence == ("known: sine, root",)
     assert error.value.hint == "did you mean sine?"
     assert did_you_mean("zzz", TABLE) is None

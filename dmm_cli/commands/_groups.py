@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from ..digest import Hashes
 from ..errors import DmmError, printable
 from ..files import check_output, write_text
-from ..inputs import Source
+from ..inputs import Source, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check
 from ..ranks import Ranks
 from ._provenance import inherited, lineage, records, stamp
+from ._recalibrate import Recalibration, draft, recalibrate
 
 if TYPE_CHECKING:
     from ..manifest import Group, Grouping, MergeManifest
@@ -80,11 +81,19 @@ def parents_of(sources: Sequence[Source], recipe: Recipe) -> list[Source]:
 
 
 def merge_groups(
-    sources: Sequence[Source], grouping: Grouping, to: Destination, recipe: Recipe, team: Team = Team()
+    sources: Sequence[Source],
+    grouping: Grouping,
+    to: Destination,
+    recipe: Recipe,
+    team: Team = Team(),
+    recalibration: Recalibration | None = None,
 ) -> MergeManifest:
     """Write one file for one group, or ``group-K.safetensors`` and ``merge.json`` in a directory.
 
     Of several groups, one with a single member keeps it as it is, whatever the method.
+
+    Args:
+        recalibration: of every merge of several checkpoints, by this process alone.
 
     Raises:
         DmmError: the recipe does not fit the checkpoints, or an output is refused.
@@ -96,7 +105,15 @@ def merge_groups(
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     parents = parents_of(sources, recipe)
     _check_outputs(to, grouping, parents)
-    outcomes = [_merge_group(sources, group, len(grouping.groups), to, recipe, team) for group in grouping.groups]
+    outcomes, recalibrated = [], {}
+    for group in grouping.groups:
+        if recalibration and len(group.members) > 1:
+            outcome, recalibrated[group.name] = _merge_and_recalibrate(
+                sources, group, len(grouping.groups), to, recipe, team, recalibration
+            )
+        else:
+            outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
+        outcomes.append(outcome)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
     manifest = MergeManifest(
         sources=records(sources, recipe.weights),
@@ -108,6 +125,7 @@ def merge_groups(
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
         warnings=(*_twins(sources), *(line for o in outcomes for line in _odd_lengths(o))),
         norms=tuple(outcome.lengths for outcome in outcomes),
+        recalibrated=recalibrated,
     )
     if to.record and team.ranks.is_first:
         write_text(to.record, dump(manifest) + "\n", force=to.force)
@@ -130,6 +148,30 @@ def _check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source
 def files_of(parents: Sequence[Source]) -> list[Path]:
     """All files of all checkpoints."""
     return [path for source in parents for path in source.files]
+
+
+def _merge_and_recalibrate(
+    sources: Sequence[Source],
+    group: Group,
+    groups: int,
+    to: Destination,
+    recipe: Recipe,
+    team: Team,
+    recalibration: Recalibration,
+) -> tuple[Outcome, str]:
+    if to.max_shard or team.ranks.count > 1:
+        raise DmmError(
+            "recalibrated checkpoints are written by one process, to one file",
+            hint="leave out --recalibrate, or --max-shard-size and torchrun",
+        )
+    path, members = to.group(group.name), [sources[i] for i in group.members]
+    with draft(path) as place:
+        outcome = _merge_group(sources, group, groups, Destination(place), recipe, team)
+        merged = replace(resolve_source(str(place)), label=group.name)
+        weights = _part(recipe, group.members, groups).weights
+        inputs = files_of(parents_of(sources, recipe))
+        done = recalibrate(merged, path, members, weights, recalibration, inputs=inputs, force=to.force)
+    return replace(outcome, path=path), done
 
 
 def _merge_group(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DmmError, printable
-from ..registry import did_you_mean
+from ..registry import mistyped
 
 FORMATS = ("table", "json", "tsv", "md")
 
@@ -76,12 +76,7 @@ def chosen_format(name: str, as_json: bool) -> str:
     if as_json:
         return "json"
     if name not in FORMATS:
-        near = did_you_mean(name, FORMATS)
-        raise DmmError(
-            f"unknown format: {name}",
-            evidence=[f"known: {', '.join(FORMATS)}"],
-            hint=f"did you mean {near}?" if near else None,
-        )
+        raise mistyped(f"unknown format: {name}", name, FORMATS)
     return name
 
 

@@ -157,7 +157,7 @@ def _lessons(
     from ..images import InputSpec, PixelSpace
 
     _require_classes(data, student, num_classes)
-    places = [_place(data, teacher) for teacher in teachers]
+    places = [data.place_of(teacher) for teacher in teachers]
     rows = np.flatnonzero(np.isin(data.teacher_id, places))
     rank = np.full(len(data.teachers), -1)
     rank[places] = np.arange(len(places))
@@ -172,18 +172,6 @@ def _lessons(
         labels=tuple(teacher.label for teacher in teachers),
         inside=torch.tensor([teacher.sha256 in family for teacher in teachers], device=device),
     )
-
-
-def _place(data: PseudoData, teacher: Source) -> int:
-    place = data.teacher_index(teacher.sha256)
-    if place is None:
-        known = [f"it was made from {t.label} (sha256 {t.sha256[:12]}...)" for t in data.teachers]
-        raise DmmError(
-            f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
-            evidence=known,
-            hint="name the teachers the pseudo-data were made from, or synthesize again",
-        )
-    return place
 
 
 def _require_classes(data: PseudoData, student: Source, num_classes: int) -> None:

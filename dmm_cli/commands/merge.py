@@ -21,6 +21,7 @@ from ..shards import parse_size
 from . import _options as options
 from ._groups import Destination, Team, merge_groups, parents_of
 from ._parameters import parse_parameters
+from ._recalibrate import Recalibration
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
@@ -40,6 +41,38 @@ def _listed(table: Registry) -> str:
     )
 
 
+Param = Annotated[
+    list[str] | None,
+    options.option(
+        "--param",
+        help="Parameter of the method: scale=0.3; for some tensors only: 'blocks.0.*:scale=0.1', or their "
+        "'fc.*:weights=1,0'. Repeatable.",
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    options.option(
+        "--calibrate",
+        help=f"Then calibrate merged task vectors; {_listed(CALIBRATIONS)}. Parameter: --param svc.alpha=1.",
+    ),
+]
+Recalibrate = Annotated[
+    str | None,
+    options.option(
+        "--recalibrate",
+        help="Pseudo-data of the checkpoints: reset the BatchNorm statistics of the merge on them, or, of models "
+        "without BatchNorm, rescale its layers to its parents' activations (REPAIR).",
+    ),
+]
+Head = Annotated[
+    str,
+    options.option(
+        "--head",
+        help=f"Classifiers of unlike classes; {'; '.join(f'{name}: {what}' for name, what in POLICIES.items())}.",
+    ),
+]
+
+
 @guarded
 def merge(
     checkpoints: Annotated[
@@ -57,28 +90,11 @@ def merge(
         str,
         options.option("--group", help="auto, all, a cosine threshold, a JSON file, or - for standard input."),
     ] = "all",
-    param: Annotated[
-        list[str] | None,
-        options.option(
-            "--param",
-            help="Parameter of the method: scale=0.3; for some tensors only: 'blocks.0.*:scale=0.1', or their "
-            "'fc.*:weights=1,0'. Repeatable.",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        options.option(
-            "--calibrate",
-            help=f"Then calibrate merged task vectors; {_listed(CALIBRATIONS)}. Parameter: --param svc.alpha=1.",
-        ),
-    ] = None,
-    head: Annotated[
-        str,
-        options.option(
-            "--head",
-            help=f"Classifiers of unlike classes; {'; '.join(f'{name}: {what}' for name, what in POLICIES.items())}.",
-        ),
-    ] = "union",
+    param: Param = None,
+    calibrate: Calibrate = None,
+    recalibrate: Recalibrate = None,
+    arch: options.Arch = None,
+    head: Head = "union",
     dtype: Annotated[
         str | None, options.option("--dtype", help=f"Of the output: {', '.join(DTYPES)}; else the first checkpoint's.")
     ] = None,
@@ -87,7 +103,8 @@ def merge(
         options.option("--max-shard-size", help="Write several files of at most this size, and an index: 5GB."),
     ] = None,
     device: Annotated[
-        str, options.option("--device", help="For methods on matrices: auto, cpu, cuda or cuda:N.")
+        str,
+        options.option("--device", help="For methods on matrices and --recalibrate: auto, cpu, cuda or cuda:N."),
     ] = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
@@ -121,16 +138,30 @@ def merge(
     )
     check(sources, recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
-
+    after = Recalibration(resolve_source(recalibrate), arch, device, seed) if recalibrate else None
     if dry_run:
         _show_plan(sources, recipe, to)
-        return
+    else:
+        _execute(sources, recipe, to, after, group, record, quiet, json)
+
+
+def _execute(
+    sources: Sequence[Source],
+    recipe: Recipe,
+    to: Destination,
+    recalibration: Recalibration | None,
+    group: str,
+    record: dict | None,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Group, merge and report."""
     with joined() as ranks, hashing(ranks.deal(parents_of(sources, recipe))) as hashes:  # first: it takes longest
         from ..report.console import Progress
 
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, record, progress)
-        manifest = merge_groups(sources, grouping, to, recipe, Team(ranks, hashes, progress))
+        manifest = merge_groups(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
     if ranks.is_first:
         _report(manifest, quiet, json)
 
@@ -196,5 +227,7 @@ def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
         rows = [[path] for path in manifest.outputs]
         tables = [group_table(manifest.grouping), Table("written", ["file"], rows)]
         emit(render(tables, "table"))
-        if paired + unpaired:
+        for name, done in manifest.recalibrated.items():
+            emit(f"{name}: {done}")
+        if paired + unpaired and not manifest.recalibrated:
             emit(f"BatchNorm layers: {paired} by the analytic rule, {unpaired} without a known filter")

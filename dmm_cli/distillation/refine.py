@@ -15,15 +15,14 @@ from torch import nn
 
 from ..curves import Recorder
 from ..manifest import History, Retention
+from ..recalibration import balanced_batches, balanced_weights, reset_statistics
 from ..runtime import generator as random_stream
 from ..runtime import mixed_precision, one_thread, seeded
 from . import losses
 from .augment import augment
-from .batchnorm import reset_statistics
-from .routing import balanced_weights, soft_labels
+from .routing import soft_labels
 
 Progress = Callable[..., None]
-RESET_BATCHES, RESET_BATCH = 8, 256
 WARM_UP = 0.1
 
 
@@ -150,9 +149,7 @@ def _batches(lessons: Lessons, settings: Settings) -> Iterator[tuple[torch.Tenso
 def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: int, when: str) -> None:
     stream = random_stream(seed, "reset", when)
     weights = balanced_weights(lessons.targets.cpu(), lessons.logits.shape[1])
-    index = torch.multinomial(weights, RESET_BATCHES * RESET_BATCH, replacement=True, generator=stream)
-    parts = index.to(lessons.images.device).split(RESET_BATCH)
-    reset_statistics(student, layers, (lessons.images[part] for part in parts))
+    reset_statistics(student, layers, balanced_batches(lessons.images, weights, stream))
 
 
 @torch.no_grad()

@@ -25,9 +25,3 @@ def soft_labels(
     """
     outside = priors[teacher_id] == 0  # (N, K)
     return (logits.float() / temperature).masked_fill(outside, MASKED).softmax(1)
-
-
-def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Sampling weights (N,) under which every class present is equally likely."""
-    counts = torch.bincount(targets, minlength=num_classes).clamp_min(1)
-    return 1.0 / counts[targets].float()

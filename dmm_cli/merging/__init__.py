@@ -6,7 +6,8 @@ from ..registry import Registry
 
 # The first trait says what a method computes, see ``method``: "coefficients", "elements" or "matrices".
 # The others: "base" needs a common start, "gram" the inner products of whole tensors, "trim" the
-# magnitude that a share ``density`` of each tensor exceeds, "pair" merges two checkpoints only.
+# magnitude that a share ``density`` of each tensor exceeds, "pair" merges two checkpoints only. Then come the
+# parameters, "name: kind" in the order of the function's, see ``method.KINDS``.
 METHODS = Registry(
     "merge method",
     {
@@ -24,7 +25,7 @@ METHODS = Registry(
         "task_arithmetic": (
             "dmm_cli.merging.task_arithmetic:task_arithmetic",
             "base plus a scaled sum of task vectors",
-            "coefficients", "base",
+            "coefficients", "base", "scale: number",
         ),
         "model_stock": (
             "dmm_cli.merging.model_stock:model_stock",
@@ -34,42 +35,47 @@ METHODS = Registry(
         "ties": (
             "dmm_cli.merging.ties:ties",
             "trim, elect sign, disjoint mean",
-            "elements", "base", "trim",
+            "elements", "base", "trim", "density: share", "scale: number",
         ),
         "dare_linear": (
             "dmm_cli.merging.dare_linear:dare_linear",
             "drop at random, rescale, sum",
-            "elements", "base", "random",
+            "elements", "base", "random", "density: share", "scale: number",
         ),
         "dare_ties": (
             "dmm_cli.merging.dare_ties:dare_ties",
             "drop at random, rescale, elect sign, disjoint mean",
-            "elements", "base", "random",
+            "elements", "base", "random", "density: share", "scale: number",
         ),
         "tsv": (
             "dmm_cli.merging.tsv:tsv",
             "leading singular vectors of every task, decorrelated",
-            "matrices", "base",
+            "matrices", "base", "scale: number",
         ),
         "iso_c": (
             "dmm_cli.merging.iso_c:iso_c",
             "sum of task matrices with a flat spectrum",
-            "matrices", "base",
+            "matrices", "base", "scale: number",
         ),
         "iso_cts": (
             "dmm_cli.merging.iso_cts:iso_cts",
             "common and task directions with a flat spectrum",
-            "matrices", "base",
+            "matrices", "base", "scale: number", "common: share",
         ),
         "wudi": (
             "dmm_cli.merging.wudi:wudi",
             "least interference with the rows of every task",
-            "matrices", "base",
+            "matrices", "base", "scale: number", "ridge: positive", "steps: count", "rate: positive",
         ),
     },
 )  # fmt: skip
 
 CALIBRATIONS = Registry(
     "calibration",
-    {"svc": ("dmm_cli.merging.svc:svc", "shrink directions that several tasks share (SVC)")},
+    {"svc": ("dmm_cli.merging.svc:svc", "shrink directions that several tasks share (SVC)", "alpha: number")},
 )
+
+
+def parameters(table: Registry, name: str) -> dict[str, str]:
+    """The parameters of a method or calibration and their kinds, as its table states them."""
+    return dict(trait.split(": ") for trait in table.traits(name) if ": " in trait)

@@ -9,6 +9,8 @@ checkpoints times coefficients; with the trait "base", the base plus the sum of 
 merged task matrix, (R, S). A convolution is the matrix out x in * height * width. Tensors of fewer than two
 dimensions are not matrices: they take the weighted mean of the task vectors.
 
+Loads no array library.
+
 Legend: N checkpoints, n elements of a block, R x S a matrix.
 """
 
@@ -16,14 +18,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DmmError, printable
-from ..registry import did_you_mean
+from ..registry import mistyped
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,31 @@ def effective_parameters(function: Callable, given: Mapping[str, Any]) -> dict[s
         for name, item in inspect.signature(function).parameters.items()
         if item.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    for name, value in given.items():
-        if name not in defaults:
-            near = did_you_mean(name, defaults)
-            raise DmmError(
-                f"{function.__name__} has no parameter {printable(name)}",
-                evidence=[f"it has: {', '.join(defaults) or 'none'}"],
-                hint=f"did you mean {near}?" if near else None,
-            )
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise DmmError(f"parameter {name} of {function.__name__} is a number, not {printable(str(value))}")
+    _require_known(function.__name__, defaults, given)
     return {**defaults, **given}
+
+
+def check_parameters(method: str, kinds: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Refuse what a method would refuse, before it is loaded.
+
+    Args:
+        kinds: of every parameter the method has, from ``KINDS``.
+
+    Raises:
+        DmmError: a parameter the method does not have, one that is not a number, or one out of its range.
+    """
+    _require_known(method, kinds, given)
+    for name, value in given.items():
+        for require in KINDS[kinds[name]]:
+            require(name, value)
+
+
+def _require_known(method: str, known: Collection[str], given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in known:
+            raise mistyped(f"{method} has no parameter {printable(name)}", name, known, listed="it has")
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise DmmError(f"parameter {name} of {method} is a number, not {printable(str(value))}")
 
 
 def require_positive(name: str, value: float) -> None:
@@ -96,3 +113,17 @@ def require_share(name: str, value: float) -> None:
     """Raise DmmError unless a parameter lies between 0 and 1."""
     if not 0.0 <= value <= 1.0:
         raise DmmError(f"{name} must lie between 0 and 1, not {value:g}")
+
+
+def require_whole(name: str, value: float) -> None:
+    """Raise DmmError where a parameter has a fraction."""
+    if value != int(value):
+        raise DmmError(f"{name} must be a whole number, not {value:g}")
+
+
+KINDS: dict[str, tuple[Callable[[str, float], None], ...]] = {
+    "number": (),
+    "positive": (require_positive,),
+    "count": (require_positive, require_whole),
+    "share": (require_share,),
+}

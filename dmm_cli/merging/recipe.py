@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ..devices import require_device_name
 from ..errors import DmmError, capped, printable
 from ..inputs import Source, require_same_tensors
-from . import CALIBRATIONS, METHODS
+from . import CALIBRATIONS, METHODS, parameters
 from .heads import POLICIES, head_union, unlike_heads
+from .method import check_parameters
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
@@ -65,11 +67,11 @@ class Recipe:
 
 
 def check(sources: Sequence[Source], recipe: Recipe) -> None:
-    """Everything about a merge that headers can tell.
+    """Everything about a merge that the recipe and the headers can tell.
 
     Raises:
-        DmmError: tensors differ, weights do not fit, a name is unknown, or the method lacks its base or is not
-            defined for this many checkpoints.
+        DmmError: tensors differ, weights do not fit, a name is unknown, a parameter is out of its range, or the
+            method lacks its base or is not defined for this many checkpoints.
     """
     _check_method(recipe, len(sources))
     others = [recipe.base] if recipe.base else []
@@ -84,6 +86,8 @@ def check(sources: Sequence[Source], recipe: Recipe) -> None:
                 evidence=capped(map(printable, sources[0].tensors), 5),
                 hint="dmm inspect lists the tensors",
             )
+    _check_parameters(recipe)
+    require_device_name(recipe.device)
 
 
 def _check_method(recipe: Recipe, count: int) -> None:
@@ -105,6 +109,14 @@ def _check_method(recipe: Recipe, count: int) -> None:
         raise DmmError(f"unknown head policy: {printable(recipe.head)}", evidence=[f"known: {', '.join(POLICIES)}"])
     if recipe.dtype and recipe.dtype not in DTYPES:
         raise DmmError(f"unknown dtype: {printable(recipe.dtype)}", evidence=[f"known: {', '.join(DTYPES)}"])
+
+
+def _check_parameters(recipe: Recipe) -> None:
+    kinds = parameters(METHODS, recipe.method)
+    for given in (recipe.parameters, *(override.parameters for override in recipe.overrides)):
+        check_parameters(recipe.method, kinds, given)
+    if recipe.calibrate:
+        check_parameters(recipe.calibrate, parameters(CALIBRATIONS, recipe.calibrate), recipe.calibration)
 
 
 def _loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:

@@ -29,7 +29,7 @@ from .heads import head_union, unlike_heads
 from .method import Block, Facts, effective_parameters
 from .recipe import DTYPES, Recipe
 
-BLOCK = 1 << 17  # elements of one checkpoint held at a time; which elements share a random stream depends on it
+BLOCK = 1 << 18  # elements of one checkpoint held at a time; which elements share a random stream depends on it
 UNHEARD = 1e-12  # share of a checkpoint of weight 0 in classes that no other knows
 
 

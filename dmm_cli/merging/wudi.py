@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import DmmError
-from .method import require_positive
+from .method import require_positive, require_whole
 
 
 def wudi(
@@ -26,8 +25,7 @@ def wudi(
     """
     for name, value in (("ridge", ridge), ("steps", steps), ("rate", rate)):
         require_positive(name, value)
-    if steps != int(steps):
-        raise DmmError(f"steps must be a whole number, not {steps:g}")
+    require_whole("steps", steps)
     gram = torch.zeros(tasks.shape[2], tasks.shape[2], dtype=torch.float64, device=tasks.device)  # (S, S)
     target = torch.zeros(tasks.shape[1:], dtype=torch.float64, device=tasks.device)  # (R, S)
     total = tasks.sum(0, dtype=torch.float64)

@@ -66,6 +66,22 @@ class PseudoData:
         """Position of the teacher with this file hash, or None."""
         return next((i for i, teacher in enumerate(self.teachers) if teacher.sha256 == sha256), None)
 
+    def place_of(self, teacher: Source) -> int:
+        """Position of a teacher.
+
+        Raises:
+            DmmError: nothing was made from it.
+        """
+        place = self.teacher_index(teacher.sha256)
+        if place is None:
+            known = [f"it was made from {t.label} (sha256 {t.sha256[:12]}...)" for t in self.teachers]
+            raise DmmError(
+                f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
+                evidence=known,
+                hint="name the teachers the pseudo-data were made from, or synthesize again",
+            )
+        return place
+
 
 def save_pseudo_data(
     path: Path,

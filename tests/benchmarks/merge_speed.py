@@ -4,7 +4,8 @@
 
 Checkpoints are made: the tensors of timm models with random values, fine-tunings that move them a little. Every
 command runs as a process of its own, start-up included, from a warm page cache, in turn with the others, its output
-deleted before; wall time and peak resident memory are what the kernel accounts for the process. Prints Markdown.
+deleted before; wall time and peak resident memory are what the kernel accounts for the process. dmm remembers the
+hashes of its inputs: "first" is a run that finds none of them, all other figures are of later runs. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,35 +83,50 @@ def shapes(spec: str, copies: int = 1) -> dict[str, torch.Tensor]:
     return {f"{number}.{key}" if copies > 1 else key: v for number in range(copies) for key, v in state.items()}
 
 
-def run(command: Sequence[str], output: Path) -> tuple[float, float]:
+class Command(NamedTuple):
+    """A command, what it writes, and whether it is to find no hashes remembered."""
+
+    arguments: Sequence[str]
+    output: Path
+    first: bool = False
+
+
+def run(command: Command) -> tuple[float, float]:
     """Wall seconds and peak MiB of one process; its output is deleted before."""
-    shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-S", "-c", MEASURE, *command], capture_output=True, text=True)
+    cache = command.output.with_name("cache")
+    for path in [command.output, *([cache] if command.first else [])]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", MEASURE, *command.arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(command.arguments)}\n{done.stderr[-3000:]}")
     seconds, memory = map(float, done.stdout.splitlines()[-1].split())
     return seconds, memory
 
 
-def compare(commands: Mapping[str, tuple[Sequence[str], Path]], runs: int = RUNS) -> dict[str, tuple[float, float]]:
+def compare(commands: Mapping[str, Command], runs: int = RUNS) -> dict[str, tuple[float, float]]:
     """Median seconds and MiB of several commands that run in turn."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(runs):
-        for name, (command, output) in commands.items():
-            found[name].append(run(command, output))
+        for name, command in commands.items():
+            found[name].append(run(command))
     return {
         name: tuple(statistics.median(column) for column in zip(*pairs, strict=True)) for name, pairs in found.items()
     }
 
 
-def dmm(method: str, paths: Sequence[Path], output: Path) -> tuple[list[str], Path]:
+def dmm(method: str, paths: Sequence[Path], output: Path) -> Command:
     """The command that merges the first files the method takes; of methods with a base, the first is it."""
     start = [] if method in MODELS else ["--base", str(paths[0])]
     models = paths[: MODELS[method]] if method in MODELS else paths[1:]
-    return [*DMM, *map(str, models), *start, "--method", method, "-o", str(output), "-q"], output
+    return Command([*DMM, *map(str, models), *start, "--method", method, "-o", str(output), "-q"], output)
 
 
-def mergekit(program: str, method: str, paths: Sequence[Path], work: Path) -> tuple[list[str], Path]:
+def mergekit(program: str, method: str, paths: Sequence[Path], work: Path) -> Command:
     """The same merge by mergekit."""
     models = paths[: MODELS[method]] if method in MODELS else paths[1:]
     base = paths[0] if method not in MODELS or method == "slerp" else None
@@ -120,7 +137,7 @@ def mergekit(program: str, method: str, paths: Sequence[Path], work: Path) -> tu
         lines = [line + "    parameters:\n      weight: 1.0\n" if "- model" in line else line for line in lines]
     config, output = work / f"{method}.yml", work / f"mergekit-{method}"
     config.write_text("".join(lines))
-    return [program, str(config), str(output)], output
+    return Command([program, str(config), str(output)], output)
 
 
 def difference(ours: Path, theirs: Path) -> float:
@@ -137,17 +154,19 @@ def against_mergekit(work: Path, program: str) -> None:
     """Four ViT-B/16, or a base and three: seconds, MiB, and how far results lie apart."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 4)
     print(
-        "\n| four ViT-B/16, float32 | dmm s | mergekit s | ratio | dmm MiB | mergekit MiB | difference |\n"
-        + "|---" * 7
+        "\n| four ViT-B/16, float32 | dmm first s | dmm s | mergekit s | ratios | dmm MiB | mergekit MiB | difference |"
+        + "\n"
+        + "|---" * 8
         + "|"
     )
     for method in MERGEKIT:
         ours, theirs = dmm(method, paths, work / "out.safetensors"), mergekit(program, method, paths, work)
-        found = compare({"dmm": ours, "mergekit": theirs})
-        apart = "random" if method.startswith("dare") else f"{difference(ours[1], theirs[1]):.0e}"
-        (seconds, memory), (other, more) = found["dmm"], found["mergekit"]
+        found = compare({"first": ours._replace(first=True), "dmm": ours, "mergekit": theirs})
+        apart = "random" if method.startswith("dare") else f"{difference(ours.output, theirs.output):.0e}"
+        (first, _), (seconds, memory), (other, more) = found.values()
         print(
-            f"| {method} | {seconds:.2f} | {other:.1f} | {other / seconds:.1f} | {memory:.0f} | {more:.0f} | {apart} |",
+            f"| {method} | {first:.2f} | {seconds:.2f} | {other:.1f} | {other / first:.1f}, {other / seconds:.1f} "
+            f"| {memory:.0f} | {more:.0f} | {apart} |",
             flush=True,
         )
 
@@ -155,19 +174,12 @@ def against_mergekit(work: Path, program: str) -> None:
 def against_the_floor(work: Path, _: str) -> None:
     """A linear merge of four ViT-B/16 next to a streamed mean in plain numpy."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 4)
-    plain = work / "mean.safetensors"
-    found = compare(
-        {
-            "dmm": dmm("linear", paths, work / "out.safetensors"),
-            "numpy": ([*FLOOR, str(plain), *map(str, paths)], plain),
-        },
-        2 * RUNS + 1,
-    )
-    (seconds, memory), (floor, less) = found["dmm"], found["numpy"]
-    print(
-        f"\nlinear: {seconds:.2f} s, {memory:.0f} MiB; streamed mean in numpy: {floor:.2f} s, {less:.0f} MiB; ", end=""
-    )
-    print(f"ratio {seconds / floor:.2f}")
+    ours, plain = dmm("linear", paths, work / "out.safetensors"), work / "mean.safetensors"
+    numpy = Command([*FLOOR, str(plain), *map(str, paths)], plain)
+    found = compare({"first": ours._replace(first=True), "dmm": ours, "numpy": numpy}, 2 * RUNS + 1)
+    (first, _), (seconds, memory), (floor, less) = found.values()
+    print(f"\nlinear: first {first:.2f} s, then {seconds:.2f} s, {memory:.0f} MiB; ", end="")
+    print(f"streamed mean in numpy: {floor:.2f} s, {less:.0f} MiB; ratio {first / floor:.2f}, {seconds / floor:.2f}")
 
 
 def scaling(work: Path, _: str) -> None:
@@ -179,7 +191,7 @@ def scaling(work: Path, _: str) -> None:
         out = work / "out.safetensors"
         linear = [*DMM, *map(str, files), "-o", str(out), "-q"]
         ties = [*DMM, *map(str, files), "--base", str(files[0]), "--method", "ties", "-o", str(out), "-q"]
-        found = compare({"linear": (linear, out), "ties": (ties, out)}, 3)
+        found = compare({"linear": Command(linear, out), "ties": Command(ties, out)}, 3)
         cells = " | ".join(f"{seconds:.2f} | {memory:.0f}" for seconds, memory in found.values())
         print(f"| {len(files)} | {size} | {cells} |", flush=True)
 
@@ -193,14 +205,16 @@ def large(work: Path, _: str) -> None:
     copying = ["sh", "-c", f"cat {paths[0]} {paths[1]} > {copy} && sync {copy}"]
     one = ["sh", "-c", f"cp {paths[0]} {copy} && sync {copy}"]
     merging = [*DMM, *map(str, paths), "-o", str(out), "-q"]
-    found = compare({"merge": (merging, out), "one": (one, copy), "both": (copying, copy)}, 3)
+    commands = {
+        "first": Command(merging, out, first=True),
+        "merge": Command(merging, out),
+        "one": Command(one, copy),
+        "both": Command(copying, copy),
+    }
     count = sum(value.numel() for value in like.values())
-    (seconds, memory), (single, _), (double, _) = found.values()
-    print(
-        f"\nlinear, 2 models of {count / 1e9:.2f} G bfloat16 values: {seconds:.1f} s, {memory:.0f} MiB; copying one ",
-        end="",
-    )
-    print(f"{single:.1f} s (ratio {seconds / single:.1f}), both {double:.1f} s (ratio {seconds / double:.1f})")
+    (first, _), (seconds, memory), (single, _), (double, _) = compare(commands, 3).values()
+    print(f"\nlinear, 2 models of {count / 1e9:.2f} G bfloat16 values: first {first:.1f} s, ", end="")
+    print(f"then {seconds:.1f} s, {memory:.0f} MiB; copying one {single:.1f} s, both {double:.1f} s")
 
 
 def spectral(work: Path, _: str) -> None:

@@ -77,23 +77,43 @@ def test_parameters_of_some_tensors_come_from_dmm_toml(tmp_path, monkeypatch):
     assert np.allclose(got[name], a[name] + b[name] - start[name], atol=1e-6)
 
 
+TIES, WUDI = (["--method", name, "--base", BASE] for name in ("ties", "wudi"))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--param", "scael=1", "--method", "ties", "--base", BASE], "hint: did you mean scale?"),
-        (["--param", "nothing.*:scale=1", "--method", "ties", "--base", BASE], "no tensor matches nothing.*"),
+        ([*TIES, "--param", "scael=1"], "hint: did you mean scale?"),
+        ([*TIES, "--param", "fc.*:densty=0.1"], "hint: did you mean density?"),
+        ([*TIES, "--param", "density=1.5"], "density must lie between 0 and 1, not 1.5"),
+        ([*TIES, "--param", "fc.*:density=-1"], "density must lie between 0 and 1, not -1"),
+        ([*TIES, "--param", "scale=much"], "parameter scale of ties is a number, not much"),
+        ([*TIES, "--param", "nothing.*:scale=1"], "no tensor matches nothing.*"),
+        ([*WUDI, "--param", "steps=2.5"], "steps must be a whole number, not 2.5"),
+        ([*WUDI, "--param", "ridge=-1"], "ridge must not be negative: -1"),
+        ([*WUDI, "--calibrate", "svc", "--param", "svc.alhpa=1"], "hint: did you mean alpha?"),
+        ([*WUDI, "--calibrate", "svc", "--param", "svc.alpha=inf"], "parameter alpha of svc is a number, not inf"),
+        ([*WUDI, "--calibrate", "scv"], "did you mean svc?"),
+        (["--param", "scale=1"], "linear has no parameter scale"),
         (["--method", "ties"], "hint: name it with --base"),
         (["--calibrate", "svc"], "works on task vectors, which linear has none of"),
-        (["--calibrate", "scv", "--method", "ties", "--base", BASE], "did you mean svc?"),
         (["--dtype", "float8"], "unknown dtype: float8"),
         (["--head", "last"], "unknown head policy: last"),
         (["--max-shard-size", "many"], "not a size: many"),
-        (["--device", "cuda:99", "--method", "tsv", "--base", BASE], "no such device: cuda:99"),
+        (["--device", "gpu"], "unknown device: gpu"),
     ],
 )
-def test_mistakes_exit_2_and_write_nothing(tmp_path, flags, words):
-    result = dmm("merge", *SITES, *flags, "-o", tmp_path / "out.safetensors")
+def test_mistakes_exit_2_write_nothing_and_are_found_by_a_dry_run(tmp_path, flags, words):
+    command = ["merge", *SITES, *flags, "-o", tmp_path / "out.safetensors"]
+    result, dry = dmm(*command), dmm(*command, "--dry-run")
     assert result.exit_code == 2 and words in result.stderr, result.stderr
+    assert dry.exit_code == 2 and dry.stderr == result.stderr and dry.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_that_is_not_there_is_an_error(tmp_path):
+    result = dmm("merge", *SITES, *WUDI, "--device", "cuda:99", "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "no such device: cuda:99" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,9 +11,8 @@ from torch import nn
 from dmm_cli.architectures import load_model, norm_layers
 from dmm_cli.distillation import losses
 from dmm_cli.distillation.augment import NOISE, add_noise, augment, deform
-from dmm_cli.distillation.batchnorm import reset_statistics
 from dmm_cli.distillation.refine import Lessons, Settings, refine
-from dmm_cli.distillation.routing import balanced_weights, soft_labels
+from dmm_cli.distillation.routing import soft_labels
 from dmm_cli.inputs import resolve_source
 
 
@@ -23,12 +22,6 @@ def test_soft_labels_are_the_owners_inside_its_support():
     labels = soft_labels(logits, torch.tensor([0, 1]), priors, 2.0)
     assert torch.allclose(labels[0, :2], (logits[0, :2] / 2).softmax(0), atol=1e-6)
     assert labels[0, 2] == 0 and labels[1].tolist() == [0, 0, 1]
-
-
-def test_every_class_present_is_equally_likely():
-    targets = torch.tensor([0] * 90 + [2] * 10)
-    weights = balanced_weights(targets, 3)
-    assert weights[targets == 0].sum() == pytest.approx(weights[targets == 2].sum())
 
 
 def test_the_distillation_loss_is_scaled_divergence():
@@ -46,17 +39,6 @@ def test_the_anchor_holds_masked_images_only():
     masked = losses.anchor(now, first, torch.tensor([1.0, 0.0]), 2.0)
     p, q = (first[0] / 2).softmax(0), (now[0] / 2).softmax(0)
     assert masked.item() == pytest.approx((4 * (p * (p / q).log()).sum() / 2).item(), rel=1e-5)
-
-
-def test_reset_statistics_are_the_mean_over_batches():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    batches = [torch.randn(8, 3) * scale for scale in (1.0, 3.0)]
-    counter = model[0].num_batches_tracked.clone()
-    reset_statistics(model, [model[0]], batches)
-    assert torch.allclose(model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), atol=1e-6)
-    assert torch.allclose(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0), atol=1e-6)
-    assert model[0].momentum == 0.1 and model[0].num_batches_tracked == counter and not model.training
 
 
 def test_deformations_stay_within_their_limits():

@@ -1,0 +1,149 @@
+"""Activation statistics of a model, set right on pseudo-data.
+
+Averaged weights shrink the variance of activations, most of all between models of different starts. Where
+BatchNorm follows, its running statistics are estimated again; where nothing standardises a layer's output,
+REPAIR rescales the layer itself.
+
+Legend: N images, B images of a batch, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+BATCHES, BATCH = 8, 256
+SMALLEST = 1e-12  # variance of a channel that is switched off
+
+
+def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Sampling weights (N,) under which every class present is equally likely."""
+    counts = torch.bincount(targets, minlength=num_classes).clamp_min(1)
+    return 1.0 / counts[targets].float()
+
+
+def balanced_batches(images: torch.Tensor, weights: torch.Tensor, stream: torch.Generator) -> Iterator[torch.Tensor]:
+    """``BATCHES`` batches (B, C, H, W) of images (N, C, H, W) drawn with weights (N,), on the images' device."""
+    index = torch.multinomial(weights, BATCHES * BATCH, replacement=True, generator=stream)
+    return (images[part] for part in index.to(images.device).split(BATCH))
+
+
+@torch.no_grad()
+def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[torch.Tensor]) -> None:
+    """Replace running means and variances by their average over batches (B, C, H, W), in place.
+
+    ``num_batches_tracked`` and everything else stay as they are; the model is left in eval mode.
+    """
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    counts = [layer.num_batches_tracked.clone() for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+    model.train()
+    for batch in batches:
+        model(batch)
+    model.eval()
+    for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+        layer.momentum = momentum
+        layer.num_batches_tracked.copy_(count)
+
+
+@torch.no_grad()
+def repair(
+    model: nn.Module,
+    parents: Iterable[nn.Module],
+    shares: Sequence[float],
+    batches: Sequence[torch.Tensor],
+    *,
+    skip: Iterable[str] = (),
+) -> list[str]:
+    """Give every channel of a layer's output the weighted mean and deviation it has in the parents, in place.
+
+    ``W' = (t / s) W`` and ``b' = (t / s) (b - m) + u``: m and s are the channel's mean and deviation in the
+    model, once all layers before are set right, u and t the weighted means of the parents' (REPAIR, Jordan et
+    al., ICLR 2023). Channels correspond to one another across parents. A layer without a bias keeps its mean.
+
+    Args:
+        parents: modules of the same architecture, in eval mode; used one at a time.
+        shares: their weights, summing to 1.
+        batches: normalised images, each (B, C, H, W).
+        skip: names of layers to leave alone.
+
+    Returns:
+        The names of the layers that were rescaled.
+    """
+    left_out = set(skip)
+    names = [name for name, layer in model.named_modules() if _is_affine(layer) and name not in left_out]
+    targets = {name: torch.zeros(2, 1) for name in names}
+    for parent, share in zip(parents, shares, strict=True):
+        for name, (mean, variance) in _measure(parent, names, batches).items():
+            targets[name] = targets[name] + share * torch.stack([mean, variance.sqrt()])
+    found = _measure(model, names, batches, targets)
+    modules = dict(model.named_modules())
+    for name in found:
+        _rescale(modules[name], *found[name], *targets[name])
+    return list(found)
+
+
+def _is_affine(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(
+        layer, nn.modules.conv._ConvTransposeNd
+    )
+
+
+def _measure(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[torch.Tensor],
+    targets: dict[str, torch.Tensor] | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Mean and variance (C,) of the outputs of layers, averaged over batches.
+
+    With targets, (2, C) mean and deviation, every layer hands on its output as these would have it, so that the
+    layers after it are measured on what they are going to see. Layers that are not used are left out.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def hook(name: str):
+        def measure(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor | None:
+            axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
+            dims = [dim for dim in range(output.ndim) if dim != axis]
+            variance, mean = torch.var_mean(output, dims, correction=0)
+            sums[name] = sums.get(name, 0) + torch.stack([mean, variance])
+            if targets is None:
+                return None
+            shape = [-1 if dim == axis else 1 for dim in range(output.ndim)]
+            scale, shift = _change(layer, mean, variance, *targets[name])
+            return output * scale.view(shape) + shift.view(shape)
+
+        return measure
+
+    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tuple(total / len(batches)) for name, total in sums.items()}
+
+
+def _change(
+    layer: nn.Module, mean: torch.Tensor, variance: torch.Tensor, wanted: torch.Tensor, deviation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift (C,) of a layer's output; a channel that is switched off is only shifted."""
+    scale = torch.where(variance > SMALLEST, deviation / variance.clamp_min(SMALLEST).sqrt(), 1.0)
+    shift = torch.zeros_like(mean) if layer.bias is None else wanted - scale * mean
+    return scale, shift
+
+
+def _rescale(layer: nn.Module, mean: torch.Tensor, variance: torch.Tensor, *target: torch.Tensor) -> None:
+    scale, shift = _change(layer, mean, variance, *target)
+    layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+    if layer.bias is not None:
+        layer.bias.mul_(scale).add_(shift)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dmm_cli.recalibration import BATCH, BATCHES, balanced_batches, balanced_weights, repair, reset_statistics
+
+
+def test_every_class_present_is_equally_likely():
+    targets = torch.tensor([0] * 90 + [2] * 10)
+    weights = balanced_weights(targets, 3)
+    assert weights[targets == 0].sum() == pytest.approx(weights[targets == 2].sum())
+    images = targets.float().view(-1, 1, 1, 1)
+    batches = list(balanced_batches(images, weights, torch.Generator().manual_seed(0)))
+    assert [len(batch) for batch in batches] == [BATCH] * BATCHES
+    assert torch.cat(batches).eq(2).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_reset_statistics_are_the_mean_over_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    batches = [torch.randn(8, 3) * scale for scale in (1.0, 3.0)]
+    counter = model[0].num_batches_tracked.clone()
+    reset_statistics(model, [model[0]], batches)
+    assert torch.allclose(model[0].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0), atol=1e-6)
+    assert torch.allclose(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0), atol=1e-6)
+    assert model[0].momentum == 0.1 and model[0].num_batches_tracked == counter and not model.training
+
+
+class Net(nn.Module):
+    """A convolution, a layer norm, a linear layer without a bias and one with, and a classifier."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.norm = nn.LayerNorm(6)
+        self.plain = nn.Linear(6, 6, bias=False)
+        self.linear = nn.Linear(6, 5)
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).relu().flatten(2).transpose(1, 2)  # (B, H W, C)
+        return self.head(self.linear(self.plain(self.norm(x)).relu()).relu().mean(1))
+
+
+def statistics(net: nn.Module, name: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of a layer's output per channel, taken by hand."""
+    seen = []
+    handle = dict(net.named_modules())[name].register_forward_hook(lambda *a: seen.append(a[2]))
+    net(images)
+    handle.remove()
+    channels = seen[0].movedim(1 if name == "conv" else -1, 0).flatten(1)  # (C, values)
+    return channels.mean(1), channels.std(1, unbiased=False)
+
+
+@pytest.fixture
+def family() -> tuple[Net, list[Net], torch.Tensor]:
+    parents = [Net(1).eval(), Net(2).eval()]
+    merged = copy.deepcopy(parents[0])
+    with torch.no_grad():
+        for value, other in zip(merged.parameters(), parents[1].parameters(), strict=True):
+            value.lerp_(other, 0.25)
+    return merged, parents, torch.randn(64, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_repaired_layers_have_the_parents_statistics(family):
+    merged, parents, images = family
+    head = copy.deepcopy(merged.head.state_dict())
+    assert repair(merged, parents, [0.75, 0.25], [images], skip=["head"]) == ["conv", "plain", "linear"]
+    for name in ("conv", "plain", "linear"):
+        found = statistics(merged, name, images)
+        wanted = [0.75 * a + 0.25 * b for a, b in zip(*(statistics(p, name, images) for p in parents), strict=True)]
+        assert torch.allclose(found[1], wanted[1], rtol=1e-4)
+        if name != "plain":  # it has no bias to shift its mean with
+            assert torch.allclose(found[0], wanted[0], atol=1e-5)
+    assert all(torch.equal(value, head[key]) for key, value in merged.head.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_copy_of_its_parents_is_left_as_it_is(family):
+    _, parents, images = family
+    merged = copy.deepcopy(parents[0])
+    repair(merged, [parents[0], parents[0]], [0.5, 0.5], [images, images.flip(0)], skip=["head"])
+    assert torch.allclose(merged(images), parents[0](images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_channel_that_is_switched_off_stays_finite(family):
+    merged, parents, images = family
+    merged.conv.weight[0] = 0
+    repair(merged, parents, [0.5, 0.5], [images])
+    assert all(value.isfinite().all() for value in merged.state_dict().values())
+    assert torch.equal(merged.conv.weight[0], torch.zeros_like(merged.conv.weight[0]))
