@@ -164,32 +164,6 @@ class Grouping(Record):
 
 
 @dataclass(frozen=True)
-class MergeManifest(Record):
-    """What a merge did.
-
-    Attributes:
-        outputs: one path per group, in group order.
-        batchnorm: layers whose variance came from the analytic rule ("paired") or from plain
-            interpolation of standard deviations ("unpaired").
-        norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
-        recalibrated: group name to what was set right on pseudo-data, in words.
-    """
-
-    SCHEMA: ClassVar[str] = "dmm.merge/1"
-
-    sources: tuple[SourceRecord, ...]
-    grouping: Grouping
-    method: str
-    parameters: dict[str, Any]
-    outputs: tuple[str, ...]
-    base: SourceRecord | None = None
-    batchnorm: dict[str, int] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    norms: tuple[dict[str, float], ...] = ()
-    recalibrated: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class UnitGroup(Record):
     """Units of a network that may change places with one another.
 
@@ -226,6 +200,34 @@ class AlignedSource(Record):
     cosine_before: float
     cosine_after: float
     difference: float
+
+
+@dataclass(frozen=True)
+class MergeManifest(Record):
+    """What a merge did.
+
+    Attributes:
+        outputs: one path per group, in group order.
+        batchnorm: layers whose variance came from the analytic rule ("paired") or from plain
+            interpolation of standard deviations ("unpaired").
+        norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
+        recalibrated: group name to what was set right on pseudo-data, in words.
+        aligned: checkpoints whose units were put in another order before.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.merge/1"
+
+    sources: tuple[SourceRecord, ...]
+    grouping: Grouping
+    method: str
+    parameters: dict[str, Any]
+    outputs: tuple[str, ...]
+    base: SourceRecord | None = None
+    batchnorm: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    norms: tuple[dict[str, float], ...] = ()
+    recalibrated: dict[str, str] = field(default_factory=dict)
+    aligned: tuple[AlignedSource, ...] = ()
 
 
 @dataclass(frozen=True)

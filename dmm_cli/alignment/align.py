@@ -1,11 +1,12 @@
 """Align checkpoints to the first of them: load, trace, match, verify, and write.
 
-All weights are held in memory, four bytes a value and checkpoint, and eight for one of them while it is verified.
+All weights are held in memory, four bytes a value and basin (twice while one is matched), and while a checkpoint is
+verified some forty bytes for each of its values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,18 @@ from torch import nn
 
 from .. import architectures
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
-from ..errors import DmmError
+from ..errors import DmmError, printable
 from ..header import ITEM_SIZE
 from ..inputs import Source
 from ..names import is_head, is_statistic, is_weight
 from ..streaming import one_blas_thread
-from .apply import identity, permute, permute_tensor
+from .apply import carry, identity, permute, permute_tensor
 from .matching import match
 from .spec import Spec
 from .trace import trace
 from .verify import verify
 
-ROUNDS = 10  # at most, of aligning every checkpoint to the mean of the others
+ROUNDS = 10  # at most, of aligning every basin to the mean of the others
 
 Arrays = Mapping[str, np.ndarray]
 Progress = Callable[..., None]
@@ -80,7 +81,7 @@ class Alignment:
 
 
 def align(
-    sources: Sequence[Source],
+    basins: Sequence[Sequence[Source]],
     *,
     arch: str | None = None,
     size: tuple[int, ...] = (),
@@ -88,68 +89,66 @@ def align(
     restarts: int = 0,
     on_progress: Progress | None = None,
 ) -> list[Alignment]:
-    """Align every checkpoint but the first to the mean of those before it, then to that of all others, until stable.
+    """Align every basin but the first to the mean of those before it, then to that of all others, until stable.
 
     Those most alike to the first, in the order their units have now, come first.
 
     Args:
+        basins: checkpoints of one start each; their mean is aligned, and one permutation moves all of them.
         size: of one input; empty takes what the checkpoints say.
         restarts: of every matching.
 
     Returns:
-        One alignment for each of ``sources[1:]``, in the order they were aligned, verified.
+        One alignment for each checkpoint of ``basins[1:]``, in the order they were aligned, verified.
 
     Raises:
         DmmError: a module cannot be built or traced, no unit may move, weights are not finite, or a permuted network
             does not compute the same function.
     """
-    first, *others = [_Network.load(source, arch, size) for source in sources]
+    first, *others = [_Basin.load(sources, arch, size) for sources in basins]
     names = _compared([first, *others])
-    weights = [name for name in names if is_weight(sources[0].tensors[name])]
-    others.sort(key=lambda network: -_cosine(first.arrays, network.arrays, weights))
+    weights = [name for name in names if is_weight(first.sources[0].tensors[name])]
+    others.sort(key=lambda basin: -_cosine(first.arrays, basin.arrays, weights))
     with one_blas_thread():
-        total = {name: first.arrays[name] for name in names}
-        for network in others:
-            network.fit(total, seed, restarts, on_progress)
-            total = _plus(total, network.ordered(names))
-        for _ in range(ROUNDS if len(others) > 1 else 0):
-            stable = True
-            for network in others:
-                rest = _plus(total, network.ordered(names), sign=-1)
-                stable &= not network.fit(rest, seed, restarts, on_progress)
-                total = _plus(rest, network.ordered(names))
-            if stable:
-                break
-    return [network.result(first, weights) for network in others]
+        _fit(first, others, names, lambda basin, to: basin.fit(to, seed, restarts, on_progress))
+    reference = {name: first.arrays[name] for name in weights}
+    return [alignment for basin in others for alignment in basin.results(reference, arch, size)]
+
+
+def _fit(first: _Basin, others: Sequence[_Basin], names: Sequence[str], fit: Callable[[_Basin, Arrays], bool]) -> None:
+    """Fit every basin to the sum of those before it, then to that of all others until none moves."""
+    total = {name: first.arrays[name] for name in names}
+    for basin in others:
+        fit(basin, total)
+        total = _plus(total, basin.ordered(names))
+    for _ in range(ROUNDS if len(others) > 1 else 0):
+        stable = True
+        for basin in others:
+            rest = _plus(total, basin.ordered(names), sign=-1)
+            stable &= not fit(basin, rest)
+            total = _plus(rest, basin.ordered(names))
+        if stable:
+            break
 
 
 @dataclass
-class _Network:
-    """One checkpoint, its module and the order of its units found so far."""
+class _Basin:
+    """Checkpoints of one start: the mean of their weights, and the order of its units found so far."""
 
-    source: Source
-    model: nn.Module
-    size: tuple[int, ...]
+    sources: Sequence[Source]
     spec: Spec
     arrays: Arrays
     image: np.ndarray
     objective: tuple[float, float] = (-np.inf, -np.inf)
 
     @classmethod
-    def load(cls, source: Source, arch: str | None, size: tuple[int, ...]) -> _Network:
-        model, architecture = architectures.load_model(source, arch)
-        size = architectures.input_spec(source, model, size=size).size
-        arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-        for name, array in arrays.items():
-            if array.dtype.kind == "f":
-                require_finite(source, name, array.ravel())
-        spec = trace(model, size)
-        if not spec.groups:
-            raise DmmError(
-                f"no units of {architecture.spec} may change places, so {source.path} cannot be aligned",
-                hint="operations that dmm does not know fix the units they touch",
-            )
-        return cls(source, model, size, spec, arrays, identity(spec))
+    def load(cls, sources: Sequence[Source], arch: str | None, size: tuple[int, ...]) -> _Basin:
+        spec, arrays, _, _ = _open(sources[0], arch, size)
+        for source in sources[1:]:
+            more = _floats(source, architectures.load_model(source, arch)[0])
+            arrays = {name: a + more[name] for name, a in arrays.items() if more[name].shape == a.shape}
+        mean = {name: array / len(sources) for name, array in arrays.items()} if len(sources) > 1 else arrays
+        return cls(sources, spec, mean, identity(spec))
 
     def ordered(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Weights with the units in the order found so far."""
@@ -166,31 +165,63 @@ class _Network:
         self.image = found.image
         return True
 
-    def result(self, first: _Network, weights: Sequence[str]) -> Alignment:
-        """What was found, verified."""
-        infos = self.source.tensors.values()
-        parameters = [info for info in infos if info.is_float and not is_statistic(info.name)]
-        return Alignment(
-            source=self.source,
-            spec=self.spec,
-            image=self.image,
-            objective=self.objective,
-            cosine=(_cosine(first.arrays, self.arrays, weights), _cosine(first.arrays, self.ordered(weights), weights)),
-            covered=sum(i.numel for i in parameters if i.name in self.spec.tensors) / sum(i.numel for i in parameters),
-            difference=verify(str(self.source.path), self.model, self.arrays, self.spec, self.image, self.size),
+    def results(self, reference: Arrays, arch: str | None, size: tuple[int, ...]) -> Iterator[Alignment]:
+        """What was found, for each checkpoint, verified.
+
+        Args:
+            reference: weights of two or more dimensions of the first basin.
+        """
+        for source in self.sources:
+            spec, arrays, model, shape = _open(source, arch, size)
+            image = carry(self.image, self.spec, spec)
+            infos = source.tensors.values()
+            parameters = [info for info in infos if info.is_float and not is_statistic(info.name)]
+            moved = permute({name: arrays[name] for name in reference}, spec, image)
+            yield Alignment(
+                source=source,
+                spec=spec,
+                image=image,
+                objective=self.objective,
+                cosine=(_cosine(reference, arrays, reference), _cosine(reference, moved, reference)),
+                covered=sum(i.numel for i in parameters if i.name in spec.tensors) / sum(i.numel for i in parameters),
+                difference=verify(str(source.path), model, spec, image, shape),
+            )
+
+
+def _open(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
+    """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
+    model, architecture = architectures.load_model(source, arch)
+    shape = architectures.input_spec(source, model, size=size).size
+    arrays = _floats(source, model)
+    spec = trace(model, shape)
+    if not spec.groups:
+        raise DmmError(
+            f"no units of {printable(architecture.spec)} may change places, so {source.path} cannot be aligned",
+            hint="operations that dmm does not know fix the units they touch",
         )
+    return spec, arrays, model, shape
 
 
-def _compared(networks: Sequence[_Network]) -> list[str]:
+def _floats(source: Source, model: nn.Module) -> Arrays:
+    """The float tensors of a module (they share its memory).
+
+    Raises:
+        DmmError: one is not finite.
+    """
+    arrays = {name: t.numpy() for name, t in model.state_dict().items() if t.is_floating_point()}
+    for name, array in arrays.items():
+        require_finite(source, name, array.ravel())
+    return arrays
+
+
+def _compared(basins: Sequence[_Basin]) -> list[str]:
     """Parameters that all checkpoints hold in one shape; heads only where they know the same classes."""
-    first = networks[0].arrays
-    classes = {architectures.class_names(network.source) for network in networks} - {None}
+    classes = {architectures.class_names(source) for basin in basins for source in basin.sources} - {None}
     return [
         name
-        for name, array in first.items()
-        if array.dtype.kind == "f"
-        and not is_statistic(name)
-        and all(name in n.arrays and n.arrays[name].shape == array.shape for n in networks)
+        for name, array in basins[0].arrays.items()
+        if not is_statistic(name)
+        and all(name in basin.arrays and basin.arrays[name].shape == array.shape for basin in basins)
         and not (is_head(name) and len(classes) > 1)
     ]
 

@@ -31,6 +31,20 @@ def random_image(spec: Spec, draw: np.random.Generator) -> np.ndarray:
     return image
 
 
+def carry(image: np.ndarray, origin: Spec, spec: Spec) -> np.ndarray:
+    """A permutation of one network as that of another that differs only in parts that do not move (its head).
+
+    Raises:
+        ValueError: the groups are not the same.
+    """
+    carried = identity(spec)
+    for group, own in zip(origin.groups, spec.groups, strict=True):
+        theirs, mine = group.everything, own.everything
+        order = np.argsort(theirs)
+        carried[mine] = mine[order[np.searchsorted(theirs[order], image[theirs])]]
+    return carried
+
+
 def permute(arrays: Mapping[str, np.ndarray], spec: Spec, image: np.ndarray) -> dict[str, np.ndarray]:
     """The state dict with its units in another order; tensors without units that move are not copied."""
     return {

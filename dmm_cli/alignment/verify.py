@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import DmmError
-from ..names import COUNTER, RUNNING_VAR, kind_of
+from ..errors import DmmError, printable
+from ..names import RUNNING_VAR, kind_of
 from ..runtime import generator
 from .apply import permute
 from .spec import Spec
@@ -19,17 +19,14 @@ TOLERANCE = 1e-8  # of the largest output; reordered sums in float64 differ by 1
 JITTER = 0.1  # of a tensor's own deviation, and at least of one
 
 
-def verify(
-    name: str, model: nn.Module, arrays: Mapping[str, np.ndarray], spec: Spec, image: np.ndarray, size: tuple[int, ...]
-) -> float:
+def verify(name: str, model: nn.Module, spec: Spec, image: np.ndarray, size: tuple[int, ...]) -> float:
     """Compare a network with its permuted copy on random input, with its own weights and with random ones near them.
 
     Weights that happen to be zero or equal hide a wrong permutation; the random ones do not.
 
     Args:
         name: of the checkpoint, for the message.
-        model: the module, for its architecture; it is left in float64, with other weights.
-        arrays: the state dict, not permuted.
+        model: the module with its weights, in eval mode; it is left in float64, with others.
         size: of one input, without the batch axis.
 
     Returns:
@@ -38,14 +35,14 @@ def verify(
     Raises:
         DmmError: the outputs differ.
     """
-    model = model.double().eval()
+    model = model.double()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     images = torch.randn(1, *size, generator=generator(0, "verify"), dtype=torch.float64)
-    state = {name: torch.from_numpy(np.ascontiguousarray(array)).double() for name, array in arrays.items()}
     worst = 0.0
     for weights in (state, _jittered(state)):
-        permuted = permute({name: tensor.numpy() for name, tensor in weights.items()}, spec, image)
-        before = _outputs(model, weights, images)
-        after = _outputs(model, {name: torch.from_numpy(array) for name, array in permuted.items()}, images)
+        permuted = permute({key: tensor.numpy() for key, tensor in weights.items()}, spec, image)
+        before = _outputs(name, model, weights, images)  # (outputs,)
+        after = _outputs(name, model, {key: torch.from_numpy(array) for key, array in permuted.items()}, images)
         worst = max(worst, float((after - before).abs().max() / before.abs().max().clamp_min(1e-300)))
     if not worst <= TOLERANCE:
         raise DmmError(
@@ -58,19 +55,25 @@ def verify(
 
 def _jittered(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     draw = generator(0, "jitter")
-    changed = {}
-    for name, tensor in state.items():
-        spread = tensor.std() if tensor.numel() > 1 else tensor.new_tensor(0.0)
-        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * JITTER
-        noise *= torch.where(spread > 0, spread, 1.0)
-        changed[name] = tensor if kind_of(name) == COUNTER else tensor + noise
-        if kind_of(name) == RUNNING_VAR:
-            changed[name] = changed[name].abs()
+    changed = dict(state)
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            spread = tensor.std(correction=0)
+            noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * JITTER
+            changed[key] = tensor + noise * torch.where(spread > 0, spread, 1.0)
+        if kind_of(key) == RUNNING_VAR:
+            changed[key] = changed[key].abs()
     return changed
 
 
-def _outputs(model: nn.Module, state: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def _outputs(name: str, model: nn.Module, state: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """All outputs of the network, flat."""
     model.load_state_dict(dict(state))
-    with torch.no_grad():
-        return torch.cat([leaf.flatten() for leaf in pytree.tree_leaves(model(images))])
+    try:
+        with torch.no_grad():
+            return torch.cat([leaf.flatten() for leaf in pytree.tree_leaves(model(images))])
+    except RuntimeError as error:
+        raise DmmError(
+            f"{name} does not run in float64, so that no order of its units can be verified",
+            evidence=[printable(str(error).splitlines()[0])],
+        ) from error

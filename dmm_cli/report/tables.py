@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import printable
 from ..manifest import (
-    AlignManifest,
+    AlignedSource,
     DistillManifest,
     Evaluation,
     Grouping,
@@ -133,7 +133,7 @@ def retention_table(manifest: DistillManifest) -> Table:
     )
 
 
-def alignment_tables(manifest: AlignManifest, detail: bool) -> list[Table]:
+def alignment_tables(title: str, aligned: Sequence[AlignedSource], detail: bool = False) -> list[Table]:
     """What aligning did to every checkpoint, and with ``detail`` to every group of units."""
     rows = [
         [
@@ -148,7 +148,7 @@ def alignment_tables(manifest: AlignManifest, detail: bool) -> list[Table]:
             number(item.cosine_after, 3),
             f"{item.difference:.0e}",
         ]
-        for item in manifest.aligned
+        for item in aligned
     ]
     columns = [
         "checkpoint",
@@ -162,8 +162,8 @@ def alignment_tables(manifest: AlignManifest, detail: bool) -> list[Table]:
         "then",
         "difference",
     ]
-    tables = [Table(f"aligned to {manifest.sources[0].label}", columns, rows)]
-    for item in manifest.aligned if detail else ():
+    tables = [Table(title, columns, rows)]
+    for item in aligned if detail else ():
         own = [[g.name, str(g.units), str(g.blocks), str(g.moved)] for g in item.groups]
         tables.append(Table(f"units of {item.label}", ["group", "units", "blocks", "moved"], own))
     return tables
