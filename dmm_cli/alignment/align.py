@@ -191,7 +191,7 @@ class _Basin:
 def _open(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
     """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
     model, architecture = architectures.load_model(source, arch)
-    shape = architectures.input_spec(source, model, size=size).size
+    shape = size or architectures.input_spec(source, model).size
     arrays = _floats(source, model)
     spec = trace(model, shape)
     if not spec.groups:
