@@ -136,7 +136,7 @@ def _cut(tree: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _auto(cosine: np.ndarray, raw: np.ndarray) -> tuple[np.ndarray, float]:
-    basins = _components(raw >= BASIN)
+    basins = components(raw >= BASIN)
     labels = np.zeros(len(cosine), dtype=int)
     thresholds = []
     for basin in np.unique(basins):
@@ -150,7 +150,8 @@ def _auto(cosine: np.ndarray, raw: np.ndarray) -> tuple[np.ndarray, float]:
     return labels, min(thresholds, default=BASIN)
 
 
-def _components(edges: np.ndarray) -> np.ndarray:
+def components(edges: np.ndarray) -> np.ndarray:
+    """A label for every node of a graph (N, N): equal ones are connected."""
     labels = np.arange(len(edges))
     for i, j in zip(*np.nonzero(edges), strict=True):
         labels[labels == labels[j]] = labels[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,8 @@ from ..ranks import joined
 from ..registry import Registry
 from ..shards import parse_size
 from . import _options as options
+from ._align import POLICIES as ALIGN
+from ._align import Aligning
 from ._groups import Destination, Team, check_each, merge_groups, parents_of
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
@@ -66,6 +69,14 @@ Recalibrate = Annotated[
         "that would forget in the merge leave their group.",
     ),
 ]
+Align = Annotated[
+    str,
+    options.option(
+        "--align",
+        help="Which checkpoints to bring into one order of units before (dmm align); "
+        f"{'; '.join(f'{name}: {what}' for name, what in ALIGN.items())}.",
+    ),
+]
 Head = Annotated[
     str,
     options.option(
@@ -95,6 +106,7 @@ def merge(
     param: Param = None,
     calibrate: Calibrate = None,
     recalibrate: Recalibrate = None,
+    align: Align = "auto",
     arch: options.Arch = None,
     head: Head = "union",
     dtype: Annotated[
@@ -141,10 +153,11 @@ def merge(
     check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(resolve_source(recalibrate), arch, device, seed) if recalibrate else None
+    aligning = _aligning(align, recipe, arch)
     if dry_run:
         _show_plan(sources, recipe, to)
     else:
-        _execute(sources, recipe, to, after, group, record, quiet, json)
+        _execute(sources, recipe, to, after, aligning, group, record, quiet, json)
 
 
 def _execute(
@@ -152,6 +165,7 @@ def _execute(
     recipe: Recipe,
     to: Destination,
     recalibration: Recalibration | None,
+    aligning: Aligning,
     group: str,
     record: dict | None,
     quiet: bool,
@@ -163,11 +177,27 @@ def _execute(
 
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, record, progress)
+        team = Team(ranks, hashes, progress)
         if recalibration and grouping.rule == "auto":
-            grouping = settle(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
-        manifest = merge_groups(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
+            grouping = settle(sources, grouping, to, recipe, team, recalibration)
+        manifest = merge_groups(sources, grouping, to, recipe, team, recalibration, aligning)
     if ranks.is_first:
         _report(manifest, quiet, json)
+
+
+def _aligning(policy: str, recipe: Recipe, arch: str | None) -> Aligning:
+    """What to align: nothing, where a base says that all checkpoints have one start.
+
+    Raises:
+        DmmError: no such policy, or one that contradicts the base.
+    """
+    settings = Aligning(policy, arch, recipe.seed)
+    if recipe.base and policy == "always":
+        raise DmmError(
+            "checkpoints with a common start have their units in one order",
+            hint="leave out --base or --align always",
+        )
+    return replace(settings, policy="never") if recipe.base else settings
 
 
 def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination) -> None:
@@ -218,7 +248,7 @@ def grouping_of(
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     from ..manifest import dump
     from ..report.console import emit, status
-    from ..report.tables import Table, group_table, render, retained_tables
+    from ..report.tables import Table, alignment_tables, group_table, render, retained_tables
 
     for warning in manifest.warnings:
         status(f"warning: {warning}")
@@ -229,7 +259,9 @@ def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     else:
         paired, unpaired = manifest.batchnorm["paired"], manifest.batchnorm["unpaired"]
         rows = [[path] for path in manifest.outputs]
-        tables = [group_table(manifest.grouping), *retained_tables(manifest), Table("written", ["file"], rows)]
+        aligned = alignment_tables("aligned", manifest.aligned) if manifest.aligned else []
+        written = Table("written", ["file"], rows)
+        tables = [group_table(manifest.grouping), *aligned, *retained_tables(manifest), written]
         emit(render(tables, "table"))
         for name, done in manifest.recalibrated.items():
             emit(f"{name}: {done}")

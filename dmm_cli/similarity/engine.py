@@ -16,10 +16,9 @@ from ..errors import DmmError
 from ..header import TensorInfo
 from ..inputs import Source, kinds_of, require_same_tensors
 from ..manifest import LayerSimilarity, Matrix, SimilarityReport, SourceRecord
-from ..names import is_head
+from ..names import is_head, is_weight
 from ..streaming import Piece, in_order, one_blas_thread, pieces, read_rows
 from . import MEASURES
-from .blocks import is_weight
 from .cosine import Cosine
 
 BLOCK = 1 << 16  # elements; a float32 dot product of this length is good to 1e-6
