@@ -5,7 +5,8 @@ Steps (notation: cos is the cosine of the weights, heads and one-dimensional ten
 0. checkpoints of different architectures are never together;
 1. basins: an edge where the raw cosine is at least ``BASIN``; connected components. Models of one
    start measure .81 to .99 there, models of different starts below .005, so any value between
-   parts them, and averaging across basins destroys both models;
+   parts them, and averaging across basins destroys both models. Where cosines with all units in one order
+   are known, an edge is also where that is at least ``ALIGNED``: such models can be aligned, then merged;
 2. inside a basin, average linkage on 1 - cos; the tree is cut at its largest gap if that gap is
    ``GAP`` times the height below it, else the basin stays whole;
 3. where there are pseudo-data, a merge that makes a member forget parts its group (``split_group``);
@@ -23,6 +24,9 @@ from .errors import DmmError, printable
 from .manifest import Group, Grouping, PairReason, SimilarityReport
 
 BASIN = 0.3
+ALIGNED = (
+    0.5  # networks trained from different starts reach .1 to .3 once aligned, a permuted copy what its noise leaves
+)
 GAP = 4.0
 NOISE = 0.02  # heights below this are one cluster whatever their ratios
 
@@ -36,6 +40,9 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
     """
     cosine = _matrix(report.measures["cosine"])
     raw = _matrix(report.raw_cosine) if report.raw_cosine else cosine
+    aligned = _matrix(report.measures["aligned"]) if "aligned" in report.measures else raw
+    reordered = (raw < BASIN) & (aligned >= ALIGNED)
+    cosine, raw = np.where(reordered, aligned, cosine), np.where(reordered, aligned, raw)
     tree = _tree(cosine)
     if rule == "all":
         labels, threshold = np.zeros(len(cosine), dtype=int), None
@@ -43,7 +50,7 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
         labels, threshold = _auto(cosine, raw)
     else:
         labels, threshold = _cut(tree, float(rule)), float(rule)
-    pairs = _pairs(cosine, raw, labels, rule, threshold)
+    pairs = _pairs(cosine, raw, reordered, labels, rule, threshold)
     return _grouping(report.labels, labels, pairs, str(rule), threshold, tree)
 
 
@@ -169,13 +176,20 @@ def _largest_gap(tree: np.ndarray) -> float | None:
 
 
 def _pairs(
-    cosine: np.ndarray, raw: np.ndarray, labels: np.ndarray, rule: str | float, threshold: float | None
+    cosine: np.ndarray,
+    raw: np.ndarray,
+    reordered: np.ndarray,
+    labels: np.ndarray,
+    rule: str | float,
+    threshold: float | None,
 ) -> tuple[PairReason, ...]:
     pairs = []
     for a in range(len(cosine)):
         for b in range(a):
             together = bool(labels[a] == labels[b])
             reason = _reason(cosine[a, b], raw[a, b], together, rule, threshold)
+            if reordered[a, b]:
+                reason += ", with the units in one order"
             value = None if np.isnan(cosine[a, b]) else float(cosine[a, b])
             pairs.append(PairReason(a, b, together, value, reason))
     return tuple(pairs)

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, dmm
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dmm_cli.architectures import build
+from dmm_cli.alignment.apply import permute, random_image
+from dmm_cli.alignment.trace import trace
+from dmm_cli.architectures import build, load_model
+from dmm_cli.inputs import resolve_source
 
 ARCH = "resnet18,num_classes=10,in_chans=1,layers=(1,1,1,1),channels=(8,8,16,16)"
 ODD = "test_vit,num_classes=10,in_chans=1"
+INPUT = json.dumps({"size": [1, 32, 32], "mean": [0.5], "std": [0.5]})
 TUNINGS = {"ada": 4, "bob": 3, "cy": 2, "dee": 1}  # fine-tunings of each start
 
 
@@ -26,7 +30,7 @@ def zoo(tmp_path_factory) -> list[Path]:
 
     def save(name: str, spec: str, state: dict[str, torch.Tensor]) -> None:
         paths.append(directory / f"{name}.safetensors")
-        save_file(state, paths[-1], {"dmm.arch": spec})
+        save_file(state, paths[-1], {"dmm.arch": spec, "dmm.input": INPUT})
 
     for number, (start, count) in enumerate(TUNINGS.items()):
         torch.manual_seed(number)
@@ -46,6 +50,24 @@ def zoo(tmp_path_factory) -> list[Path]:
     save("odd-1", ODD, {name: value + 0.01 * torch.ones_like(value) for name, value in odd.items()})
     save("lone", "test_convnext,num_classes=10", build("test_convnext,num_classes=10").state_dict())
     return paths
+
+
+@pytest.fixture(scope="module")
+def reordered(zoo, tmp_path_factory) -> Path:
+    """The first network of the zoo with its units in another order, and noise of .3 of a deviation on top."""
+    model, _ = load_model(resolve_source(str(zoo[0])))
+    spec = trace(model, (1, 32, 32))
+    image = random_image(spec, np.random.default_rng(0))
+    held = {name: value.numpy() for name, value in model.state_dict().items()}
+    floats = permute({name: value for name, value in held.items() if value.dtype == np.float32}, spec, image)
+    state = {name: torch.tensor(value) for name, value in {**held, **floats}.items()}
+    draw = torch.Generator().manual_seed(7)
+    for name, value in state.items():
+        if value.ndim > 1:
+            state[name] = value + 0.3 * value.std() * torch.randn(value.shape, generator=draw)
+    path = tmp_path_factory.mktemp("reordered") / "reordered.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, path, {"dmm.arch": ARCH, "dmm.input": INPUT})
+    return path
 
 
 WANTED = sorted(
@@ -86,6 +108,26 @@ def test_similarity_through_a_pipe_gives_the_same_groups_and_the_same_bytes(zoo,
     assert piped.exit_code == direct.exit_code == 0, piped.stderr
     for one, other in zip(piped.stdout.split(), direct.stdout.split(), strict=True):
         assert Path(one).read_bytes() == Path(other).read_bytes()
+
+
+def test_a_copy_in_another_order_is_known_once_units_are_put_in_order(zoo, reordered, tmp_path):
+    paths = [*zoo[:2], zoo[5], reordered]
+    blind = json.loads(dmm("merge", *paths, "--group", "auto", "-o", tmp_path / "blind", "--json").stdout)
+    assert groups(blind["grouping"]) == [["ada-0", "ada-1"], ["bob-1"], ["reordered"]]
+    out = tmp_path / "out"
+    result = dmm("merge", *paths, "--group", "auto", "--align", "always", "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert groups(record["grouping"]) == [["ada-0", "ada-1", "reordered"], ["bob-1"]]
+    reasons = [pair["reason"] for pair in record["grouping"]["pairs"] if pair["together"]]
+    assert sum("with the units in one order" in reason for reason in reasons) == 2
+    merged, first = load_file(out / "group-0.safetensors"), load_file(zoo[0])
+    for name in ("conv1.weight", "layer1.0.conv1.weight"):
+        a, b = merged[name].flatten(), first[name].flatten()
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+    seen = dmm("similarity", *paths, "--measure", "cosine", "--measure", "aligned", "--json")
+    piped = dmm("merge", "--group", "-", "--align", "always", "-o", tmp_path / "piped", "--json", text=seen.stdout)
+    assert groups(json.loads(piped.stdout)["grouping"]) == groups(record["grouping"])
 
 
 def test_different_architectures_are_refused_where_all_are_to_be_merged_or_no_two_are_alike(zoo, tmp_path):

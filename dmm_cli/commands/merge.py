@@ -23,6 +23,7 @@ from . import _options as options
 from ._align import POLICIES as ALIGN
 from ._align import Aligning
 from ._groups import Destination, Team, check_each, merge_groups, parents_of
+from ._measures import with_aligned
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
 from ._run import epilog, guarded
@@ -176,7 +177,7 @@ def _execute(
         from ..report.console import Progress
 
         progress = Progress(quiet or not ranks.is_first)
-        grouping = grouping_of(sources, recipe.base, group, record, progress)
+        grouping = grouping_of(sources, recipe.base, group, record, progress, aligning)
         team = Team(ranks, hashes, progress)
         if recalibration and grouping.rule == "auto":
             grouping = settle(sources, grouping, to, recipe, team, recalibration)
@@ -228,9 +229,17 @@ def _sources(arguments: list[str], record: dict | None) -> list[Source]:
 
 
 def grouping_of(
-    sources: Sequence[Source], base: Source | None, group: str, record: dict | None, on_progress
+    sources: Sequence[Source],
+    base: Source | None,
+    group: str,
+    record: dict | None,
+    on_progress,
+    aligning: Aligning = Aligning(),
 ) -> Grouping:
-    """The groups a record names, or those that the rule ``group`` makes of the checkpoints' similarity."""
+    """The groups a record names, or those that the rule ``group`` makes of the checkpoints' similarity.
+
+    Where all are to be aligned, those that are one network but for the order of its units are found, too.
+    """
     from ..grouping import given_groups, group_checkpoints, groups_from_record
 
     labels = [source.label for source in sources]
@@ -242,6 +251,8 @@ def grouping_of(
     from ..similarity.engine import compute_similarity
 
     report = compute_similarity(sources, base=base, measures=["cosine"], on_progress=on_progress)
+    if aligning.policy == "always":
+        report = with_aligned(report, sources, arch=aligning.arch, seed=aligning.seed, on_progress=on_progress)
     return group_checkpoints(report, rule)
 
 

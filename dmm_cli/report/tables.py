@@ -48,7 +48,7 @@ def matrix_table(title: str, labels: Sequence[str], matrix: Matrix, digits: int 
 
 def similarity_tables(report: SimilarityReport, per_layer: int | None) -> list[Table]:
     """All measures, the reference column, and the least similar layers."""
-    kinds = {"bn": "distance", "cka": "activations"}
+    kinds = {"bn": "distance", "cka": "activations", "aligned": "cosine of the weights, units in one order"}
     tables = [
         matrix_table(f"{name} ({kinds.get(name, report.on)})", report.labels, matrix)
         for name, matrix in report.measures.items()
