@@ -9,12 +9,13 @@ import typer
 
 from . import __version__
 from .commands import _options as options
-from .commands import distill, evaluate, inspect, merge, run, similarity, synthesize
+from .commands import align, distill, evaluate, inspect, merge, run, similarity, synthesize
 from .commands._run import guarded
 from .config import load_config
 
 COMMANDS = {
     "similarity": (similarity.similarity, similarity.EPILOG),
+    "align": (align.align, align.EPILOG),
     "merge": (merge.merge, merge.EPILOG),
     "synthesize": (synthesize.synthesize, synthesize.EPILOG),
     "distill": (distill.distill, distill.EPILOG),

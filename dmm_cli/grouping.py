@@ -2,9 +2,11 @@
 
 Steps (notation: cos is the cosine of the weights, heads and one-dimensional tensors left out):
 
+0. checkpoints of different architectures are never together;
 1. basins: an edge where the raw cosine is at least ``BASIN``; connected components. Models of one
    start measure .81 to .99 there, models of different starts below .005, so any value between
-   parts them, and averaging across basins destroys both models;
+   parts them, and averaging across basins destroys both models. Where cosines with all units in one order
+   are known, an edge is also where that is at least ``ALIGNED``: such models can be aligned, then merged;
 2. inside a basin, average linkage on 1 - cos; the tree is cut at its largest gap if that gap is
    ``GAP`` times the height below it, else the basin stays whole;
 3. where there are pseudo-data, a merge that makes a member forget parts its group (``split_group``);
@@ -22,6 +24,9 @@ from .errors import DmmError, printable
 from .manifest import Group, Grouping, PairReason, SimilarityReport
 
 BASIN = 0.3
+ALIGNED = (
+    0.5  # networks trained from different starts reach .1 to .3 once aligned, a permuted copy what its noise leaves
+)
 GAP = 4.0
 NOISE = 0.02  # heights below this are one cluster whatever their ratios
 
@@ -35,6 +40,9 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
     """
     cosine = _matrix(report.measures["cosine"])
     raw = _matrix(report.raw_cosine) if report.raw_cosine else cosine
+    aligned = _matrix(report.measures["aligned"]) if "aligned" in report.measures else raw
+    reordered = (raw < BASIN) & (aligned >= ALIGNED)
+    cosine, raw = np.where(reordered, aligned, cosine), np.where(reordered, aligned, raw)
     tree = _tree(cosine)
     if rule == "all":
         labels, threshold = np.zeros(len(cosine), dtype=int), None
@@ -42,7 +50,7 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
         labels, threshold = _auto(cosine, raw)
     else:
         labels, threshold = _cut(tree, float(rule)), float(rule)
-    pairs = _pairs(cosine, raw, labels, rule, threshold)
+    pairs = _pairs(cosine, raw, reordered, labels, rule, threshold)
     return _grouping(report.labels, labels, pairs, str(rule), threshold, tree)
 
 
@@ -120,7 +128,7 @@ def _tree(cosine: np.ndarray) -> np.ndarray:
     from scipy.cluster.hierarchy import linkage  # a quarter of a second, for those who group by similarity
     from scipy.spatial.distance import squareform
 
-    distance = np.clip(1.0 - cosine, 0.0, 2.0)
+    distance = np.clip(1.0 - np.nan_to_num(cosine), 0.0, 2.0)  # not comparable: as far apart as strangers
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0.0)
     return linkage(squareform(distance, checks=False), method="average")
@@ -135,7 +143,7 @@ def _cut(tree: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _auto(cosine: np.ndarray, raw: np.ndarray) -> tuple[np.ndarray, float]:
-    basins = _components(raw >= BASIN)
+    basins = components(raw >= BASIN)
     labels = np.zeros(len(cosine), dtype=int)
     thresholds = []
     for basin in np.unique(basins):
@@ -149,7 +157,8 @@ def _auto(cosine: np.ndarray, raw: np.ndarray) -> tuple[np.ndarray, float]:
     return labels, min(thresholds, default=BASIN)
 
 
-def _components(edges: np.ndarray) -> np.ndarray:
+def components(edges: np.ndarray) -> np.ndarray:
+    """A label for every node of a graph (N, N): equal ones are connected."""
     labels = np.arange(len(edges))
     for i, j in zip(*np.nonzero(edges), strict=True):
         labels[labels == labels[j]] = labels[i]
@@ -167,18 +176,28 @@ def _largest_gap(tree: np.ndarray) -> float | None:
 
 
 def _pairs(
-    cosine: np.ndarray, raw: np.ndarray, labels: np.ndarray, rule: str | float, threshold: float | None
+    cosine: np.ndarray,
+    raw: np.ndarray,
+    reordered: np.ndarray,
+    labels: np.ndarray,
+    rule: str | float,
+    threshold: float | None,
 ) -> tuple[PairReason, ...]:
     pairs = []
     for a in range(len(cosine)):
         for b in range(a):
             together = bool(labels[a] == labels[b])
             reason = _reason(cosine[a, b], raw[a, b], together, rule, threshold)
-            pairs.append(PairReason(a, b, together, float(cosine[a, b]), reason))
+            if reordered[a, b]:
+                reason += ", with the units in one order"
+            value = None if np.isnan(cosine[a, b]) else float(cosine[a, b])
+            pairs.append(PairReason(a, b, together, value, reason))
     return tuple(pairs)
 
 
 def _reason(cosine: float, raw: float, together: bool, rule: str | float, threshold: float | None) -> str:
+    if np.isnan(cosine):
+        return "different architectures"
     if rule == "all":
         return "one group was asked for"
     if rule == "auto" and not together and raw < BASIN:

@@ -178,6 +178,45 @@ class Retention(Record):
 
 
 @dataclass(frozen=True)
+class UnitGroup(Record):
+    """Units of a network that may change places with one another.
+
+    Attributes:
+        name: a tensor they stand in, and its axis.
+        blocks: how many heads, or groups of a convolution, they are divided into.
+        moved: how many come from another place.
+    """
+
+    name: str
+    units: int
+    blocks: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class AlignedSource(Record):
+    """What aligning one checkpoint did.
+
+    Attributes:
+        covered: share of the parameters that have an axis with units that may move.
+        objective_before, objective_after: sum of products with the weights it was compared with.
+        cosine_before, cosine_after: of the weights, with the reference's; heads and vectors left out.
+        difference: of an output between the order before and after, over the largest output, in float64.
+    """
+
+    label: str
+    groups: tuple[UnitGroup, ...]
+    units: int
+    moved: int
+    covered: float
+    objective_before: float
+    objective_after: float
+    cosine_before: float
+    cosine_after: float
+    difference: float
+
+
+@dataclass(frozen=True)
 class MergeManifest(Record):
     """What a merge did.
 
@@ -188,6 +227,7 @@ class MergeManifest(Record):
         norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
         recalibrated: group name to what was set right on pseudo-data, in words.
         retained: group name to what its merge still recognises of its members' pseudo-images.
+        aligned: checkpoints whose units were put in another order before.
     """
 
     SCHEMA: ClassVar[str] = "dmm.merge/1"
@@ -203,6 +243,20 @@ class MergeManifest(Record):
     norms: tuple[dict[str, float], ...] = ()
     recalibrated: dict[str, str] = field(default_factory=dict)
     retained: dict[str, tuple[Retention, ...]] = field(default_factory=dict)
+    aligned: tuple[AlignedSource, ...] = ()
+
+
+@dataclass(frozen=True)
+class AlignManifest(Record):
+    """What an alignment did: the first source is the reference, the others follow in the order they were aligned."""
+
+    SCHEMA: ClassVar[str] = "dmm.align/1"
+
+    sources: tuple[SourceRecord, ...]
+    aligned: tuple[AlignedSource, ...]
+    parameters: dict[str, Any]
+    seconds: float
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .header import TensorInfo
+
 RUNNING_MEAN, RUNNING_VAR, COUNTER = "running_mean", "running_var", "num_batches_tracked"
 WRAPPERS = r"((module|model|net|backbone|encoder)\.)*"  # what training code puts in front
 CLASSIFIERS = (
@@ -26,3 +28,12 @@ def is_statistic(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether a tensor belongs to the last classifier, by timm's names for it."""
     return bool(HEADS.fullmatch(name))
+
+
+def is_weight(info: TensorInfo) -> bool:
+    """Whether a tensor is a float parameter of two or more dimensions outside the classifier.
+
+    One-dimensional tensors are left out: normalisation scales start at one and biases at zero, so
+    they look alike in models that share nothing. Heads are, since class lists may differ.
+    """
+    return info.is_float and len(info.shape) >= 2 and not is_statistic(info.name) and not is_head(info.name)

@@ -14,8 +14,9 @@ from ..files import check_output, write_text
 from ..inputs import Source, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
-from ..merging.recipe import Recipe, check
+from ..merging.recipe import Recipe, check, check_weights
 from ..ranks import Ranks
+from ._align import Aligning, in_order
 from ._provenance import inherited, lineage, records, stamp
 from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
 
@@ -46,6 +47,11 @@ class Destination:
     def group(self, name: str) -> Path:
         """The file of one group."""
         return self.path if self.is_file else self.path / f"{name}.safetensors"
+
+    @property
+    def directory(self) -> Path:
+        """Where temporary files go."""
+        return self.path.parent if self.is_file else self.path
 
     @property
     def record(self) -> Path | None:
@@ -87,6 +93,7 @@ def merge_groups(
     recipe: Recipe,
     team: Team = Team(),
     recalibration: Recalibration | None = None,
+    aligning: Aligning = Aligning(),
 ) -> MergeManifest:
     """Write one file for one group, or ``group-K.safetensors`` and ``merge.json`` in a directory.
 
@@ -94,6 +101,7 @@ def merge_groups(
 
     Args:
         recalibration: of every merge of several checkpoints, by this process alone.
+        aligning: of the checkpoints of every group, before they are merged.
 
     Raises:
         DmmError: the recipe does not fit the checkpoints, or an output is refused.
@@ -101,17 +109,11 @@ def merge_groups(
     from ..manifest import MergeManifest, dump
     from ..merging.method import effective_parameters
 
-    check(sources, recipe)
+    check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
-    parents = parents_of(sources, recipe)
-    check_outputs(to, grouping, parents)
-    outcomes, recalibrated = [], {}
-    for group in grouping.groups:
-        if recalibration and len(group.members) > 1:
-            outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
-        else:
-            outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
-        outcomes.append(outcome)
+    check_outputs(to, grouping, parents_of(sources, recipe))
+    with in_order(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
+        outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
     manifest = MergeManifest(
         sources=records(sources, recipe.weights),
@@ -121,14 +123,48 @@ def merge_groups(
         outputs=tuple(str(outcome.path) for outcome in outcomes),
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
-        warnings=(*_twins(sources), *(line for o in outcomes for line in _odd_lengths(o))),
+        warnings=(*_twins(sources), *ordered.warnings, *(line for o in outcomes for line in _odd_lengths(o))),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
+        aligned=ordered.aligned,
     )
     if to.record and team.ranks.is_first:
         write_text(to.record, dump(manifest) + "\n", force=to.force)
     return manifest
+
+
+def _merge_each(
+    sources: Sequence[Source],
+    grouping: Grouping,
+    to: Destination,
+    recipe: Recipe,
+    team: Team,
+    recalibration: Recalibration | None,
+) -> tuple[list[Outcome], dict[str, Recalibrated]]:
+    """What every merge found out, and by group what recalibration did."""
+    outcomes, recalibrated = [], {}
+    for group in grouping.groups:
+        if recalibration and len(group.members) > 1:
+            outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
+        else:
+            outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
+        outcomes.append(outcome)
+    return outcomes, recalibrated
+
+
+def check_each(sources: Sequence[Source], groups: Sequence[tuple[int, ...]], recipe: Recipe) -> None:
+    """Everything about the merges of these groups that the recipe and the headers can tell.
+
+    Raises:
+        DmmError: see ``check``.
+    """
+    if len(groups) == 1:
+        check(sources, recipe)
+        return
+    check_weights(recipe, len(sources))
+    for members in groups:
+        check([sources[i] for i in members], _part(recipe, members, len(groups)))
 
 
 def check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]) -> None:
@@ -248,6 +284,9 @@ def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = Tru
     facts = {"method": recipe.method, "sources": lineage(records(members, recipe.weights, hashed=hashed))}
     if recipe.base:
         facts["base"] = lineage(records([recipe.base], hashed=hashed))
+    aligned = [source.label for source in members if "dmm.reference" in source.metadata]
+    if aligned:
+        facts["aligned"] = json.dumps(aligned)
     if recipe.overrides:
         facts["overrides"] = json.dumps([[o.pattern, o.parameters, o.weights] for o in recipe.overrides])
     if recipe.calibrate:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..grouping import split_group
 from ..inputs import Source
-from ..manifest import Group
 from ._groups import Destination, Team, check_outputs, merge_and_recalibrate, parents_of
 from ._recalibrate import Recalibration, draft
 
@@ -31,6 +29,9 @@ def settle(
     Every group is merged and recalibrated in a draft beside the output, of which nothing stays. As long as a member
     forgets too much, the one that forgets most leaves; those that left a group are tried together next.
     """
+    from ..grouping import split_group
+    from ..manifest import Group
+
     check_outputs(to, grouping, parents_of(sources, recipe))
 
     def judge(members: tuple[int, ...]) -> tuple[Retention, ...]:

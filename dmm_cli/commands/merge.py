@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,15 +12,18 @@ import typer
 
 from ..digest import hashing
 from ..errors import DmmError
-from ..inputs import Source, paths_in_record, read_record, read_text, resolve_source, resolve_sources
+from ..inputs import Source, kinds_of, paths_in_record, read_record, read_text, resolve_source, resolve_sources
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import POLICIES
-from ..merging.recipe import DTYPES, Recipe, check
+from ..merging.recipe import DTYPES, Recipe
 from ..ranks import joined
 from ..registry import Registry
 from ..shards import parse_size
 from . import _options as options
-from ._groups import Destination, Team, merge_groups, parents_of
+from ._align import POLICIES as ALIGN
+from ._align import Aligning
+from ._groups import Destination, Team, check_each, merge_groups, parents_of
+from ._measures import with_aligned
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
 from ._run import epilog, guarded
@@ -66,6 +70,14 @@ Recalibrate = Annotated[
         "that would forget in the merge leave their group.",
     ),
 ]
+Align = Annotated[
+    str,
+    options.option(
+        "--align",
+        help="Which checkpoints to bring into one order of units before (dmm align); "
+        f"{'; '.join(f'{name}: {what}' for name, what in ALIGN.items())}.",
+    ),
+]
 Head = Annotated[
     str,
     options.option(
@@ -95,6 +107,7 @@ def merge(
     param: Param = None,
     calibrate: Calibrate = None,
     recalibrate: Recalibrate = None,
+    align: Align = "auto",
     arch: options.Arch = None,
     head: Head = "union",
     dtype: Annotated[
@@ -140,13 +153,14 @@ def merge(
         device=device,
         features=pseudo,
     )
-    check(sources, recipe)
+    check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(pseudo, arch, device, seed) if pseudo else None
+    aligning = _aligning(align, recipe, arch)
     if dry_run:
         _show_plan(sources, recipe, to)
     else:
-        _execute(sources, recipe, to, after, group, record, quiet, json)
+        _execute(sources, recipe, to, after, aligning, group, record, quiet, json)
 
 
 def _execute(
@@ -154,6 +168,7 @@ def _execute(
     recipe: Recipe,
     to: Destination,
     recalibration: Recalibration | None,
+    aligning: Aligning,
     group: str,
     record: dict | None,
     quiet: bool,
@@ -164,12 +179,28 @@ def _execute(
         from ..report.console import Progress
 
         progress = Progress(quiet or not ranks.is_first)
-        grouping = grouping_of(sources, recipe.base, group, record, progress)
+        grouping = grouping_of(sources, recipe.base, group, record, progress, aligning)
+        team = Team(ranks, hashes, progress)
         if recalibration and grouping.rule == "auto":
-            grouping = settle(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
-        manifest = merge_groups(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration)
+            grouping = settle(sources, grouping, to, recipe, team, recalibration)
+        manifest = merge_groups(sources, grouping, to, recipe, team, recalibration, aligning)
     if ranks.is_first:
         _report(manifest, quiet, json)
+
+
+def _aligning(policy: str, recipe: Recipe, arch: str | None) -> Aligning:
+    """What to align: nothing, where a base says that all checkpoints have one start.
+
+    Raises:
+        DmmError: no such policy, or one that contradicts the base.
+    """
+    settings = Aligning(policy, arch, recipe.seed)
+    if recipe.base and policy == "always":
+        raise DmmError(
+            "checkpoints with a common start have their units in one order",
+            hint="leave out --base or --align always",
+        )
+    return replace(settings, policy="never") if recipe.base else settings
 
 
 def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination) -> None:
@@ -200,9 +231,17 @@ def _sources(arguments: list[str], record: dict | None) -> list[Source]:
 
 
 def grouping_of(
-    sources: Sequence[Source], base: Source | None, group: str, record: dict | None, on_progress
+    sources: Sequence[Source],
+    base: Source | None,
+    group: str,
+    record: dict | None,
+    on_progress,
+    aligning: Aligning = Aligning(),
 ) -> Grouping:
-    """The groups a record names, or those that the rule ``group`` makes of the checkpoints' similarity."""
+    """The groups a record names, or those that the rule ``group`` makes of the checkpoints' similarity.
+
+    Where all are to be aligned, those that are one network but for the order of its units are found, too.
+    """
     from ..grouping import given_groups, group_checkpoints, groups_from_record
 
     labels = [source.label for source in sources]
@@ -214,13 +253,15 @@ def grouping_of(
     from ..similarity.engine import compute_similarity
 
     report = compute_similarity(sources, base=base, measures=["cosine"], on_progress=on_progress)
+    if aligning.policy == "always":
+        report = with_aligned(report, sources, arch=aligning.arch, seed=aligning.seed, on_progress=on_progress)
     return group_checkpoints(report, rule)
 
 
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     from ..manifest import dump
     from ..report.console import emit, status
-    from ..report.tables import Table, group_table, render, retained_tables
+    from ..report.tables import Table, alignment_tables, group_table, render, retained_tables
 
     for warning in manifest.warnings:
         status(f"warning: {warning}")
@@ -231,7 +272,9 @@ def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     else:
         paired, unpaired = manifest.batchnorm["paired"], manifest.batchnorm["unpaired"]
         rows = [[path] for path in manifest.outputs]
-        tables = [group_table(manifest.grouping), *retained_tables(manifest), Table("written", ["file"], rows)]
+        aligned = alignment_tables("aligned", manifest.aligned) if manifest.aligned else []
+        written = Table("written", ["file"], rows)
+        tables = [group_table(manifest.grouping), *aligned, *retained_tables(manifest), written]
         emit(render(tables, "table"))
         for name, done in manifest.recalibrated.items():
             emit(f"{name}: {done}")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..devices import require_device_name
 from ..errors import CheckFailed, DmmError
-from ..inputs import Source, resolve_source, resolve_sources
+from ..inputs import resolve_source, resolve_sources
 from ..similarity import MEASURES
 from . import _options as options
-from ._pseudo import balanced_images, readable_errors
+from ._measures import with_aligned, with_cka
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
-    from ..manifest import Matrix, SimilarityReport
+    from ..manifest import SimilarityReport
 
 EPILOG = epilog(
     "dmm similarity site-*.safetensors --per-layer",
@@ -61,7 +59,7 @@ def similarity(
 
     Cosine and sign agreement are taken over weights of two or more dimensions without the classifier;
     "bn" is the distance of the BatchNorm statistics, 0 for equal ones. "cka" compares what the networks make of
-    pseudo-images, whatever the order of their units.
+    pseudo-images, whatever the order of their units; "aligned", on request, puts the units in one order first.
     """
 
     from ..manifest import dump
@@ -86,11 +84,12 @@ def similarity(
     from ..similarity.engine import compute_similarity
 
     progress = Progress(quiet)
-    static = [name for name in measures if "activations" not in MEASURES.traits(name)]
+    static = [name for name in measures if not MEASURES.traits(name)]
     report = compute_similarity(sources, base=origin, reference=reference, measures=static, on_progress=progress)
     if "cka" in measures:
-        matrix = _cka(sources, pseudo, arch, device, seed, progress)
-        report = replace(report, measures={**report.measures, "cka": matrix})
+        report = with_cka(report, sources, pseudo, arch=arch, device=device, seed=seed, on_progress=progress)
+    if "aligned" in measures:
+        report = with_aligned(report, sources, arch=arch, seed=seed, on_progress=progress)
     if quiet:
         emit(_values(report), output, force=force)
     elif style == "json":
@@ -108,7 +107,8 @@ def similarity(
 
 def _chosen(names: list[str] | None, data: str | None) -> list[str]:
     """The measures to take: those named, or all that can be."""
-    chosen = [MEASURES.check(name) for name in names or MEASURES.names()]
+    usual = [name for name in MEASURES if "order" not in MEASURES.traits(name)]
+    chosen = [MEASURES.check(name) for name in names or usual]
     needy = [name for name in chosen if "activations" in MEASURES.traits(name)]
     if data is None and names and needy:
         raise DmmError(
@@ -116,23 +116,6 @@ def _chosen(names: list[str] | None, data: str | None) -> list[str]:
             hint="dmm synthesize CKPT... -o pseudo.safetensors, then --data pseudo.safetensors",
         )
     return [name for name in chosen if data is not None or name not in needy]
-
-
-def _cka(
-    sources: Sequence[Source], data: Source, arch: str | None, device: str, seed: int, on_progress: Callable[..., None]
-) -> Matrix:
-    from .. import architectures
-    from ..runtime import one_thread, resolve_device
-    from ..similarity.cka import BATCH
-    from ..synthesis.pseudodata import load_pseudo_data
-
-    where = resolve_device(device)
-    models = [architectures.load_model(source, arch)[0].to(where) for source in sources]
-    images = balanced_images(load_pseudo_data(data), sources, seed, "cka", where)
-    batches = [part for batch in images for part in batch.split(BATCH)]
-    with one_thread(where), readable_errors(data, sources[0].label):
-        matrix, _ = MEASURES.load("cka")(models, batches, on_progress)
-    return tuple(tuple(float(value) for value in row) for row in matrix)
 
 
 def _pairs(report: SimilarityReport) -> list[tuple[str, float]]:

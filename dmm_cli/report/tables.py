@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import printable
 from ..manifest import (
+    AlignedSource,
     DistillManifest,
     Evaluation,
     Grouping,
@@ -47,7 +48,7 @@ def matrix_table(title: str, labels: Sequence[str], matrix: Matrix, digits: int 
 
 def similarity_tables(report: SimilarityReport, per_layer: int | None) -> list[Table]:
     """All measures, the reference column, and the least similar layers."""
-    kinds = {"bn": "distance", "cka": "activations"}
+    kinds = {"bn": "distance", "cka": "activations", "aligned": "cosine of the weights, units in one order"}
     tables = [
         matrix_table(f"{name} ({kinds.get(name, report.on)})", report.labels, matrix)
         for name, matrix in report.measures.items()
@@ -144,6 +145,42 @@ def retained_tables(manifest: MergeManifest) -> list[Table]:
         )
         for name, items in manifest.retained.items()
     ]
+
+
+def alignment_tables(title: str, aligned: Sequence[AlignedSource], detail: bool = False) -> list[Table]:
+    """What aligning did to every checkpoint, and with ``detail`` to every group of units."""
+    rows = [
+        [
+            item.label,
+            str(len(item.groups)),
+            f"{100 * item.covered:.1f}",
+            str(item.units),
+            str(item.moved),
+            f"{item.objective_before:.5g}",
+            f"{item.objective_after:.5g}",
+            number(item.cosine_before, 3),
+            number(item.cosine_after, 3),
+            f"{item.difference:.0e}",
+        ]
+        for item in aligned
+    ]
+    columns = [
+        "checkpoint",
+        "groups",
+        "weights %",
+        "units",
+        "moved",
+        "objective",
+        "then",
+        "cosine",
+        "then",
+        "difference",
+    ]
+    tables = [Table(title, columns, rows)]
+    for item in aligned if detail else ():
+        own = [[g.name, str(g.units), str(g.blocks), str(g.moved)] for g in item.groups]
+        tables.append(Table(f"units of {item.label}", ["group", "units", "blocks", "moved"], own))
+    return tables
 
 
 def inspection_tables(record: Inspection) -> list[Table]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..registry import Registry
 
-# The trait "activations" marks a measure of what networks make of images, see ``cka``; the others are measures of
-# weights, see ``blocks``.
+# A measure of weights reads them block by block, see ``blocks``. Traits mark the others, which need the networks:
+# "activations" needs images, see ``cka``; "order" puts units in one order, which a user asks for, since it takes long.
 MEASURES = Registry(
     "similarity measure",
     {
@@ -16,5 +16,6 @@ MEASURES = Registry(
         "sign": ("dmm_cli.similarity.sign:SignAgreement", "share of weights that have the same sign"),
         "bn": ("dmm_cli.similarity.bn:StatisticsDistance", "distance of the BatchNorm running statistics"),
         "cka": ("dmm_cli.similarity.cka:cka", "linear CKA of the activations on pseudo-data", "activations"),
+        "aligned": ("dmm_cli.alignment.align:align", "cosine of the weights with their units in one order", "order"),
     },
 )

@@ -1,4 +1,4 @@
-"""The interface of a measure, and the kinds of tensors it may ask for.
+"""The interface of a measure.
 
 Legend: N checkpoints, n elements of a block.
 """
@@ -10,16 +10,6 @@ from typing import Protocol
 import numpy as np
 
 from ..header import TensorInfo
-from ..names import is_head, is_statistic
-
-
-def is_weight(info: TensorInfo) -> bool:
-    """Whether a tensor is a float parameter of two or more dimensions outside the classifier.
-
-    One-dimensional tensors are left out: normalisation scales start at one and biases at zero, so
-    they look alike in models that share nothing. Heads are, since class lists may differ.
-    """
-    return info.is_float and len(info.shape) >= 2 and not is_statistic(info.name) and not is_head(info.name)
 
 
 class Measure(Protocol):

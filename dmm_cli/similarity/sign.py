@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..header import TensorInfo
-from .blocks import is_weight
+from ..names import is_weight
 
 
 class SignAgreement:

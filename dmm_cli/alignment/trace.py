@@ -1,0 +1,155 @@
+"""From a module to its spec: torch.export gives the graph of ATen operations, rules carry labels through it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import DmmError, printable
+from .rules import RULES, Rule, unknown
+from .spec import Spec, build_spec
+from .units import Axis, Units, Value
+
+KERNEL = 2  # axes of a convolution's weight from here on are space
+
+
+def trace(model: nn.Module, size: tuple[int, ...]) -> Spec:
+    """The permutations under which a module computes the same function.
+
+    Args:
+        model: in eval mode; it takes one tensor.
+        size: of one input, without the batch axis.
+
+    Raises:
+        DmmError: torch.export cannot trace the module.
+    """
+    return spec_of(export(model, size), dict(model.state_dict(keep_vars=True)))
+
+
+def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
+    """The graph of the module's operations on one input.
+
+    Raises:
+        DmmError: torch.export cannot trace the module.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the module stores on itself
+            return torch.export.export(copy.deepcopy(model), (torch.zeros(1, *size),), strict=False)
+    except Exception as error:  # whatever the module itself may raise
+        raise DmmError(
+            f"torch.export cannot trace {type(model).__name__}, so its units cannot be aligned",
+            evidence=[printable(f"{type(error).__name__}: {error}".splitlines()[0])],
+            hint="control flow that depends on values, or another input size, is the usual cause",
+        ) from error
+
+
+def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec:
+    """Carry labels through the graph and gather what it tells about them.
+
+    Args:
+        state: the state dict, not detached, so that tied tensors are one object.
+    """
+    units = Units()
+    groups = dict(_convolution_weights(program.graph))
+    targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target}
+    tied: dict[int, Value] = {}
+    parameters: dict[str, Value] = {}
+    values: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            tensor = state.get(targets.get(node.name, ""))
+            if tensor is None or not tensor.is_floating_point():
+                values[node] = Value.fixed(_shape(node) or ())
+                continue
+            if id(tensor) not in tied:
+                tied[id(tensor)] = units.see(_labelled(units, tuple(tensor.shape), groups.get(node)))
+            values[node] = tied[id(tensor)]
+        elif node.op == "call_function":
+            values[node] = _apply(units, node, values)
+        elif node.op == "output":
+            unknown(units, (), *(values[item] for item in pytree.tree_leaves(node.args) if isinstance(item, fx.Node)))
+    for name, tensor in state.items():
+        if id(tensor) in tied:
+            parameters[name] = tied[id(tensor)]
+    return build_spec(units, parameters)
+
+
+def _convolution_weights(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
+    """What convolution weights are made of, and the number of groups."""
+    for node in graph.nodes:
+        if node.op == "call_function" and _name(node).startswith("conv"):
+            x, w = (argument.meta["val"].shape for argument in node.args[:2])
+            for source in _sources(node.args[1]):
+                if source.meta["val"].shape == w:
+                    yield source, x[1] // w[1]
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op == "placeholder":
+        yield node
+    for before in node.all_input_nodes:
+        yield from _sources(before)
+
+
+def _labelled(units: Units, shape: tuple[int, ...], groups: int | None) -> Value:
+    """Labels for the axes of a parameter; for the kernel of a convolution only where channels are.
+
+    Args:
+        groups: of the convolution it belongs to, None for others.
+    """
+    fixed = KERNEL if groups else len(shape)
+    axes = [Axis(units.fresh(size)) if size > 1 and k < fixed else None for k, size in enumerate(shape)]
+    if groups and groups > 1 and shape[1] > 1:  # every group of outputs has inputs of its own
+        inputs = units.fresh(groups, shape[1]).repeat(shape[0] // groups, axis=0)
+        axes[1] = Axis(inputs, (0,))  # (O, I)
+    return Value(shape, tuple(axes))
+
+
+def _apply(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """The result of one operation: a value, or a list of them."""
+    arguments = fx.map_arg(list(node.args), lambda item: values[item])
+    named = fx.map_arg(dict(node.kwargs), lambda item: values[item])
+    if _name(node) == "getitem":
+        return arguments[0][arguments[1]] if isinstance(arguments[0], list) else Value.fixed(_shape(node) or ())
+    rule = RULES.get(_name(node), unknown)
+    shape = _shape(node)
+    if shape is None and rule is not unknown and not isinstance(node.meta.get("val"), (list, tuple)):
+        return Value.fixed(())  # an assertion: no tensor comes out
+    result = _checked(rule, node)(units, shape or (), *arguments, **named)
+    for value in result if isinstance(result, list) else [result]:
+        units.see(value)
+    return result
+
+
+def _checked(rule: Rule, node: fx.Node) -> Rule:
+    """The rule, unless an operation without one returns several tensors."""
+    outputs = node.meta.get("val")
+    if rule is not unknown or not isinstance(outputs, (list, tuple)):
+        return rule
+
+    def several(units: Units, shape: Any, *arguments: Any, **named: Any) -> list[Value]:
+        unknown(units, (), *arguments, **named)
+        return [Value.fixed(getattr(output, "shape", ())) for output in outputs]
+
+    return several
+
+
+def _name(node: fx.Node) -> str:
+    """The operation's name without its overload; in-place ones are called as the others."""
+    target = node.target
+    name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+    return name.removesuffix("_") if not name.startswith("_") and name + "_" not in RULES else name
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of the tensor that comes out, None where there is not exactly one."""
+    shape = getattr(node.meta.get("val"), "shape", None)
+    return None if shape is None else tuple(int(size) for size in shape)

@@ -1,0 +1,79 @@
+"""Whether a permuted network still computes the same function: in float64, where rounding cannot hide a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import DmmError, printable
+from ..names import RUNNING_VAR, kind_of
+from ..runtime import generator
+from .apply import permute
+from .spec import Spec
+
+TOLERANCE = 1e-8  # of the largest output; reordered sums in float64 differ by 1e-13 or so
+JITTER = 0.1  # of a tensor's own deviation, and at least of one
+
+
+def verify(name: str, model: nn.Module, spec: Spec, image: np.ndarray, size: tuple[int, ...]) -> float:
+    """Compare a network with its permuted copy on random input, with its own weights and with random ones near them.
+
+    Weights that happen to be zero or equal hide a wrong permutation; the random ones do not.
+
+    Args:
+        name: of the checkpoint, for the message.
+        model: the module with its weights, in eval mode; it is left in float64, with others.
+        size: of one input, without the batch axis.
+
+    Returns:
+        The largest difference of an output, over the largest output.
+
+    Raises:
+        DmmError: the outputs differ.
+    """
+    model = model.double()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    images = torch.randn(1, *size, generator=generator(0, "verify"), dtype=torch.float64)
+    worst = 0.0
+    for weights in (state, _jittered(state)):
+        permuted = permute({key: tensor.numpy() for key, tensor in weights.items()}, spec, image)
+        before = _outputs(name, model, weights, images)  # (outputs,)
+        after = _outputs(name, model, {key: torch.from_numpy(array) for key, array in permuted.items()}, images)
+        worst = max(worst, float((after - before).abs().max() / before.abs().max().clamp_min(1e-300)))
+    if not worst <= TOLERANCE:
+        raise DmmError(
+            f"{name} would not compute the same function with its units in another order",
+            evidence=[f"outputs of {type(model).__name__} differ by {worst:.1e} of the largest, in float64"],
+            hint="this architecture cannot be aligned; nothing was written",
+        )
+    return worst
+
+
+def _jittered(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    draw = generator(0, "jitter")
+    changed = dict(state)
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            spread = tensor.std(correction=0)
+            noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * JITTER
+            changed[key] = tensor + noise * torch.where(spread > 0, spread, 1.0)
+        if kind_of(key) == RUNNING_VAR:
+            changed[key] = changed[key].abs()
+    return changed
+
+
+def _outputs(name: str, model: nn.Module, state: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """All outputs of the network, flat."""
+    model.load_state_dict(dict(state))
+    try:
+        with torch.no_grad():
+            return torch.cat([leaf.flatten() for leaf in pytree.tree_leaves(model(images))])
+    except RuntimeError as error:
+        raise DmmError(
+            f"{name} does not run in float64, so that no order of its units can be verified",
+            evidence=[printable(str(error).splitlines()[0])],
+        ) from error

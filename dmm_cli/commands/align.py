@@ -1,0 +1,115 @@
+"""dmm align: units of one network in the order of another's."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import DmmError
+from ..files import check_output
+from ..inputs import Source, require_same_tensors, resolve_sources
+from ..merging.heads import unlike_heads
+from . import _options as options
+from ._align import RESTARTS, aligned_record, facts, write_aligned
+from ._provenance import records
+from ._run import epilog, guarded
+
+EPILOG = epilog(
+    "dmm align a.safetensors b.safetensors -o b-aligned.safetensors",
+    "dmm align a.safetensors b.safetensors c.safetensors -o aligned/ --restarts 5 --groups",
+)
+
+
+@guarded
+def align(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="REFERENCE CKPT...", help="The checkpoint whose order of units stays, then others."),
+    ],
+    output: Annotated[
+        Path | None, options.option("--output", "-o", help="A .safetensors file, or a directory for several.")
+    ] = None,
+    restarts: Annotated[
+        int, options.option("--restarts", help="Further attempts, with groups in random order; the best wins.", min=0)
+    ] = RESTARTS,
+    groups: Annotated[bool, options.option("--groups", help="Show every group of units.")] = False,
+    arch: options.Arch = None,
+    input_size: options.InputSize = None,
+    seed: options.Seed = 0,
+    format: options.Format = "table",
+    json: options.Json = False,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Bring the units of networks from different starts into one order.
+
+    What may change places is found out from the network itself: channels, hidden units, attention heads and the units
+    in them, groups of convolutions. Every output is checked, in float64, to compute what its input computes. Merge
+    checkpoints of different starts after this; those of one start are better merged as they are.
+    """
+    style = options.chosen_format(format, json)
+    size = options.input_flags(input_size, None, None).size
+    sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
+    require_same_tensors(sources, any_shape=unlike_heads(sources))
+    paths = _outputs(sources, output, force)
+
+    from ..report.console import Progress, emit, status
+
+    if dry_run:
+        names = ", ".join(source.label for source in sources[1:])
+        emit(f"align {names} to {sources[0].label}, {len(sources[0].tensors)} tensors each -> {output}")
+        return
+
+    from ..alignment.align import align as align_sources
+    from ..manifest import AlignManifest, dump
+    from ..report.tables import alignment_tables, render
+
+    started = time.monotonic()
+    basins = [[source] for source in sources]
+    found = align_sources(basins, arch=arch, size=size, seed=seed, restarts=restarts, on_progress=Progress(quiet))
+    if output.suffix != ".safetensors":
+        output.mkdir(exist_ok=True)
+    inputs = [path for source in sources for path in source.files]
+    write_aligned(
+        found, sources[:1], lambda source: paths[source.label], facts(seed, restarts), inputs=inputs, force=force
+    )
+    in_turn = [alignment.source for alignment in found]
+    manifest = AlignManifest(
+        sources=records([sources[0], *in_turn]),
+        aligned=tuple(map(aligned_record, found)),
+        parameters={"restarts": restarts, "seed": seed},
+        seconds=time.monotonic() - started,
+        outputs=tuple(str(paths[source.label]) for source in in_turn),
+    )
+    status(f"aligned in {manifest.seconds:.0f} s", quiet=quiet)
+    if style == "json":
+        emit(dump(manifest))
+    elif quiet:
+        emit("\n".join(manifest.outputs))
+    else:
+        emit(render(alignment_tables(f"aligned to {sources[0].label}", manifest.aligned, groups), style))
+
+
+def _outputs(sources: Sequence[Source], output: Path | None, force: bool) -> dict[str, Path]:
+    """A path for the label of every checkpoint but the first; refused where it cannot or must not be written."""
+    if output is None:
+        raise DmmError("nowhere to write", hint="name a file with -o aligned.safetensors, or a directory for several")
+    if output.suffix == ".safetensors":
+        if len(sources) > 2:
+            raise DmmError(f"{len(sources) - 1} checkpoints do not fit in one file: {output}", hint="name a directory")
+        paths = {sources[1].label: output}
+    else:
+        paths = {s.label: output / f"{s.label.replace('/', '-')}.safetensors" for s in sources[1:]}
+        if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
+            raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
+    inputs = [path for source in sources for path in source.files]
+    for path in paths.values():
+        if path.parent.is_dir():
+            check_output(path, inputs=inputs, force=force)
+    return paths

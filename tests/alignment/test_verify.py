@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from networks import KINDS, lively
+
+from dmm_cli.alignment.apply import identity, random_image
+from dmm_cli.alignment.spec import Group, Spec, TensorAxis
+from dmm_cli.alignment.trace import trace
+from dmm_cli.alignment.verify import verify
+from dmm_cli.errors import DmmError
+
+
+@pytest.mark.parametrize("kind", ["residual", "heads", "flattened"])
+def test_a_right_spec_passes(kind):
+    name, size = KINDS[kind]
+    model = lively(name)
+    spec = trace(model, size)
+    image = random_image(spec, np.random.default_rng(0))
+    assert 0 < verify("x", model, spec, image, size) < 1e-12
+
+
+def without_an_axis(spec: Spec, name: str, axis: int) -> Spec:
+    kept = tuple(a for a in spec.tensors[name] if a.axis != axis)
+    return replace(spec, tensors={**spec.tensors, name: kept})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "axis"),
+    [("residual", "layer2.0.conv2.weight", 1), ("heads", "blocks.0.attn.proj.weight", 1), ("flattened", "1.bias", 0)],
+)
+def test_a_spec_that_forgets_an_axis_is_refused(kind, name, axis):
+    arch, size = KINDS[kind]
+    model = lively(arch)
+    spec = trace(model, size)
+    image = random_image(spec, np.random.default_rng(0))
+    with pytest.raises(DmmError, match="x would not compute the same function"):
+        verify("x", model, without_an_axis(spec, name, axis), image, size)
+
+
+def test_weights_that_happen_to_be_zero_hide_nothing():
+    model = lively("networks:gated")
+    with torch.no_grad():
+        model.out.weight.zero_()  # whatever comes before, the output is the same
+    inner = np.arange(20)
+    wrong = Spec(20, {"out.weight": (TensorAxis(1, (), inner),)}, (Group("out", np.array([-1]), (inner[None],)),))
+    with pytest.raises(DmmError, match="would not compute the same function"):
+        verify("x", model, wrong, random_image(wrong, np.random.default_rng(0)), (6,))
+
+
+def test_nothing_moved_is_nothing_changed():
+    model = lively("networks:gated")
+    spec = trace(model, (6,))
+    assert verify("x", model, spec, identity(spec), (6,)) == 0

@@ -1,0 +1,166 @@
+"""dmm align and merge --align: files, records, messages."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DIGITS, dmm
+from networks import arrays, lively
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dmm_cli.alignment.apply import permute, random_image
+from dmm_cli.alignment.trace import trace
+from dmm_cli.inputs import resolve_source
+
+A, B, D, E = (DIGITS / f"site-{name}.safetensors" for name in "abde")
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, "numpy") as file:
+        return file.metadata()
+
+
+@pytest.fixture(scope="module")
+def scrambled(tmp_path_factory):
+    """Site a with its units in another order, and metadata of its own."""
+    from dmm_cli.architectures import load_model
+
+    model, _ = load_model(resolve_source(str(A)))
+    spec = trace(model, (1, 16, 16))
+    path = tmp_path_factory.mktemp("scrambled") / "b.safetensors"
+    save_file(permute(load_file(A), spec, random_image(spec, np.random.default_rng(0))), path, metadata(A))
+    return path
+
+
+def test_a_permuted_copy_comes_back_and_the_file_says_from_what(scrambled, tmp_path):
+    out = tmp_path / "out.safetensors"
+    before = scrambled.read_bytes()
+    record = json.loads(dmm("align", A, scrambled, "-o", out, "--json", "--seed", 3).stdout)
+    assert record["schema"] == "dmm.align/1" and record["outputs"] == [str(out)]
+    got, wanted = load_file(out), load_file(A)
+    assert all(got[name].tobytes() == value.tobytes() for name, value in wanted.items())
+    assert scrambled.read_bytes() == before
+    (aligned,) = record["aligned"]
+    # hand count: 64 stem channels and streams of 16, 32, 64, 64 with one block of as many inner channels each
+    assert aligned["units"] == 64 + 16 + 16 + 32 + 32 + 64 + 64 + 64 + 64
+    assert aligned["units"] == sum(group["units"] for group in aligned["groups"])
+    assert aligned["moved"] == sum(group["moved"] for group in aligned["groups"]) > 390
+    assert aligned["covered"] == pytest.approx(1 - 10 / 167018)  # all but the biases of the classes
+    assert aligned["cosine_before"] < 0.3 and aligned["cosine_after"] == pytest.approx(1)
+    assert aligned["objective_after"] == pytest.approx(
+        sum(
+            float((v.astype(float) ** 2).sum())
+            for n, v in wanted.items()
+            if v.dtype.kind == "f" and "running" not in n and n != "fc.bias"
+        ),
+        rel=1e-5,
+    )
+    told = metadata(out)
+    assert told["dmm.command"] == "align" and told["dmm.seed"] == "3" and told["dmm.arch"] == metadata(A)["dmm.arch"]
+    assert json.loads(told["dmm.reference"])[0]["sha256"] == resolve_source(str(A)).sha256
+    assert json.loads(told["dmm.sources"])[0]["sha256"] == resolve_source(str(scrambled)).sha256
+
+
+def test_the_same_bytes_twice(tmp_path):
+    outs = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for out in outs:
+        assert dmm("align", A, D, "-o", out, "-q").stdout == f"{out}\n"
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_several_go_to_a_directory_in_the_order_of_likeness(tmp_path):
+    result = dmm("align", A, D, E, B, "-o", tmp_path / "out", "--groups")
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [rows[2][0], rows[2][4]] == ["site-b", "0"]  # of the reference's start: nothing moved
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"site-{n}.safetensors" for n in "bde"]
+    assert sum(row[:1] == ["layer4.0.conv2.weight[0]"] for row in rows) == 3
+    assert load_file(tmp_path / "out" / "site-b.safetensors").keys() == load_file(B).keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([A], "2 checkpoints or more, got 1"),
+        ([A, B], "name a file with -o"),
+        ([A, B, D, "-o", "x.safetensors"], "2 checkpoints do not fit in one file"),
+        ([A, B, "-o", "no/such/x.safetensors"], "no such directory"),
+        ([A, B, "-o", "no/such"], "cannot make the directory"),
+        ([A, B, "-o", A, "--force"], "the output is one of the inputs"),
+        ([A, B, "-o", "x.safetensors", "--format", "jsn"], "did you mean json?"),
+        ([A, B, "-o", "x.safetensors", "--arch", "resnet19"], "timm has no model resnet19"),
+        ([A, B, "-o", "x.safetensors", "--arch", "resnet34"], "does not fit resnet34"),
+        ([A, DIGITS / "test.safetensors", "-o", "x.safetensors"], "do not have the same tensors"),
+        ([A, B, "-o", "x.safetensors", "--input-size", "1,16"], "channels,height,width"),
+        ([A, B, "-o", "x.safetensors", "--input-size", "2,16,16"], "torch.export cannot trace ResNet"),
+    ],
+)
+def test_mistakes_exit_2_and_write_nothing(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = dmm("align", *arguments)
+    assert result.exit_code == 2 and words in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_cannot_be_traced(tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        facts = {"dmm.arch": "networks:branching", "dmm.input": '{"size": [6], "mean": [0], "std": [1]}'}
+        save_file(arrays(lively("networks:branching", seed)), path, facts)
+    out = tmp_path / "out.safetensors"
+    refused = dmm("align", *paths, "-o", out)
+    assert refused.exit_code == 2 and "torch.export cannot trace Branching" in refused.stderr and not out.exists()
+    assert "data-dependent" in refused.stderr
+    always = dmm("merge", *paths, "-o", out, "--align", "always")
+    assert always.exit_code == 2 and "cannot trace" in always.stderr and not out.exists()
+    auto = dmm("merge", *paths, "-o", out)
+    assert auto.exit_code == 0 and "2 starts were merged without aligning: torch.export cannot trace" in auto.stderr
+    first, second = (load_file(path)["first.weight"] for path in paths)
+    assert np.allclose(load_file(out)["first.weight"], (first + second) / 2)
+
+
+def test_merge_aligns_different_starts_and_says_so(scrambled, tmp_path):
+    out, plain = tmp_path / "out.safetensors", tmp_path / "plain.safetensors"
+    record = json.loads(dmm("merge", A, scrambled, "-o", out, "--json").stdout)
+    got, wanted = load_file(out), load_file(A)
+    assert all(np.allclose(got[name], value, rtol=1e-5, atol=1e-7) for name, value in wanted.items())
+    assert [item["label"] for item in record["aligned"]] == ["b"] and record["aligned"][0]["moved"] > 390
+    assert record["warnings"] == []
+    assert json.loads(metadata(out)["dmm.aligned"]) == ["b"]
+    hashes = [entry["sha256"] for entry in json.loads(metadata(out)["dmm.sources"])]
+    assert hashes == [resolve_source(str(path)).sha256 for path in (A, scrambled)]
+    assert [entry["path"] for entry in record["sources"]] == [str(A), str(scrambled)]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+    assert json.loads(dmm("merge", A, scrambled, "-o", plain, "--align", "never", "--json").stdout)["aligned"] == []
+    assert not np.allclose(load_file(plain)["conv1.weight"], wanted["conv1.weight"], atol=1e-2)
+
+
+def test_merge_leaves_one_start_as_it_is(tmp_path):
+    outs = [tmp_path / f"{policy}.safetensors" for policy in ("auto", "never")]
+    for out in outs:
+        assert dmm("merge", A, B, "-o", out, "--align", out.stem).exit_code == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes() and "dmm.aligned" not in metadata(outs[0])
+
+
+def test_a_base_says_that_there_is_one_start(tmp_path):
+    base = ["--base", DIGITS / "base.safetensors", "--method", "task_arithmetic"]
+    record = json.loads(dmm("merge", A, D, *base, "-o", tmp_path / "out.safetensors", "--json").stdout)
+    assert record["aligned"] == []
+    always = dmm("merge", A, D, *base, "-o", tmp_path / "x.safetensors", "--align", "always")
+    assert always.exit_code == 2 and "common start" in always.stderr
+    mistyped = dmm("merge", A, D, "-o", tmp_path / "x.safetensors", "--align", "alwas")
+    assert mistyped.exit_code == 2 and "did you mean always?" in mistyped.stderr
+
+
+def test_groups_are_aligned_each_on_its_own(scrambled, tmp_path):
+    groups = tmp_path / "groups.json"
+    groups.write_text('{"groups": [["site-a", "b"], ["site-d"]]}')
+    result = dmm("merge", A, scrambled, D, "--group", groups, "-o", tmp_path / "out")
+    assert result.exit_code == 0 and "aligned" in result.stdout
+    got = load_file(tmp_path / "out" / "group-0.safetensors")
+    assert np.allclose(got["conv1.weight"], load_file(A)["conv1.weight"], atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "group-0.safetensors", "group-1.safetensors", "merge.json",
+    ]  # fmt: skip
