@@ -113,7 +113,8 @@ def merged(name: str, tasks: np.ndarray, weights=None, shape=SHAPE, seed: int = 
     if "features" in traits(name):
         wide = matrices.double()
         shares = torch.from_numpy(weights / weights.sum())
-        return method(Layer(wide, wide.mT @ wide, shares), **parameters).numpy().reshape(-1)
+        grams = wide.mT @ wide
+        return method(Layer(wide, grams, shares, wide @ grams), **parameters).numpy().reshape(-1)
     if "matrices" in traits(name):
         weighted = matrices * torch.from_numpy(weights)[:, None, None]
         return method(weighted, **parameters).numpy().reshape(-1)

@@ -84,7 +84,9 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
     data = load_pseudo_data(settings.data)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
     with one_thread(where), readable_errors(settings.data, merged.label):
-        lengths = _solve(model, data, parents, recipe, where) if "features" in METHODS.traits(recipe.method) else {}
+        lengths = (
+            _solve(model, data, parents, recipe, settings, where) if "features" in METHODS.traits(recipe.method) else {}
+        )
         done = [f"{len(lengths)} layers solved ({recipe.method})"] if lengths else []
         changed = set(lengths)
         if not lengths or architectures.norm_layers(model):
@@ -97,16 +99,23 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
 
 
 def _solve(
-    model: nn.Module, data: PseudoData, parents: Sequence[Source], recipe: Recipe, device: torch.device
+    model: nn.Module,
+    data: PseudoData,
+    parents: Sequence[Source],
+    recipe: Recipe,
+    settings: Recalibration,
+    device: torch.device,
 ) -> dict[str, float]:
     """Solve the layers of the model in place; of each weight, its norm over the weighted mean of the parents'."""
     from .. import architectures
     from ..merging.features import Batch, solve_layers
 
-    batches = [Batch(*drawn) for drawn in owned_images(data, parents, recipe.seed, "features", device)]
+    batches = [Batch(*drawn) for drawn in owned_images(data, parents, settings.seed, "features", device)]
     owners = [data.place_of(parent) for parent in parents]
     norms = [layer for _, layer in architectures.norm_layers(model)]
-    return solve_layers(model, parents, recipe, batches, owners, norms)
+    answering = parents if "outputs" in METHODS.traits(recipe.method) else []
+    modules = [architectures.load_model(parent, settings.arch)[0].to(device) for parent in answering]
+    return solve_layers(model, parents, recipe, batches, owners, norms, modules)
 
 
 def _set_right(

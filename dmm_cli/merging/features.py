@@ -2,6 +2,7 @@
 
 As in RegMean++ (Nguyen et al., 2025) the images of every parent go through the merged network, whose layers before
 are solved already, and BatchNorm works with the statistics of each batch, since its own are still to be found.
+For methods with the trait "outputs" they also go through their parent as it is.
 Linear layers and 2-D convolutions of one group are solved. What else there is stays the weighted mean: biases,
 grouped convolutions, padding other than by a number of zeros, subclasses that change their weights or inputs, and
 layers whose inputs are not of single images.
@@ -11,9 +12,8 @@ Legend: N checkpoints, B images of a batch, P positions, S features of a positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,19 @@ class Batch(NamedTuple):
     owners: torch.Tensor
 
 
+class Place(NamedTuple):
+    """A layer by its path in the module, and how often a pass uses it."""
+
+    path: str
+    layer: nn.Module
+    uses: int
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight."""
+        return f"{self.path}.weight" if self.path else "weight"
+
+
 @torch.no_grad()
 def solve_layers(
     model: nn.Module,
@@ -47,6 +60,7 @@ def solve_layers(
     batches: Sequence[Batch],
     owners: Sequence[int],
     norms: Sequence[nn.Module],
+    modules: Sequence[nn.Module] = (),
 ) -> dict[str, float]:
     """Solve every layer that can be, in the order they are used, in place.
 
@@ -57,6 +71,7 @@ def solve_layers(
         model: the weighted mean of the parents, in eval mode, on the device of the batches.
         owners: the number each parent has in the batches.
         norms: layers with running statistics, which stay as they are.
+        modules: the parents' own, in eval mode, on the same device; for methods with the trait "outputs".
 
     Returns:
         Of the weight of every layer solved, its norm over the weighted mean of the parents' norms.
@@ -67,21 +82,18 @@ def solve_layers(
     with ExitStack() as stack:
         files = [stack.enter_context(Checkpoint(parent)) for parent in parents]
         stack.enter_context(_batch_statistics(norms))
-        for path, (layer, calls) in _in_order(model, batches[0].images).items():
-            name = f"{path}.weight" if path else "weight"
-            if name in fixed:
+        for place in _in_order(model, batches[0].images):
+            if place.weight in fixed:
                 continue
-            stream = generator(recipe.seed, "features", name)
-            shares = torch.tensor(recipe.weights_of(name, len(files)), dtype=torch.float64, device=layer.weight.device)
-            seen = Layer(
-                weights=_weights(files, name, layer),
-                grams=_grams(batches, owners, partial(_inputs, model, layer, calls), layer, stream),
-                shares=shares / shares.sum(),
-            )
-            merged = method(seen, **recipe.parameters_of(name))
-            layer.weight.copy_(merged.view_as(layer.weight))
-            parents_norm = float(seen.shares @ seen.weights.flatten(1).norm(dim=1))
-            lengths[name] = float(merged.norm()) / parents_norm if parents_norm else 1.0
+            own = place.layer.weight
+            weights = _weights(files, place)
+            shares = torch.tensor(recipe.weights_of(place.weight, len(files)), dtype=torch.float64, device=own.device)
+            shares /= shares.sum()
+            moments = _moments(model, place, weights, batches, owners, modules, recipe.seed)
+            merged = method(Layer(weights, moments[0], shares, moments[1]), **recipe.parameters_of(place.weight))
+            own.copy_(merged.view_as(own))
+            parents_norm = float(shares @ weights.flatten(1).norm(dim=1))
+            lengths[place.weight] = float(merged.norm()) / parents_norm if parents_norm else 1.0
     return lengths
 
 
@@ -97,8 +109,8 @@ def _batch_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer.training, layer.track_running_stats = False, True
 
 
-def _in_order(model: nn.Module, images: torch.Tensor) -> dict[str, tuple[nn.Module, int]]:
-    """Layers to solve in the order of their first use, and how often a pass uses each."""
+def _in_order(model: nn.Module, images: torch.Tensor) -> list[Place]:
+    """Layers to solve in the order of their first use."""
     calls: dict[str, int] = {}
     foreign = set()
 
@@ -117,7 +129,7 @@ def _in_order(model: nn.Module, images: torch.Tensor) -> dict[str, tuple[nn.Modu
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (layers[name], count) for name, count in calls.items() if name not in foreign}
+    return [Place(name, layers[name], count) for name, count in calls.items() if name not in foreign]
 
 
 def _is_solvable(layer: nn.Module) -> bool:
@@ -126,26 +138,27 @@ def _is_solvable(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
 
 
-def _weights(files: Sequence[Checkpoint], name: str, layer: nn.Module) -> torch.Tensor:
+def _weights(files: Sequence[Checkpoint], place: Place) -> torch.Tensor:
     """A layer's weights in all checkpoints, float64 (N, R, S)."""
-    rows = np.stack([file.floats(name).astype(np.float64) for file in files])
-    return torch.from_numpy(rows).to(layer.weight.device).view(len(files), len(layer.weight), -1)  # (N, R, S)
+    rows = np.stack([file.floats(place.weight).astype(np.float64) for file in files])
+    weight = place.layer.weight
+    return torch.from_numpy(rows).to(weight.device).view(len(files), len(weight), -1)  # (N, R, S)
 
 
 class _Enough(Exception):
     """A pass has come as far as it needs to."""
 
 
-def _inputs(model: nn.Module, layer: nn.Module, calls: int, images: torch.Tensor) -> list[torch.Tensor]:
-    """What a layer is given in a pass, once for every use."""
+def _inputs(model: nn.Module, place: Place, images: torch.Tensor) -> list[torch.Tensor]:
+    """What the layer of a place is given in a pass, once for every use."""
     seen = []
 
     def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen.append(inputs[0])
-        if len(seen) == calls:
+        if len(seen) == place.uses:
             raise _Enough
 
-    handle = layer.register_forward_pre_hook(keep)
+    handle = model.get_submodule(place.path).register_forward_pre_hook(keep)
     try:
         model(images)
     except _Enough:
@@ -155,25 +168,43 @@ def _inputs(model: nn.Module, layer: nn.Module, calls: int, images: torch.Tensor
     return seen
 
 
-def _grams(
+def _moments(
+    model: nn.Module,
+    place: Place,
+    weights: torch.Tensor,
     batches: Sequence[Batch],
     owners: Sequence[int],
-    inputs_of: Callable[[torch.Tensor], list[torch.Tensor]],
-    layer: nn.Module,
-    stream: torch.Generator,
-) -> torch.Tensor:
-    """Mean outer product of a layer's inputs for each parent's images, float64 (N, S, S)."""
-    width = layer.weight[0].numel()
-    grams = torch.zeros(len(owners), width, width, dtype=torch.float64, device=layer.weight.device)  # (N, S, S)
+    modules: Sequence[nn.Module],
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Grams (N, S, S) and, with the parents' modules, targets (N, R, S) of a ``Layer`` with these weights."""
+    grams = weights.new_zeros(len(owners), weights.shape[2], weights.shape[2])  # (N, S, S)
+    targets = torch.zeros_like(weights) if modules else None  # (N, R, S)
     counts = [0] * len(owners)
-    for batch in batches:
-        for inputs in inputs_of(batch.images):
-            rows = features_of(layer, inputs, len(batch.images), stream).double()  # (B, P, S)
-            for number, owner in enumerate(owners):
-                own = rows[batch.owners == owner].flatten(0, 1)  # (rows, S)
-                grams[number].addmm_(own.T, own)
-                counts[number] += len(own)
-    return grams / torch.tensor(counts, device=grams.device).clamp_min(1)[:, None, None]
+    for number, batch in enumerate(batches):
+        seen = _inputs(model, place, batch.images)
+        for n, owner in enumerate(owners):
+            own = batch.owners == owner
+            theirs = _inputs(modules[n], place, batch.images[own]) if modules else []
+            for use, inputs in enumerate(seen):
+                inputs = inputs.unflatten(0, (len(own), -1))[own].flatten(0, 1)  # of these images alone
+                salt = (seed, "features", place.weight, number, use, owner)
+                rows = features_of(place.layer, inputs, int(own.sum()), generator(*salt)).flatten(0, 1).double()
+                grams[n].addmm_(rows.T, rows)
+                counts[n] += len(rows)
+                if modules:
+                    given = features_of(place.layer, theirs[use], int(own.sum()), generator(*salt)).flatten(0, 1)
+                    answers = given.double() @ weights[n].T + _bias_beyond(place, modules[n])  # (rows, R)
+                    targets[n].addmm_(answers.T, rows)
+    rows_seen = torch.tensor(counts, device=grams.device).clamp_min(1)[:, None, None]
+    return grams / rows_seen, targets / rows_seen if modules else None
+
+
+def _bias_beyond(place: Place, parent: nn.Module) -> torch.Tensor | float:
+    """What a parent's layer adds beyond what the merged one adds, (R,)."""
+    if place.layer.bias is None:
+        return 0.0
+    return parent.get_submodule(place.path).bias.double() - place.layer.bias.double()
 
 
 def features_of(layer: nn.Module, inputs: torch.Tensor, count: int, stream: torch.Generator) -> torch.Tensor:

@@ -77,11 +77,14 @@ class Layer:
         weights: float64 (N, R, S).
         grams: float64 (N, S, S), the mean outer product of the layer's inputs for each checkpoint's images.
         shares: float64 (N,), the weights of the checkpoints scaled to sum to 1.
+        targets: float64 (N, R, S), the mean outer product of what the layer gives in the checkpoint itself, less the
+            merged bias, and these inputs; for methods with the trait "outputs".
     """
 
     weights: torch.Tensor
     grams: torch.Tensor
     shares: torch.Tensor
+    targets: torch.Tensor | None = None
 
 
 def effective_parameters(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
