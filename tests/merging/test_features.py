@@ -19,6 +19,7 @@ from torch import nn
 from dmm_cli.inputs import resolve_source
 from dmm_cli.merging.features import POSITIONS, Batch, features_of, solve_layers
 from dmm_cli.merging.method import Layer
+from dmm_cli.merging.pleas import pleas
 from dmm_cli.merging.recipe import Override, Recipe
 from dmm_cli.merging.regmean import regmean
 
@@ -81,6 +82,21 @@ def test_parents_that_see_different_directions_are_both_reproduced():
     for own, weight in zip(inputs, weights, strict=True):
         assert np.allclose(own @ got.T, own @ weight.T, atol=1e-8)
         assert not np.allclose(own @ weights.mean(0).T, own @ weight.T, atol=0.5)
+
+
+def test_pleas_is_the_least_squares_solution_for_the_parents_outputs():
+    weights, shares = normal(2, 4, 6), np.array([0.75, 0.25])
+    inputs = [normal(30, 6, seed=seed) for seed in (1, 2)]
+    outputs = [normal(30, 4, seed=seed) for seed in (3, 4)]
+    plain = layer_of(weights, inputs, shares)
+    targets = np.stack([y.T @ x / len(x) for x, y in zip(inputs, outputs, strict=True)])
+    layer = Layer(plain.weights, plain.grams, plain.shares, torch.from_numpy(targets))
+    rows, answers = (
+        np.concatenate([np.sqrt(s) * v for s, v in zip(shares, of, strict=True)]) for of in (inputs, outputs)
+    )
+    expected = np.linalg.lstsq(rows, answers, rcond=None)[0].T
+    assert np.allclose(pleas(layer, ridge=0.0).numpy(), expected, atol=1e-8)
+    assert np.allclose(pleas(layer, ridge=1e9).numpy(), np.tensordot(shares, weights, 1), atol=1e-6)
 
 
 # Features.
@@ -162,49 +178,62 @@ def family(tmp_path: Path) -> tuple[Net, list[Net], list[Batch]]:
     return mean, nets, [Batch(*part) for part in zip(images.split(COUNT), owners.split(COUNT), strict=True)]
 
 
-def solve(family, tmp_path: Path, order=(0, 1), **details) -> dict[str, float]:
-    mean, _, batches = family
+def solve(family, tmp_path: Path, order=(0, 1), method: str = "regmean", **details) -> dict[str, float]:
+    mean, nets, batches = family
+    modules = [nets[number] for number in order] if method == "pleas" else []
+    exact = {"ridge": 0.0, **({"off_diagonal": 1.0} if method == "regmean" else {})}
     sources = [resolve_source(str(tmp_path / f"{number}.safetensors")) for number in order]
-    recipe = Recipe("regmean", **{"parameters": {"off_diagonal": 1.0, "ridge": 0.0}, **details})
-    return solve_layers(mean, sources, recipe, batches, [[7, 2][number] for number in order], [mean.norm])
+    recipe = Recipe(method, **{"parameters": exact, **details})
+    return solve_layers(mean, sources, recipe, batches, [[7, 2][number] for number in order], [mean.norm], modules)
+
+
+def seen_by(net: Net, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the first layer and the last are given, (B, P, S)."""
+    mean, variance = (net.norm.running_mean, net.norm.running_var) if not net.norm.training else (None, None)
+    x = F.batch_norm(net.conv(images), mean, variance, net.norm.weight, net.norm.bias, net.norm.training).relu()
+    x = x + net.position(torch.ones(1, 2)).view(1, 4, 1, 1)
+    x = net.wrapped(net.depthwise(x)).flatten(2).mT  # (B, P, 4)
+    return {"conv": F.unfold(images, 2, stride=2).mT, "fc": net.square(net.square(x)).relu().mean(1, keepdim=True)}
 
 
 @torch.no_grad()
-def test_every_layer_is_solved_on_what_the_solved_layers_before_it_give(family, tmp_path):
+@pytest.mark.parametrize("method", ["regmean", "pleas"])
+def test_every_layer_is_solved_on_what_the_solved_layers_before_it_give(family, tmp_path, method):
     merged, parents, batches = family
     before = {name: value.clone() for name, value in merged.state_dict().items()}
-    lengths = solve(family, tmp_path)
+    lengths = solve(family, tmp_path, method=method)
     after = merged.state_dict()
     assert list(lengths) == ["conv.weight", "square.weight", "fc.weight"]
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(lengths)
     assert not merged.norm.training and merged.norm.track_running_stats
 
-    rows: dict[tuple[str, int], list] = {(name, owner): [] for name in ("conv", "fc") for owner in (7, 2)}
-    for images, owners in batches:
-        x = F.batch_norm(merged.conv(images), None, None, merged.norm.weight, merged.norm.bias, training=True).relu()
-        x = x + merged.position(torch.ones(1, 2)).view(1, 4, 1, 1)
-        x = merged.wrapped(merged.depthwise(x)).flatten(2).mT  # (B, P, 4)
-        x = merged.square(merged.square(x)).relu().mean(1)
-        for owner in (7, 2):
-            rows["conv", owner].append(F.unfold(images, 2, stride=2).mT[owners == owner].flatten(0, 1))  # (B P, S)
-            rows["fc", owner].append(x[owners == owner])
+    merged.norm.training = True  # every batch by its own statistics, images of both parents in it
+    merged.norm.track_running_stats = False
     for name in ("conv", "fc"):
-        weights = np.stack([getattr(net, name).weight.flatten(1).double().numpy() for net in parents])
-        inputs = [torch.cat(rows[name, owner]).double().numpy() for owner in (7, 2)]
-        expected = stacked(weights, inputs, np.array([0.5, 0.5]))
-        got = after[f"{name}.weight"].flatten(1).double().numpy()
-        assert np.allclose(got, expected, atol=1e-4), name
-        norms = np.linalg.norm(weights.reshape(2, -1), axis=1)
-        assert lengths[f"{name}.weight"] == pytest.approx(np.linalg.norm(expected) / norms.mean(), rel=1e-3)
+        layers = [getattr(net, name) for net in parents]
+        rows, answers = [], []
+        for images, owners in batches:
+            given = seen_by(merged, images)[name]
+            for net, layer, owner in zip(parents, layers, (7, 2), strict=True):
+                own = given[owners == owner].flatten(0, 1)  # (rows, S)
+                theirs = seen_by(net, images[owners == owner])[name].flatten(0, 1)
+                beyond = layer.bias - getattr(merged, name).bias if method == "pleas" else 0
+                rows.append(own)
+                answers.append((theirs if method == "pleas" else own) @ layer.weight.flatten(1).T + beyond)
+        expected = np.linalg.lstsq(torch.cat(rows).numpy(), torch.cat(answers).numpy(), rcond=None)[0].T
+        assert np.allclose(after[f"{name}.weight"].flatten(1).numpy(), expected, atol=1e-3), name
+        norms = [float(layer.weight.norm()) for layer in layers]
+        assert lengths[f"{name}.weight"] == pytest.approx(np.linalg.norm(expected) / np.mean(norms), rel=1e-3)
 
 
-def test_the_same_draws_give_the_same_weights_and_the_order_of_checkpoints_does_not_matter(family, tmp_path):
+@pytest.mark.parametrize("method", ["regmean", "pleas"])
+def test_the_same_draws_give_the_same_weights_and_the_order_of_checkpoints_does_not_matter(family, tmp_path, method):
     merged, _, _ = family
     start = {name: value.clone() for name, value in merged.state_dict().items()}
     found = []
     for order in ((0, 1), (0, 1), (1, 0)):
         merged.load_state_dict(start)
-        solve(family, tmp_path, order)
+        solve(family, tmp_path, order, method)
         found.append(merged.state_dict()["fc.weight"].clone())
     assert torch.equal(found[0], found[1]) and torch.allclose(found[0], found[2], atol=1e-6)
 

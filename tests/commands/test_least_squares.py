@@ -1,4 +1,4 @@
-"""``dmm merge --method regmean``: a merge solved on its parents' pseudo-data, from files to files."""
+"""``dmm merge --method regmean`` and ``pleas``: merges solved on their parents' pseudo-data, from files to files."""
 
 from __future__ import annotations
 
@@ -52,6 +52,18 @@ def test_layers_are_solved_and_statistics_reset_and_nothing_else_differs_from_th
     assert again.read_bytes() == (out / "group-0.safetensors").read_bytes()
 
 
+def test_pleas_keeps_what_two_networks_of_different_starts_know(tmp_path):
+    """Whose mean knows nothing, and whose layers say nothing to one another's inputs."""
+    pair = [SITES[0], DIGITS / "site-d.safetensors"]
+    data = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", list(zip(pair, (range(5), (7, 8)), strict=True)))
+    retained = {}
+    for method in ("linear", "pleas"):
+        out = tmp_path / f"{method}.safetensors"
+        result = dmm("merge", *pair, "--method", method, "--align", "never", "--recalibrate", data, "-o", out, "--json")
+        retained[method] = [item["after"] for item in json.loads(result.stdout)["retained"]["group-0"]]
+    assert min(retained["pleas"]) > 90 and max(retained["linear"]) < 70
+
+
 class Line(nn.Module):
     """One linear layer on images of 2 x 3 pixels."""
 
@@ -64,7 +76,11 @@ class Line(nn.Module):
         return self.fc(self.first(images.flatten(1)))
 
 
-def test_two_linear_networks_that_see_different_pixels_are_both_reproduced(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "exact"),
+    [("regmean", ["--param", "off_diagonal=1", "--param", "ridge=0"]), ("pleas", ["--param", "ridge=0"])],
+)
+def test_two_linear_networks_that_see_different_pixels_are_both_reproduced(method, exact, tmp_path):
     """No image of one lights a pixel of the other; the mean knows half of each, the solution all of both."""
     draw = torch.Generator().manual_seed(0)
     shared = torch.randn(4, 4, generator=draw)
@@ -92,10 +108,10 @@ def test_two_linear_networks_that_see_different_pixels_are_both_reproduced(tmp_p
     )
     pseudo, out = tmp_path / "pseudo.safetensors", tmp_path / "out.safetensors"
     save_pseudo_data(pseudo, data, {})
-    exact = ("--param", "off_diagonal=1", "--param", "ridge=0")
-    result = dmm("merge", *paths, *REGMEAN, *exact, "--recalibrate", pseudo, "-o", out, "--json")
+    flags = ["--method", method, *exact, "--align", "never"]
+    result = dmm("merge", *paths, *flags, "--recalibrate", pseudo, "-o", out, "--json")
     record = json.loads(result.stdout)
-    assert record["recalibrated"] == {"group-0": "2 layers solved (regmean)"}, "no REPAIR after that"
+    assert record["recalibrated"] == {"group-0": f"2 layers solved ({method})"}, "no REPAIR after that"
     assert [item["after"] for item in record["retained"]["group-0"]] == [100.0, 100.0]
     merged = Line()
     merged.load_state_dict(load_file(out))
