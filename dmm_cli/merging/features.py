@@ -185,6 +185,8 @@ def _moments(
         seen = _inputs(model, place, batch.images)
         for n, owner in enumerate(owners):
             own = batch.owners == owner
+            if not own.any():
+                continue
             theirs = _inputs(modules[n], place, batch.images[own]) if modules else []
             for use, inputs in enumerate(seen):
                 inputs = inputs.unflatten(0, (len(own), -1))[own].flatten(0, 1)  # of these images alone

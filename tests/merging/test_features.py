@@ -238,6 +238,15 @@ def test_the_same_draws_give_the_same_weights_and_the_order_of_checkpoints_does_
     assert torch.equal(found[0], found[1]) and torch.allclose(found[0], found[2], atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["regmean", "pleas"])
+def test_a_batch_need_not_hold_images_of_every_parent(family, tmp_path, method):
+    merged, parents, batches = family
+    images, owners = (torch.cat(part) for part in zip(*batches, strict=True))
+    apart = [Batch(images[owners == owner], owners[owners == owner]) for owner in (7, 2)]
+    solve((merged, parents, apart), tmp_path, method=method)
+    assert all(value.isfinite().all() for value in merged.state_dict().values())
+
+
 def test_heads_whose_rows_do_not_correspond_are_left_alone(family, tmp_path):
     merged, parents, _ = family
     before = merged.fc.weight.detach().clone()
