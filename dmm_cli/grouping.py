@@ -2,17 +2,20 @@
 
 Steps (notation: cos is the cosine of the weights, heads and one-dimensional tensors left out):
 
+0. checkpoints of different architectures are never together;
 1. basins: an edge where the raw cosine is at least ``BASIN``; connected components. Models of one
    start measure .81 to .99 there, models of different starts below .005, so any value between
    parts them, and averaging across basins destroys both models;
 2. inside a basin, average linkage on 1 - cos; the tree is cut at its largest gap if that gap is
    ``GAP`` times the height below it, else the basin stays whole;
-3. what stays alone while others form groups is divergent: its knowledge must be distilled.
+3. where there are pseudo-data, a merge that makes a member forget parts its group (``split_group``);
+4. what stays alone while others form groups is divergent: its knowledge must be distilled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -90,6 +93,24 @@ def groups_from_record(record: dict, labels: Sequence[str], origin: str) -> Grou
     return given_groups(labels, members, origin)
 
 
+def split_group(grouping: Grouping, out: Sequence[int], reason: str) -> Grouping:
+    """The grouping with some members of one of its groups in a group of their own instead.
+
+    Args:
+        out: indices of those members.
+        reason: why they do not go together with the others.
+    """
+    labels = np.zeros(len(grouping.labels), dtype=int)
+    for number, other in enumerate(grouping.groups):
+        labels[list(other.members)] = number
+    labels[list(out)] = len(grouping.groups)
+    pairs = tuple(
+        replace(pair, together=False, reason=reason) if pair.together and labels[pair.a] != labels[pair.b] else pair
+        for pair in grouping.pairs
+    )
+    return _grouping(grouping.labels, labels, pairs, grouping.rule, grouping.threshold, np.array(grouping.linkage))
+
+
 def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
     return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
 
@@ -100,7 +121,7 @@ def _tree(cosine: np.ndarray) -> np.ndarray:
     from scipy.cluster.hierarchy import linkage  # a quarter of a second, for those who group by similarity
     from scipy.spatial.distance import squareform
 
-    distance = np.clip(1.0 - cosine, 0.0, 2.0)
+    distance = np.clip(1.0 - np.nan_to_num(cosine), 0.0, 2.0)  # not comparable: as far apart as strangers
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0.0)
     return linkage(squareform(distance, checks=False), method="average")
@@ -155,11 +176,14 @@ def _pairs(
         for b in range(a):
             together = bool(labels[a] == labels[b])
             reason = _reason(cosine[a, b], raw[a, b], together, rule, threshold)
-            pairs.append(PairReason(a, b, together, float(cosine[a, b]), reason))
+            value = None if np.isnan(cosine[a, b]) else float(cosine[a, b])
+            pairs.append(PairReason(a, b, together, value, reason))
     return tuple(pairs)
 
 
 def _reason(cosine: float, raw: float, together: bool, rule: str | float, threshold: float | None) -> str:
+    if np.isnan(cosine):
+        return "different architectures"
     if rule == "all":
         return "one group was asked for"
     if rule == "auto" and not together and raw < BASIN:

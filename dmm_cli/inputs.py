@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from .errors import DmmError, capped, printable
 from .header import Header, TensorInfo, read_header
+from .names import is_head
 from .recall import recall, remember
 
 INDEX = "model.safetensors.index.json"
@@ -171,6 +172,15 @@ def require_same_tensors(sources: Sequence[Source], *, any_shape: Collection[str
             evidence=capped(problems),
             hint="compare them with dmm inspect; only checkpoints of one architecture can be merged or compared",
         )
+
+
+def kinds_of(sources: Sequence[Source]) -> list[tuple[int, ...]]:
+    """Indices of the checkpoints that hold the same names and shapes, classifiers aside; in order of appearance."""
+    kinds: dict[frozenset, list[int]] = {}
+    for number, source in enumerate(sources):
+        signature = frozenset((name, None if is_head(name) else info.shape) for name, info in source.tensors.items())
+        kinds.setdefault(signature, []).append(number)
+    return [tuple(members) for members in kinds.values()]
 
 
 def paths_in_record(record: dict[str, Any], origin: str) -> list[str]:

@@ -203,6 +203,20 @@ class AlignedSource(Record):
 
 
 @dataclass(frozen=True)
+class Retention(Record):
+    """How far a model agrees with one teacher on that teacher's pseudo-data, in per cent.
+
+    Attributes:
+        before: of the teacher itself for a merge, of the student that was given for a distillation.
+    """
+
+    label: str
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class MergeManifest(Record):
     """What a merge did.
 
@@ -213,6 +227,7 @@ class MergeManifest(Record):
         norms: per group, of every matrix or kernel: its norm over the weighted mean of the parents' norms.
         recalibrated: group name to what was set right on pseudo-data, in words.
         aligned: checkpoints whose units were put in another order before.
+        retained: group name to what its merge still recognises of its members' pseudo-images.
     """
 
     SCHEMA: ClassVar[str] = "dmm.merge/1"
@@ -228,6 +243,7 @@ class MergeManifest(Record):
     norms: tuple[dict[str, float], ...] = ()
     recalibrated: dict[str, str] = field(default_factory=dict)
     aligned: tuple[AlignedSource, ...] = ()
+    retained: dict[str, tuple[Retention, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -278,16 +294,6 @@ class SynthesisManifest(Record):
     seconds: float
     history: History
     output: str
-
-
-@dataclass(frozen=True)
-class Retention(Record):
-    """How far the student agrees with one teacher on that teacher's pseudo-data, in per cent."""
-
-    label: str
-    images: int
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from ..files import check_output, write_text
 from ..inputs import Source, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
-from ..merging.recipe import Recipe, check
+from ..merging.recipe import Recipe, check, check_weights
 from ..ranks import Ranks
 from ._align import Aligning, in_order
 from ._provenance import inherited, lineage, records, stamp
-from ._recalibrate import Recalibration, draft, recalibrate
+from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
 
 if TYPE_CHECKING:
     from ..manifest import Group, Grouping, MergeManifest
@@ -109,9 +109,9 @@ def merge_groups(
     from ..manifest import MergeManifest, dump
     from ..merging.method import effective_parameters
 
-    check(sources, recipe)
+    check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
-    _check_outputs(to, grouping, parents_of(sources, recipe))
+    check_outputs(to, grouping, parents_of(sources, recipe))
     with in_order(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
@@ -125,7 +125,8 @@ def merge_groups(
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
         warnings=(*_twins(sources), *ordered.warnings, *(line for o in outcomes for line in _odd_lengths(o))),
         norms=tuple(outcome.lengths for outcome in outcomes),
-        recalibrated=recalibrated,
+        recalibrated={name: result.done for name, result in recalibrated.items()},
+        retained={name: result.retained for name, result in recalibrated.items()},
         aligned=ordered.aligned,
     )
     if to.record and team.ranks.is_first:
@@ -140,21 +141,38 @@ def _merge_each(
     recipe: Recipe,
     team: Team,
     recalibration: Recalibration | None,
-) -> tuple[list[Outcome], dict[str, str]]:
+) -> tuple[list[Outcome], dict[str, Recalibrated]]:
     """What every merge found out, and by group what recalibration did."""
     outcomes, recalibrated = [], {}
     for group in grouping.groups:
         if recalibration and len(group.members) > 1:
-            outcome, recalibrated[group.name] = _merge_and_recalibrate(
-                sources, group, len(grouping.groups), to, recipe, team, recalibration
-            )
+            outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
         else:
             outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
         outcomes.append(outcome)
     return outcomes, recalibrated
 
 
-def _check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]) -> None:
+def check_each(sources: Sequence[Source], groups: Sequence[tuple[int, ...]], recipe: Recipe) -> None:
+    """Everything about the merges of these groups that the recipe and the headers can tell.
+
+    Raises:
+        DmmError: see ``check``.
+    """
+    if len(groups) == 1:
+        check(sources, recipe)
+        return
+    check_weights(recipe, len(sources))
+    for members in groups:
+        check([sources[i] for i in members], _part(recipe, members, len(groups)))
+
+
+def check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]) -> None:
+    """Refuse outputs that cannot be written, before anything is computed; makes the directory.
+
+    Raises:
+        DmmError: see ``check_output``; or several groups are to go to one file.
+    """
     if to.is_file and len(grouping.groups) > 1:
         raise DmmError(
             f"{len(grouping.groups)} groups do not fit in one file: {to.path}",
@@ -172,28 +190,44 @@ def files_of(parents: Sequence[Source]) -> list[Path]:
     return [path for source in parents for path in source.files]
 
 
-def _merge_and_recalibrate(
+def _written(
     sources: Sequence[Source],
     group: Group,
-    groups: int,
+    grouping: Grouping,
     to: Destination,
     recipe: Recipe,
     team: Team,
     recalibration: Recalibration,
-) -> tuple[Outcome, str]:
+) -> tuple[Outcome, Recalibrated]:
+    """A group merged, recalibrated and saved."""
     if to.max_shard or team.ranks.count > 1:
         raise DmmError(
             "recalibrated checkpoints are written by one process, to one file",
             hint="leave out --recalibrate, or --max-shard-size and torchrun",
         )
-    path, members = to.group(group.name), [sources[i] for i in group.members]
+    path = to.group(group.name)
     with draft(path) as place:
-        outcome = _merge_group(sources, group, groups, Destination(place), recipe, team)
-        merged = replace(resolve_source(str(place)), label=group.name)
-        weights = _part(recipe, group.members, groups).weights
-        inputs = files_of(parents_of(sources, recipe))
-        done = recalibrate(merged, path, members, weights, recalibration, inputs=inputs, force=to.force)
-    return replace(outcome, path=path), done
+        outcome, result = merge_and_recalibrate(
+            sources, group, len(grouping.groups), place, recipe, team, recalibration
+        )
+        result.save(path, recalibration, inputs=files_of(parents_of(sources, recipe)), force=to.force)
+    return replace(outcome, path=path), result
+
+
+def merge_and_recalibrate(
+    sources: Sequence[Source],
+    group: Group,
+    groups: int,
+    place: Path,
+    recipe: Recipe,
+    team: Team,
+    recalibration: Recalibration,
+) -> tuple[Outcome, Recalibrated]:
+    """Merge one of several groups to a file, and recalibrate it in memory."""
+    outcome = _merge_group(sources, group, groups, Destination(place), recipe, team)
+    merged = replace(resolve_source(str(place)), label=group.name)
+    members = [sources[i] for i in group.members]
+    return outcome, recalibrate(merged, members, _part(recipe, group.members, groups).weights, recalibration)
 
 
 def _merge_group(

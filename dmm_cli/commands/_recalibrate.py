@@ -1,4 +1,4 @@
-"""Set the activation statistics of a merged checkpoint right on pseudo-data of its parents."""
+"""Set the activation statistics of a merged checkpoint right on pseudo-data of its parents, and judge it by them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DmmError
 from ..inputs import Source
+from ..names import is_head
+from ._pseudo import balanced_images, readable_errors, retention
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
+    from ..manifest import Retention
     from ..synthesis.pseudodata import PseudoData
 
 
@@ -31,89 +33,83 @@ class Recalibration:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Recalibrated:
+    """A merged network whose statistics were set right.
+
+    Attributes:
+        tensors: those that have changed.
+        done: what was changed, in words.
+        retained: of every parent's pseudo-images, how many it and the merged network recognise.
+    """
+
+    merged: Source
+    tensors: Mapping[str, np.ndarray]
+    done: str
+    retained: tuple[Retention, ...]
+
+    def save(self, output: Path, settings: Recalibration, *, inputs: Sequence[Path] = (), force: bool = False) -> None:
+        """Write the merged checkpoint with these tensors in it.
+
+        Raises:
+            DmmError: the output is refused.
+        """
+        from ..checkpoint import save_like
+
+        record = {"data": settings.data.sha256, "seed": settings.seed, "what": self.done}
+        metadata = {**self.merged.metadata, "dmm.recalibrated": json.dumps(record, sort_keys=True)}
+        save_like(output, self.merged, self.tensors, metadata, inputs=inputs, force=force)
+
+
 def recalibrate(
-    merged: Source,
-    output: Path,
-    parents: Sequence[Source],
-    weights: Sequence[float],
-    settings: Recalibration,
-    *,
-    inputs: Sequence[Path] = (),
-    force: bool = False,
-) -> str:
-    """Write a merged checkpoint with BatchNorm statistics reset, or, without such layers, with repaired layers.
+    merged: Source, parents: Sequence[Source], weights: Sequence[float], settings: Recalibration
+) -> Recalibrated:
+    """Reset the BatchNorm statistics of a merged checkpoint, or, if it has none, repair its layers.
 
     Args:
         weights: of the parents, empty for equal ones.
 
-    Returns:
-        What was done, in words.
-
     Raises:
-        DmmError: the pseudo-data hold nothing of a parent or do not fit the model, or the output is refused.
+        DmmError: the pseudo-data hold nothing of a parent, or do not fit the model.
     """
-    import torch
-
     from .. import architectures
-    from ..checkpoint import save_like
-    from ..recalibration import repair, reset_statistics
     from ..runtime import one_thread, resolve_device
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(settings.device)
+    data = load_pseudo_data(settings.data)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
+    with one_thread(where), readable_errors(settings.data, merged.label):
+        layers, done = _set_right(model, data, parents, weights, settings, where)
+        retained = retention(model, data, parents, where)
+    return Recalibrated(merged, _tensors_of(model, layers), done, retained)
+
+
+def _set_right(
+    model: nn.Module,
+    data: PseudoData,
+    parents: Sequence[Source],
+    weights: Sequence[float],
+    settings: Recalibration,
+    device: torch.device,
+) -> tuple[list[str], str]:
+    """Change the model in place; the names of the layers that changed, and what was done to them in words."""
+    from .. import architectures
+    from ..recalibration import repair, reset_statistics
+
+    batches = balanced_images(data, parents, settings.seed, "recalibrate", device)
     layers = architectures.norm_layers(model)
-    with one_thread(where), _readable_errors(settings.data, merged):
-        batches = _batches(load_pseudo_data(settings.data), parents, settings.seed, where)
-        if layers:
-            reset_statistics(model, [layer for _, layer in layers], batches)
-            names = [name for name, _ in layers]
-            done = f"{len(names)} BatchNorm layers reset"
-        else:
-            modules = (architectures.load_model(parent, settings.arch)[0].to(where) for parent in parents)
-            shares = torch.tensor(weights or [1.0] * len(parents))
-            names = repair(model, modules, (shares / shares.sum()).tolist(), list(batches), skip=_heads(model))
-            done = f"{len(names)} layers rescaled (REPAIR)"
-    record = json.dumps({"data": settings.data.sha256, "seed": settings.seed, "what": done}, sort_keys=True)
-    metadata = {**merged.metadata, "dmm.recalibrated": record}
-    save_like(output, merged, _tensors(model, names), metadata, inputs=inputs, force=force)
-    return f"{done} on pseudo-data of {len(parents)} parents"
+    if layers:
+        reset_statistics(model, [layer for _, layer in layers], batches)
+        return [name for name, _ in layers], f"{len(layers)} BatchNorm layers reset"
+    modules = (architectures.load_model(parent, settings.arch)[0].to(device) for parent in parents)
+    shares = weights or [1.0] * len(parents)
+    heads = [name for name, _ in model.named_modules() if is_head(f"{name}.weight")]
+    names = repair(model, modules, [share / sum(shares) for share in shares], list(batches), skip=heads)
+    return names, f"{len(names)} layers rescaled (REPAIR)"
 
 
-@contextmanager
-def draft(output: Path) -> Iterator[Path]:
-    """A place beside the output for the merge that is to be recalibrated; nothing stays there."""
-    path = output.parent / f".dmm-{os.urandom(8).hex()}.safetensors"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _batches(data: PseudoData, parents: Sequence[Source], seed: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Class-balanced batches of the parents' images, normalised."""
-    import numpy as np
-    import torch
-
-    from ..images import InputSpec, PixelSpace
-    from ..recalibration import balanced_batches, balanced_weights
-    from ..runtime import generator
-
-    places = [data.place_of(parent) for parent in parents]
-    rows = np.flatnonzero(np.isin(data.teacher_id, places))
-    weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
-    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
-    images = space.from_bytes(torch.from_numpy(data.images[rows]).to(device))
-    return balanced_batches(images, weights, generator(seed, "recalibrate"))
-
-
-def _heads(model: nn.Module) -> list[str]:
-    from ..names import is_head
-
-    return [name for name, _ in model.named_modules() if is_head(f"{name}.weight")]
-
-
-def _tensors(model: nn.Module, layers: Sequence[str]) -> Mapping[str, np.ndarray]:
+def _tensors_of(model: nn.Module, layers: Sequence[str]) -> Mapping[str, np.ndarray]:
     """The tensors that belong to these layers themselves."""
     owned = set(layers)
     state = model.state_dict()
@@ -121,12 +117,10 @@ def _tensors(model: nn.Module, layers: Sequence[str]) -> Mapping[str, np.ndarray
 
 
 @contextmanager
-def _readable_errors(data: Source, merged: Source) -> Iterator[None]:
+def draft(output: Path) -> Iterator[Path]:
+    """A place beside an output for a merge that is to be recalibrated; nothing stays there."""
+    path = output.parent / f".dmm-{os.urandom(8).hex()}.safetensors"
     try:
-        yield
-    except RuntimeError as error:
-        raise DmmError(
-            f"pseudo-images of {data.path} do not go through {merged.label}",
-            evidence=[str(error).splitlines()[0]],
-            hint="use pseudo-data that were synthesized from the checkpoints that are merged",
-        ) from error
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

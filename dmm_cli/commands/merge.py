@@ -12,20 +12,21 @@ import typer
 
 from ..digest import hashing
 from ..errors import DmmError
-from ..inputs import Source, paths_in_record, read_record, read_text, resolve_source, resolve_sources
+from ..inputs import Source, kinds_of, paths_in_record, read_record, read_text, resolve_source, resolve_sources
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import POLICIES
-from ..merging.recipe import DTYPES, Recipe, check
+from ..merging.recipe import DTYPES, Recipe
 from ..ranks import joined
 from ..registry import Registry
 from ..shards import parse_size
 from . import _options as options
 from ._align import POLICIES as ALIGN
 from ._align import Aligning
-from ._groups import Destination, Team, merge_groups, parents_of
+from ._groups import Destination, Team, check_each, merge_groups, parents_of
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
 from ._run import epilog, guarded
+from ._veto import settle
 
 if TYPE_CHECKING:
     from ..manifest import Grouping, MergeManifest
@@ -64,7 +65,8 @@ Recalibrate = Annotated[
     options.option(
         "--recalibrate",
         help="Pseudo-data of the checkpoints: reset the BatchNorm statistics of the merge on them, or, of models "
-        "without BatchNorm, rescale its layers to its parents' activations (REPAIR).",
+        "without BatchNorm, rescale its layers to its parents' activations (REPAIR). With --group auto, checkpoints "
+        "that would forget in the merge leave their group.",
     ),
 ]
 Align = Annotated[
@@ -148,7 +150,7 @@ def merge(
         seed=seed,
         device=device,
     )
-    check(sources, recipe)
+    check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(resolve_source(recalibrate), arch, device, seed) if recalibrate else None
     aligning = _aligning(align, recipe, arch)
@@ -175,7 +177,10 @@ def _execute(
 
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, record, progress)
-        manifest = merge_groups(sources, grouping, to, recipe, Team(ranks, hashes, progress), recalibration, aligning)
+        team = Team(ranks, hashes, progress)
+        if recalibration and grouping.rule == "auto":
+            grouping = settle(sources, grouping, to, recipe, team, recalibration)
+        manifest = merge_groups(sources, grouping, to, recipe, team, recalibration, aligning)
     if ranks.is_first:
         _report(manifest, quiet, json)
 
@@ -243,7 +248,7 @@ def grouping_of(
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     from ..manifest import dump
     from ..report.console import emit, status
-    from ..report.tables import Table, alignment_tables, group_table, render
+    from ..report.tables import Table, alignment_tables, group_table, render, retained_tables
 
     for warning in manifest.warnings:
         status(f"warning: {warning}")
@@ -255,7 +260,8 @@ def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
         paired, unpaired = manifest.batchnorm["paired"], manifest.batchnorm["unpaired"]
         rows = [[path] for path in manifest.outputs]
         aligned = alignment_tables("aligned", manifest.aligned) if manifest.aligned else []
-        tables = [group_table(manifest.grouping), *aligned, Table("written", ["file"], rows)]
+        written = Table("written", ["file"], rows)
+        tables = [group_table(manifest.grouping), *aligned, *retained_tables(manifest), written]
         emit(render(tables, "table"))
         for name, done in manifest.recalibrated.items():
             emit(f"{name}: {done}")

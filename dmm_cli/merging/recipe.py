@@ -77,8 +77,7 @@ def check(sources: Sequence[Source], recipe: Recipe) -> None:
     others = [recipe.base] if recipe.base else []
     require_same_tensors([*sources, *others], any_shape=_loose_heads(sources, recipe))
     _require_same_kinds([*sources, *others])
-    for weights in (recipe.weights, *(override.weights for override in recipe.overrides)):
-        _check_weights(weights, len(sources))
+    check_weights(recipe, len(sources))
     for override in recipe.overrides:
         if not any(fnmatchcase(name, override.pattern) for name in sources[0].tensors):
             raise DmmError(
@@ -141,12 +140,14 @@ def _loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
     return frozenset()
 
 
-def _check_weights(weights: Sequence[float], count: int) -> None:
-    if weights and len(weights) != count:
-        raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint="give one each: --weights 1,2")
-    if weights and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
-        shown = ", ".join(f"{weight:g}" for weight in weights)
-        raise DmmError(f"weights must be zero or more, with a positive sum: {shown}")
+def check_weights(recipe: Recipe, count: int) -> None:
+    """Raise DmmError unless the weights, if there are any, are ``count``, none negative and not all zero."""
+    for weights in (recipe.weights, *(override.weights for override in recipe.overrides)):
+        if weights and len(weights) != count:
+            raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint="give one each: --weights 1,2")
+        if weights and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+            shown = ", ".join(f"{weight:g}" for weight in weights)
+            raise DmmError(f"weights must be zero or more, with a positive sum: {shown}")
 
 
 def _require_same_kinds(sources: Sequence[Source]) -> None:

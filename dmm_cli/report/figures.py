@@ -70,7 +70,8 @@ def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
     size = 9 if count <= 12 else max(3.0, 110 / count)
     for row, column in np.ndindex(count, count):
         shade = "white" if abs(matrix[row, column]) > 0.6 else "black"
-        text = f"{matrix[row, column]:.2f}".replace("-0.00", "0.00")
+        value = matrix[row, column]
+        text = "-" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
         cells.text(column, row, text, ha="center", va="center", color=shade, fontsize=size)
     names = [labels[i] for i in order]
     cells.set_xticks(range(count), names, rotation=90, fontsize=9)

@@ -50,6 +50,7 @@ def write_report(
         "<h2>Similarity and groups</h2>",
         _picture(figures.draw_heat_map(similarity, grouping), "cosine matrix in cluster order"),
         _table(tables.group_table(grouping)),
+        *(_table(table) for table in tables.retained_tables(merged)),
         _table(tables.pair_table(grouping)),
         "<h2>Pseudo-data</h2>",
         _table(tables.teacher_table(synthesis)),

@@ -13,6 +13,7 @@ from ..manifest import (
     Grouping,
     Inspection,
     Matrix,
+    MergeManifest,
     SimilarityReport,
     SourceRecord,
     SynthesisManifest,
@@ -47,8 +48,9 @@ def matrix_table(title: str, labels: Sequence[str], matrix: Matrix, digits: int 
 
 def similarity_tables(report: SimilarityReport, per_layer: int | None) -> list[Table]:
     """All measures, the reference column, and the least similar layers."""
+    kinds = {"bn": "distance", "cka": "activations"}
     tables = [
-        matrix_table(f"{name} ({report.on})" if name != "bn" else "bn (distance)", report.labels, matrix)
+        matrix_table(f"{name} ({kinds.get(name, report.on)})", report.labels, matrix)
         for name, matrix in report.measures.items()
         if len(report.labels) > 1
     ]
@@ -167,6 +169,18 @@ def alignment_tables(title: str, aligned: Sequence[AlignedSource], detail: bool 
         own = [[g.name, str(g.units), str(g.blocks), str(g.moved)] for g in item.groups]
         tables.append(Table(f"units of {item.label}", ["group", "units", "blocks", "moved"], own))
     return tables
+
+
+def retained_tables(manifest: MergeManifest) -> list[Table]:
+    """Per group, what its members and their merge recognise of each member's pseudo-data, in per cent."""
+    return [
+        Table(
+            f"{name}: pseudo-images recognised, %",
+            ["checkpoint", "images", "by itself", "by the merge"],
+            [[item.label, str(item.images), number(item.before, 1), number(item.after, 1)] for item in items],
+        )
+        for name, items in manifest.retained.items()
+    ]
 
 
 def inspection_tables(record: Inspection) -> list[Table]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..registry import Registry
 
+# The trait "activations" marks a measure of what networks make of images, see ``cka``; the others are measures of
+# weights, see ``blocks``.
 MEASURES = Registry(
     "similarity measure",
     {
@@ -13,5 +15,6 @@ MEASURES = Registry(
         ),
         "sign": ("dmm_cli.similarity.sign:SignAgreement", "share of weights that have the same sign"),
         "bn": ("dmm_cli.similarity.bn:StatisticsDistance", "distance of the BatchNorm running statistics"),
+        "cka": ("dmm_cli.similarity.cka:cka", "linear CKA of the activations on pseudo-data", "activations"),
     },
 )

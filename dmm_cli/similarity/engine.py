@@ -5,17 +5,18 @@ Legend: N checkpoints, n elements of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
 import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import DmmError
 from ..header import TensorInfo
-from ..inputs import Source, require_same_tensors
+from ..inputs import Source, kinds_of, require_same_tensors
 from ..manifest import LayerSimilarity, Matrix, SimilarityReport, SourceRecord
-from ..names import is_weight
+from ..names import is_head, is_weight
 from ..streaming import Piece, in_order, one_blas_thread, pieces, read_rows
 from . import MEASURES
 from .cosine import Cosine
@@ -34,7 +35,10 @@ def compute_similarity(
     measures: Sequence[str] = ("cosine", "sign", "bn"),
     on_progress: Progress | None = None,
 ) -> SimilarityReport:
-    """Compare checkpoints of one architecture, tensor by tensor, in float64.
+    """Compare checkpoints, tensor by tensor, in float64.
+
+    Checkpoints of different architectures are not comparable: their entries are None, as long as there are two of
+    one architecture, and neither base nor reference.
 
     Args:
         sources: two or more checkpoints, or one with a reference.
@@ -45,8 +49,24 @@ def compute_similarity(
     Raises:
         DmmError: names or shapes differ, no float weights are there, or a value is NaN or infinite.
     """
+    kinds = kinds_of(sources)
+    if base or reference or len(kinds) in (1, len(sources)):
+        return _compare(sources, base, reference, measures, on_progress)
+    parts = [_compare([sources[i] for i in kind], None, None, measures, on_progress) for kind in kinds]
+    return _joined(sources, kinds, parts)
+
+
+def _compare(
+    sources: Sequence[Source],
+    base: Source | None,
+    reference: Source | None,
+    measures: Sequence[str],
+    on_progress: Progress | None,
+) -> SimilarityReport:
+    """A report on checkpoints of one architecture."""
     everything = [*sources, *([reference] if reference else [])]
-    require_same_tensors([*everything, *([base] if base else [])])
+    heads = [name for name in sources[0].tensors if is_head(name)]
+    require_same_tensors([*everything, *([base] if base else [])], any_shape=heads)
     if not any(is_weight(info) for info in sources[0].tensors.values()):
         raise DmmError(f"no float weights of two or more dimensions in {sources[0].path}")
     names = ["cosine", *(name for name in measures if name != "cosine")]
@@ -67,6 +87,34 @@ def compute_similarity(
         reference=_record(reference) if reference else None,
         against=_against(tools["cosine"], sources) if reference else None,
         raw_cosine=_plain((raw if base else tools["cosine"]).matrix()[:count, :count]),
+    )
+
+
+def _joined(
+    sources: Sequence[Source], kinds: Sequence[tuple[int, ...]], parts: Sequence[SimilarityReport]
+) -> SimilarityReport:
+    """One report from one per architecture; per-layer detail is that of the largest."""
+    count = len(sources)
+
+    def spread(matrices: Iterable[tuple[tuple[int, ...], Matrix]]) -> Matrix:
+        whole: list[list[float | None]] = [[None] * count for _ in range(count)]
+        for kind, matrix in matrices:
+            for place, row in zip(kind, matrix, strict=True):
+                for other, value in zip(kind, row, strict=True):
+                    whole[place][other] = value
+        return tuple(map(tuple, whole))
+
+    largest = max(range(len(kinds)), key=lambda number: len(kinds[number]))
+    return SimilarityReport(
+        sources=tuple(_record(source) for source in sources),
+        measures={
+            name: spread((kind, part.measures[name]) for kind, part in zip(kinds, parts, strict=True))
+            for name in parts[0].measures
+        },
+        layers=tuple(
+            replace(layer, cosine=spread([(kinds[largest], layer.cosine)])) for layer in parts[largest].layers
+        ),
+        raw_cosine=spread((kind, part.raw_cosine) for kind, part in zip(kinds, parts, strict=True)),
     )
 
 

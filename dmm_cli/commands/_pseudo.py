@@ -1,0 +1,84 @@
+"""Pseudo-images of some checkpoints, as their networks take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..errors import DmmError
+from ..inputs import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from ..manifest import Retention
+    from ..synthesis.pseudodata import PseudoData
+
+
+def balanced_images(
+    data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Class-balanced batches (B, C, H, W) of the parents' images, normalised.
+
+    Raises:
+        DmmError: nothing was made from a parent.
+    """
+    import torch
+
+    from ..recalibration import balanced_batches, balanced_weights
+    from ..runtime import generator
+
+    images, rows = images_of(data, parents, device)
+    weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
+    return balanced_batches(images, weights, generator(seed, salt))
+
+
+def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+    """The parents' images, normalised (N, C, H, W), and their rows in the pseudo-data, (N,).
+
+    Raises:
+        DmmError: nothing was made from a parent.
+    """
+    import numpy as np
+    import torch
+
+    from ..images import InputSpec, PixelSpace
+
+    rows = np.flatnonzero(np.isin(data.teacher_id, [data.place_of(parent) for parent in parents]))
+    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
+    return space.from_bytes(torch.from_numpy(data.images[rows]).to(device)), rows
+
+
+def retention(
+    model: nn.Module, data: PseudoData, parents: Sequence[Source], device: torch.device
+) -> tuple[Retention, ...]:
+    """How far the parents, and a model in their place, agree with the targets of each parent's images."""
+    import torch
+
+    from ..manifest import Retention
+
+    found = []
+    for parent in parents:
+        images, rows = images_of(data, [parent], device)
+        with torch.no_grad():
+            answers = torch.cat([model(part).argmax(1) for part in images.split(512)]).cpu().numpy()
+        targets = data.targets[rows]
+        shares = [100.0 * float((own == targets).mean()) for own in (data.logits[rows].argmax(1), answers)]
+        found.append(Retention(parent.label, len(rows), *shares))
+    return tuple(found)
+
+
+@contextmanager
+def readable_errors(data: Source, model: str) -> Iterator[None]:
+    """Turn what torch says of images that do not fit a model into a message that names both."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DmmError(
+            f"pseudo-images of {data.path} do not go through {model}",
+            evidence=[str(error).splitlines()[0]],
+            hint="use pseudo-data that were synthesized from these checkpoints",
+        ) from error

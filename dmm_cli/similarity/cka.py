@@ -1,0 +1,86 @@
+"""Linear CKA of activations: how alike networks answer, whatever the order or rotation of their units.
+
+Kornblith et al., ICML 2019; with the unbiased HSIC of Song et al., JMLR 2012, summed over batches as Nguyen et
+al., ICLR 2021, do, so that neither the number of units nor that of images inflates it.
+
+Legend: N checkpoints, B images of a batch, F features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+BATCH = 128  # images whose products are taken with one another
+FEWEST = 4  # images, for the estimate to be defined
+
+Matrices = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def cka(
+    models: Sequence[nn.Module], batches: Sequence[torch.Tensor], on_progress: Callable[..., None] | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """CKA of every two networks of one architecture on the same images, (N, N), and by layer.
+
+    Layers are the outputs of convolutions and linear layers; the matrix is their mean.
+
+    Args:
+        models: in eval mode, on the device of the images.
+        batches: normalised images, each (B, C, H, W), of which those of fewer than ``FEWEST`` are left out.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    usable = [batch for batch in batches if len(batch) >= FEWEST]
+    for number, batch in enumerate(usable):
+        grams = [_grams(model, batch) for model in models]
+        for name in grams[0]:
+            hsic = _hsic(torch.stack([own[name] for own in grams]))  # (N, N)
+            sums[name] = sums.get(name, 0) + hsic
+        if on_progress:
+            on_progress("cka", number + 1, len(usable))
+    layers = {name: _normalised(total.cpu().numpy()) for name, total in sums.items()}
+    return np.mean(list(layers.values()), axis=0), layers
+
+
+def _grams(model: nn.Module, images: torch.Tensor) -> Matrices:
+    """Inner products (B, B) of what every layer makes of the images."""
+    found: Matrices = {}
+
+    def hook(name: str):
+        def keep(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            features = output.reshape(len(images), -1).double()  # (B, F)
+            found[name] = features @ features.T
+
+        return keep
+
+    affine = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    handles = [
+        layer.register_forward_hook(hook(name)) for name, layer in model.named_modules() if isinstance(layer, affine)
+    ]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _hsic(grams: torch.Tensor) -> torch.Tensor:
+    """Unbiased HSIC (N, N) of every two Gram matrices (N, B, B); Song et al. 2012, equation 5."""
+    count = grams.shape[1]
+    grams = grams.clone()
+    grams.diagonal(dim1=1, dim2=2).zero_()
+    flat, rows = grams.flatten(1), grams.sum(2)  # (N, B B), (N, B)
+    totals = rows.sum(1)  # (N,)
+    trace = flat @ flat.T
+    mean = totals.outer(totals) / ((count - 1) * (count - 2))
+    cross = 2.0 / (count - 2) * rows @ rows.T
+    return (trace + mean - cross) / (count * (count - 3))
+
+
+def _normalised(hsic: np.ndarray) -> np.ndarray:
+    own = np.sqrt(np.clip(np.diag(hsic), 1e-300, None))
+    return np.clip(hsic / np.outer(own, own), -1.0, 1.0)

@@ -1,0 +1,124 @@
+"""``dmm merge --group auto --recalibrate``: a group is parted when its merge makes a member forget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DIGITS, dmm
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.images import PixelSpace
+from dmm_cli.inputs import resolve_source
+from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
+
+
+@pytest.fixture(scope="module")
+def liar(tmp_path_factory) -> Path:
+    """site-a with other names for its classes: as similar to site-a as can be, and in contradiction to it."""
+    tensors = load_file(SITES[0])
+    for name in ("fc.weight", "fc.bias"):
+        tensors[name] = tensors[name][[1, 2, 3, 4, 0, 5, 6, 7, 8, 9]]
+    with safe_open(SITES[0], "numpy") as file:
+        metadata = file.metadata()
+    path = tmp_path_factory.mktemp("veto") / "liar.safetensors"
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pseudo(liar) -> Path:
+    """Digits of the classes that each checkpoint knows, with its answers, in place of images drawn from it."""
+    digits = load_file(DIGITS / "test.safetensors")
+    small = torch.from_numpy(digits["images"]).float()
+    large = F.interpolate(small, size=(16, 16), mode="bilinear").round().to(torch.uint8).numpy()
+    images, logits, owners, teachers = [], [], [], []
+    for number, (path, classes) in enumerate([(SITES[0], range(5)), (SITES[1], range(2, 6)), (liar, range(5))]):
+        pixels = large[np.isin(digits["labels"], classes)]
+        source = resolve_source(str(path))
+        model, _ = load_model(source)
+        spec = input_spec(source, model)
+        with torch.no_grad():
+            answers = model(PixelSpace(spec).from_bytes(torch.from_numpy(pixels)))
+        sure = (answers.softmax(1).amax(1) > 0.95).numpy()
+        images.append(pixels[sure])
+        logits.append(answers.numpy()[sure].astype(np.float16))
+        owners.append(np.full(sure.sum(), number, np.int16))
+        teachers.append(TeacherRecord(path.stem, source.sha256, (0.1,) * 10))
+    answers = np.concatenate(logits)
+    data = PseudoData(
+        images=np.concatenate(images),
+        targets=answers.argmax(1),
+        teacher_id=np.concatenate(owners),
+        logits=answers,
+        confidence=np.ones(len(answers), np.float16),
+        bn_loss=np.zeros(1, np.float32),
+        teachers=tuple(teachers),
+        mean=spec.mean,
+        std=spec.std,
+    )
+    path = liar.with_name("pseudo.safetensors")
+    save_pseudo_data(path, data, {})
+    return path
+
+
+def test_contradictory_checkpoints_are_parted_whatever_their_order(liar, pseudo, tmp_path):
+    found = []
+    for number, order in enumerate(([*SITES, liar], [liar, *SITES[::-1]])):
+        out = tmp_path / str(number)
+        result = dmm("merge", *order, "--group", "auto", "--recalibrate", pseudo, "-o", out)
+        assert result.exit_code == 0, result.stderr
+        record = json.loads((out / "merge.json").read_text())
+        labels = record["grouping"]["labels"]
+        found.append([sorted(labels[i] for i in group["members"]) for group in record["grouping"]["groups"]])
+        parted = {
+            frozenset((labels[pair["a"]], labels[pair["b"]])): pair["reason"]
+            for pair in record["grouping"]["pairs"]
+            if not pair["together"]
+        }
+        assert all("vetoed: merged, " in reason for reason in parted.values())
+        assert "vetoed: merged, " in result.stdout
+        assert [labels[i] for i in record["grouping"]["divergent"]] == ["liar"]
+        assert sorted(path.name for path in out.iterdir()) == [
+            "group-0.safetensors",
+            "group-1.safetensors",
+            "merge.json",
+        ]
+        assert all(item["before"] - item["after"] <= 10 for item in record["retained"]["group-0"])
+    assert found[0] == found[1] == [["site-a", "site-b"], ["liar"]]
+
+
+def test_those_who_leave_a_group_are_tried_together(liar, pseudo, tmp_path):
+    """Two pairs, each in contradiction to the other."""
+    twins = [tmp_path / "twin.safetensors", tmp_path / "other-liar.safetensors"]
+    for twin, original in zip(twins, (SITES[0], liar), strict=True):
+        twin.write_bytes(original.read_bytes())
+    out = tmp_path / "out"
+    dmm("merge", SITES[0], twins[0], liar, twins[1], "--group", "auto", "--recalibrate", pseudo, "-o", out)
+    record = json.loads((out / "merge.json").read_text())
+    labels = record["grouping"]["labels"]
+    groups = [sorted(labels[i] for i in group["members"]) for group in record["grouping"]["groups"]]
+    assert sorted(groups) == [["liar", "other-liar"], ["site-a", "twin"]]
+
+
+def test_without_pseudo_data_or_where_groups_are_given_there_is_no_veto(liar, pseudo, tmp_path):
+    blind = dmm("merge", SITES[0], liar, "--group", "auto", "-o", tmp_path / "blind.safetensors")
+    assert blind.exit_code == 0 and "vetoed" not in blind.stdout
+    given = dmm("merge", SITES[0], liar, "--recalibrate", pseudo, "-o", tmp_path / "all.safetensors", "--json")
+    retained = json.loads(given.stdout)["retained"]["group-0"]
+    assert given.exit_code == 0 and min(item["after"] for item in retained) < 80
+
+
+def test_a_vetoed_group_does_not_go_to_one_file(liar, pseudo, tmp_path):
+    out = tmp_path / "one.safetensors"
+    result = dmm("merge", SITES[0], liar, "--group", "auto", "--recalibrate", pseudo, "-o", out)
+    assert result.exit_code == 2 and "2 groups do not fit in one file" in result.stderr
+    assert list(tmp_path.iterdir()) == []

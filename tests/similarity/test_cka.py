@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS, dmm
+from torch import nn
+
+from dmm_cli.similarity.cka import cka
+
+
+class Features(nn.Module):
+    """A network whose one layer is a given matrix; images are numbered one-hot vectors, so rows are its features."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(*features.shape, bias=False, dtype=torch.float64)
+        self.layer.weight = nn.Parameter(features.T.contiguous())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images)
+
+
+def of_features(*features: torch.Tensor, split: int | None = None) -> np.ndarray:
+    images = torch.eye(len(features[0]), dtype=torch.float64)
+    return cka([Features(f) for f in features], images.split(split or len(images)))[0]
+
+
+def hsic(x: np.ndarray, y: np.ndarray) -> float:
+    """The U-statistic over all ordered quadruples of different samples; Song et al. 2012, theorem 2's kernel."""
+    k, m = x @ x.T, y @ y.T
+    quadruples = list(itertools.permutations(range(len(x)), 4))
+    return sum(k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in quadruples) / len(quadruples)
+
+
+def test_it_is_the_ratio_of_unbiased_hsic():
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    y = y + x[:, :2]
+    a, b = x.numpy(), y.numpy()
+    wanted = hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b))
+    assert of_features(x, y)[0, 1] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_rotated_scaled_and_shifted_features_are_the_same_and_strangers_are_not():
+    torch.manual_seed(0)
+    x = torch.randn(256, 40, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0]
+    stranger = torch.randn(256, 400, dtype=torch.float64)
+    matrix = of_features(x, 3 * x @ rotation + 5, stranger)
+    assert np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
+    assert matrix[0, 1] == pytest.approx(1, abs=1e-9)
+    assert abs(matrix[0, 2]) < 0.05, "a biased estimate would be about 0.6"
+
+
+def test_batches_estimate_the_same_and_short_ones_are_left_out():
+    torch.manual_seed(0)
+    x = torch.randn(1024, 6, dtype=torch.float64)
+    y = x + torch.randn(1024, 6, dtype=torch.float64)
+    whole, parts = of_features(x, y)[0, 1], of_features(x, y, split=128)[0, 1]
+    assert parts == pytest.approx(whole, abs=0.03)
+    assert of_features(x[:131], y[:131], split=128)[0, 1] == pytest.approx(of_features(x[:128], y[:128])[0, 1])
+
+
+def test_the_command_measures_it_on_pseudo_data(tmp_path):
+    sites = [DIGITS / f"site-{name}.safetensors" for name in "abd"]
+    data = tmp_path / "pseudo.safetensors"
+    assert dmm("synthesize", *sites, "-o", data, "--steps", 10, "--count", 64, "-q").exit_code == 0
+    result = dmm("similarity", *sites, "--data", data, "--json")
+    assert result.exit_code == 0, result.stderr
+    measures = json.loads(result.stdout)["measures"]
+    assert list(measures) == ["cosine", "sign", "bn", "cka"]
+    matrix = np.array(measures["cka"])
+    assert np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
+    assert matrix[0, 1] > matrix[0, 2] + 0.1, "two sites of one start are more alike than two of different ones"
+    assert dmm("similarity", *sites, "--data", data, "--json").stdout == result.stdout
+    alone = json.loads(dmm("similarity", *sites, "--measure", "cka", "--data", data, "--json").stdout)
+    assert list(alone["measures"]) == ["cosine", "cka"], "grouping stands on the cosine"
+
+
+def test_without_images_it_is_left_out_or_refused():
+    sites = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
+    assert list(json.loads(dmm("similarity", *sites, "--json").stdout)["measures"]) == ["cosine", "sign", "bn"]
+    result = dmm("similarity", *sites, "--measure", "cka")
+    assert result.exit_code == 2 and "cka needs images" in result.stderr and "dmm synthesize" in result.stderr
