@@ -1,7 +1,7 @@
 """Align checkpoints to the first of them: load, trace, match, verify, and write.
 
 All weights are held in memory, four bytes a value and basin (twice while one is matched), and while a checkpoint is
-verified some forty bytes for each of its values.
+verified some thirty bytes for each of its values.
 """
 
 from __future__ import annotations

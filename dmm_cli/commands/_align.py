@@ -93,6 +93,7 @@ def in_order(
                 if settings.policy == "always":
                     raise
                 told = f"{group.name}: checkpoints of {len(starts)} starts were merged without aligning: {error.what}"
+                told += f"; {error.hint}" if error.hint else ""
                 ordered = replace(ordered, warnings=(*ordered.warnings, told))
                 continue
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dmm-", dir=directory)))
