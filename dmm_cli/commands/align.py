@@ -108,6 +108,6 @@ def _outputs(sources: Sequence[Source], output: Path | None, force: bool) -> dic
             raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
     inputs = [path for source in sources for path in source.files]
     for path in paths.values():
-        if path.parent.is_dir():
+        if path == output or path.parent.is_dir():  # directories of several outputs are still to be made
             check_output(path, inputs=inputs, force=force)
     return paths
