@@ -242,8 +242,8 @@ class MergeManifest(Record):
     warnings: tuple[str, ...] = ()
     norms: tuple[dict[str, float], ...] = ()
     recalibrated: dict[str, str] = field(default_factory=dict)
-    retained: dict[str, tuple[Retention, ...]] = field(default_factory=dict)
     aligned: tuple[AlignedSource, ...] = ()
+    retained: dict[str, tuple[Retention, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

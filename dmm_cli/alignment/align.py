@@ -1,7 +1,7 @@
 """Align checkpoints to the first of them: load, trace, match, verify, and write.
 
 All weights are held in memory, four bytes a value and basin (twice while one is matched), and while a checkpoint is
-verified some forty bytes for each of its values.
+verified some thirty bytes for each of its values.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def align(
     first, *others = [_Basin.load(sources, arch, size) for sources in basins]
     names = _compared([first, *others])
     weights = [name for name in names if is_weight(first.sources[0].tensors[name])]
-    others.sort(key=lambda basin: -_cosine(first.arrays, basin.arrays, weights))
+    others.sort(key=lambda basin: -cosine(first.arrays, basin.arrays, weights))
     with one_blas_thread():
         _fit(first, others, names, lambda basin, to: basin.fit(to, seed, restarts, on_progress))
     reference = {name: first.arrays[name] for name in weights}
@@ -143,9 +143,9 @@ class _Basin:
 
     @classmethod
     def load(cls, sources: Sequence[Source], arch: str | None, size: tuple[int, ...]) -> _Basin:
-        spec, arrays, _, _ = _open(sources[0], arch, size)
+        spec, arrays, _, _ = opened(sources[0], arch, size)
         for source in sources[1:]:
-            more = _floats(source, architectures.load_model(source, arch)[0])
+            more = floats(source, architectures.load_model(source, arch)[0])
             arrays = {name: a + more[name] for name, a in arrays.items() if more[name].shape == a.shape}
         mean = {name: array / len(sources) for name, array in arrays.items()} if len(sources) > 1 else arrays
         return cls(sources, spec, mean, identity(spec))
@@ -172,7 +172,7 @@ class _Basin:
             reference: weights of two or more dimensions of the first basin.
         """
         for source in self.sources:
-            spec, arrays, model, shape = _open(source, arch, size)
+            spec, arrays, model, shape = opened(source, arch, size)
             image = carry(self.image, self.spec, spec)
             infos = source.tensors.values()
             parameters = [info for info in infos if info.is_float and not is_statistic(info.name)]
@@ -182,17 +182,17 @@ class _Basin:
                 spec=spec,
                 image=image,
                 objective=self.objective,
-                cosine=(_cosine(reference, arrays, reference), _cosine(reference, moved, reference)),
+                cosine=(cosine(reference, arrays, reference), cosine(reference, moved, reference)),
                 covered=sum(i.numel for i in parameters if i.name in spec.tensors) / sum(i.numel for i in parameters),
                 difference=verify(str(source.path), model, spec, image, shape),
             )
 
 
-def _open(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
+def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
     """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
     model, architecture = architectures.load_model(source, arch)
     shape = size or architectures.input_spec(source, model).size
-    arrays = _floats(source, model)
+    arrays = floats(source, model)
     spec = trace(model, shape)
     if not spec.groups:
         raise DmmError(
@@ -202,7 +202,7 @@ def _open(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec
     return spec, arrays, model, shape
 
 
-def _floats(source: Source, model: nn.Module) -> Arrays:
+def floats(source: Source, model: nn.Module) -> Arrays:
     """The float tensors of a module (they share its memory).
 
     Raises:
@@ -236,7 +236,8 @@ def _dot(a: Arrays, b: Arrays) -> float:
     return sum(float(np.einsum("i,i", x, y, dtype=np.float64)) for x, y in pairs)
 
 
-def _cosine(a: Arrays, b: Arrays, names: Iterable[str]) -> float:
+def cosine(a: Arrays, b: Arrays, names: Iterable[str]) -> float:
+    """Cosine of these tensors, taken together; 1 where one side is zero."""
     a, b = ({name: arrays[name] for name in names} for arrays in (a, b))
     norm = np.sqrt(_dot(a, a) * _dot(b, b))
     return _dot(a, b) / norm if norm else 1.0

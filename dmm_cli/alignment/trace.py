@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from ..errors import DmmError, printable
+from .contractions import convolution
 from .rules import RULES, Rule, unknown
 from .spec import Spec, build_spec
 from .units import Axis, Units, Value
@@ -60,8 +60,7 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
     units = Units()
     groups = dict(_convolution_weights(program.graph))
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target}
-    tied: dict[int, Value] = {}
-    parameters: dict[str, Value] = {}
+    labelled: dict[int, Value] = {}  # by tensor: tied ones have the same labels
     values: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -69,23 +68,23 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
             if tensor is None or not tensor.is_floating_point():
                 values[node] = Value.fixed(_shape(node) or ())
                 continue
-            if id(tensor) not in tied:
-                tied[id(tensor)] = units.see(_labelled(units, tuple(tensor.shape), groups.get(node)))
-            values[node] = tied[id(tensor)]
+            if id(tensor) not in labelled:
+                labelled[id(tensor)] = units.see(_labelled(units, tuple(tensor.shape), groups.get(node)))
+            values[node] = labelled[id(tensor)]
         elif node.op == "call_function":
             values[node] = _apply(units, node, values)
         elif node.op == "output":
-            unknown(units, (), *(values[item] for item in pytree.tree_leaves(node.args) if isinstance(item, fx.Node)))
-    for name, tensor in state.items():
-        if id(tensor) in tied:
-            parameters[name] = tied[id(tensor)]
+            unknown(units, (), *(values[item] for item in node.all_input_nodes))
+        else:  # a constant, or the body of a control flow operator
+            values[node] = Value.fixed(_shape(node) or ())
+    parameters = {name: labelled[id(tensor)] for name, tensor in state.items() if id(tensor) in labelled}
     return build_spec(units, parameters)
 
 
 def _convolution_weights(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
     """What convolution weights are made of, and the number of groups."""
     for node in graph.nodes:
-        if node.op == "call_function" and _name(node).startswith("conv"):
+        if node.op == "call_function" and RULES.get(_name(node)) is convolution:
             x, w = (argument.meta["val"].shape for argument in node.args[:2])
             for source in _sources(node.args[1]):
                 if source.meta["val"].shape == w:
@@ -93,10 +92,15 @@ def _convolution_weights(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    if node.op == "placeholder":
-        yield node
-    for before in node.all_input_nodes:
-        yield from _sources(before)
+    """The inputs of the graph that a node depends on."""
+    left, met = [node], {node}
+    while left:
+        node = left.pop()
+        if node.op == "placeholder":
+            yield node
+        new = [before for before in node.all_input_nodes if before not in met]
+        met.update(new)
+        left += new
 
 
 def _labelled(units: Units, shape: tuple[int, ...], groups: int | None) -> Value:
@@ -146,7 +150,7 @@ def _name(node: fx.Node) -> str:
     """The operation's name without its overload; in-place ones are called as the others."""
     target = node.target
     name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
-    return name.removesuffix("_") if not name.startswith("_") and name + "_" not in RULES else name
+    return name.removesuffix("_")
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

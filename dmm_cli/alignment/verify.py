@@ -16,7 +16,9 @@ from .apply import permute
 from .spec import Spec
 
 TOLERANCE = 1e-8  # of the largest output; reordered sums in float64 differ by 1e-13 or so
-JITTER = 0.1  # of a tensor's own deviation, and at least of one
+JITTER = 0.1  # of a tensor's own deviation, or of one where it has none
+
+State = Mapping[str, torch.Tensor]
 
 
 def verify(name: str, model: nn.Module, spec: Spec, image: np.ndarray, size: tuple[int, ...]) -> float:
@@ -38,12 +40,9 @@ def verify(name: str, model: nn.Module, spec: Spec, image: np.ndarray, size: tup
     model = model.double()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     images = torch.randn(1, *size, generator=generator(0, "verify"), dtype=torch.float64)
-    worst = 0.0
-    for weights in (state, _jittered(state)):
-        permuted = permute({key: tensor.numpy() for key, tensor in weights.items()}, spec, image)
-        before = _outputs(name, model, weights, images)  # (outputs,)
-        after = _outputs(name, model, {key: torch.from_numpy(array) for key, array in permuted.items()}, images)
-        worst = max(worst, float((after - before).abs().max() / before.abs().max().clamp_min(1e-300)))
+    worst = _difference(name, model, state, spec, image, images)
+    _jitter(state)
+    worst = max(worst, _difference(name, model, state, spec, image, images))
     if not worst <= TOLERANCE:
         raise DmmError(
             f"{name} would not compute the same function with its units in another order",
@@ -53,20 +52,28 @@ def verify(name: str, model: nn.Module, spec: Spec, image: np.ndarray, size: tup
     return worst
 
 
-def _jittered(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _difference(
+    name: str, model: nn.Module, state: State, spec: Spec, image: np.ndarray, images: torch.Tensor
+) -> float:
+    """The largest difference of an output after the permutation, over the largest output."""
+    before = _outputs(name, model, state, images)  # (outputs,)
+    permuted = permute({key: tensor.numpy() for key, tensor in state.items()}, spec, image)
+    after = _outputs(name, model, {key: torch.from_numpy(array) for key, array in permuted.items()}, images)
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-300))
+
+
+def _jitter(state: State) -> None:
+    """Add noise to every float tensor, in place."""
     draw = generator(0, "jitter")
-    changed = dict(state)
     for key, tensor in state.items():
         if tensor.is_floating_point():
-            spread = tensor.std(correction=0)
-            noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * JITTER
-            changed[key] = tensor + noise * torch.where(spread > 0, spread, 1.0)
+            spread = float(tensor.std(correction=0)) or 1.0
+            tensor += torch.randn(tensor.shape, generator=draw, dtype=torch.float64) * (JITTER * spread)
         if kind_of(key) == RUNNING_VAR:
-            changed[key] = changed[key].abs()
-    return changed
+            tensor.abs_()
 
 
-def _outputs(name: str, model: nn.Module, state: Mapping[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def _outputs(name: str, model: nn.Module, state: State, images: torch.Tensor) -> torch.Tensor:
     """All outputs of the network, flat."""
     model.load_state_dict(dict(state))
     try:

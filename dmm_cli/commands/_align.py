@@ -60,7 +60,7 @@ class Ordered:
 
 
 @contextmanager
-def in_order(
+def aligned_copies(
     sources: Sequence[Source],
     groups: Sequence[Group],
     settings: Aligning,
@@ -93,18 +93,30 @@ def in_order(
                 if settings.policy == "always":
                     raise
                 told = f"{group.name}: checkpoints of {len(starts)} starts were merged without aligning: {error.what}"
+                told += f"; {error.hint}" if error.hint else ""
                 ordered = replace(ordered, warnings=(*ordered.warnings, told))
                 continue
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".dmm-", dir=directory)))
-            paths = {id(source): place / f"{number}.safetensors" for number, source in enumerate(members)}
-            write_aligned(found, basins[0], lambda source, paths=paths: paths[id(source)], facts(settings.seed))
-            swapped = {id(a.source): _stand_in(a.source, paths[id(a.source)]) for a in found}
-            ordered = Ordered(
-                [swapped.get(id(source), source) for source in ordered.sources],
-                (*ordered.aligned, *map(aligned_record, found)),
-                ordered.warnings,
+            copies = _copies(found, basins[0], place, settings.seed)
+            ordered = replace(
+                ordered,
+                sources=[copies.get(source.label, source) for source in ordered.sources],
+                aligned=(*ordered.aligned, *map(aligned_record, found)),
             )
         yield ordered
+
+
+def _copies(found: Sequence[Alignment], reference: Sequence[Source], place: Path, seed: int) -> dict[str, Source]:
+    """Aligned files by the label of what they were made from, whose label, path and hash they keep."""
+    paths = {alignment.source.label: place / f"{number}.safetensors" for number, alignment in enumerate(found)}
+    write_aligned(found, reference, paths, alignment_metadata(seed))
+    copies = {}
+    for alignment in found:
+        source = alignment.source
+        copy = replace(source, headers=resolve_source(str(paths[source.label])).headers)
+        copy.know_sha256(source.sha256)
+        copies[source.label] = copy
+    return copies
 
 
 def _starts(members: Sequence[Source], policy: str) -> list[list[int]]:
@@ -117,14 +129,7 @@ def _starts(members: Sequence[Source], policy: str) -> list[list[int]]:
     return basins(members)
 
 
-def _stand_in(source: Source, path: Path) -> Source:
-    """The aligned file under the label, path and hash of what it was made from."""
-    other = replace(source, headers=resolve_source(str(path)).headers)
-    other.know_sha256(source.sha256)
-    return other
-
-
-def facts(seed: int, restarts: int = RESTARTS) -> dict[str, str]:
+def alignment_metadata(seed: int, restarts: int = RESTARTS) -> dict[str, str]:
     """Metadata of an aligned checkpoint that do not depend on its parents."""
     return stamp("align", {"restarts": restarts}, seed=str(seed))
 
@@ -132,18 +137,18 @@ def facts(seed: int, restarts: int = RESTARTS) -> dict[str, str]:
 def write_aligned(
     found: Sequence[Alignment],
     reference: Sequence[Source],
-    path_of: Callable[[Source], Path],
+    paths: Mapping[str, Path],
     metadata: Mapping[str, str],
     *,
     inputs: Sequence[Path] = (),
     force: bool = False,
 ) -> None:
-    """Write every aligned checkpoint, with its parent and the reference in its metadata."""
+    """Write every aligned checkpoint to the path of its label, with its parent and the reference in its metadata."""
     to = lineage(records(reference))
     for alignment in found:
         source = alignment.source
         own = {"dmm.sources": lineage(records([source])), "dmm.reference": to, **inherited([source])}
-        alignment.write(path_of(source), {**metadata, **own}, inputs=inputs, force=force)
+        alignment.write(paths[source.label], {**metadata, **own}, inputs=inputs, force=force)
 
 
 def aligned_record(alignment: Alignment) -> AlignedSource:

@@ -16,7 +16,7 @@ from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
 from ..ranks import Ranks
-from ._align import Aligning, in_order
+from ._align import Aligning, aligned_copies
 from ._provenance import inherited, lineage, records, stamp
 from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
 
@@ -112,7 +112,7 @@ def merge_groups(
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     check_outputs(to, grouping, parents_of(sources, recipe))
-    with in_order(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
+    with aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
     manifest = MergeManifest(

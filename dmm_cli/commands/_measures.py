@@ -54,15 +54,16 @@ def with_aligned(
     report: SimilarityReport, sources: Sequence[Source], *, arch: str | None, seed: int, on_progress: Progress
 ) -> SimilarityReport:
     """The report with the cosine of the weights, those of different starts once their units are in one order."""
-    from ..alignment.align import align
     from ..grouping import BASIN
 
+    measure = MEASURES.load("aligned")
     whole = [list(row) for row in report.raw_cosine]
-    for a, b in combinations(range(len(sources)), 2):
-        if whole[a][b] is not None and whole[a][b] < BASIN:
-            pair = [[sources[a]], [sources[b]]]
-            (found,) = align(pair, arch=arch, seed=seed, restarts=RESTARTS, on_progress=on_progress)
-            whole[a][b] = whole[b][a] = found.cosine[1]
+    for kind in kinds_of(sources):
+        pairs = [(a, b) for a, b in combinations(range(len(kind)), 2) if whole[kind[a]][kind[b]] < BASIN]
+        own = [sources[i] for i in kind]
+        found = measure(own, pairs, arch=arch, seed=seed, restarts=RESTARTS, on_progress=on_progress) if pairs else {}
+        for (a, b), value in found.items():
+            whole[kind[a]][kind[b]] = whole[kind[b]][kind[a]] = value
     return _with(report, "aligned", whole)
 
 

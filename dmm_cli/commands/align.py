@@ -15,7 +15,7 @@ from ..files import check_output
 from ..inputs import Source, require_same_tensors, resolve_sources
 from ..merging.heads import unlike_heads
 from . import _options as options
-from ._align import RESTARTS, aligned_record, facts, write_aligned
+from ._align import RESTARTS, aligned_record, alignment_metadata, write_aligned
 from ._provenance import records
 from ._run import epilog, guarded
 
@@ -73,12 +73,10 @@ def align(
     started = time.monotonic()
     basins = [[source] for source in sources]
     found = align_sources(basins, arch=arch, size=size, seed=seed, restarts=restarts, on_progress=Progress(quiet))
-    if output.suffix != ".safetensors":
-        output.mkdir(exist_ok=True)
-    inputs = [path for source in sources for path in source.files]
-    write_aligned(
-        found, sources[:1], lambda source: paths[source.label], facts(seed, restarts), inputs=inputs, force=force
-    )
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    metadata, inputs = alignment_metadata(seed, restarts), [path for source in sources for path in source.files]
+    write_aligned(found, sources[:1], paths, metadata, inputs=inputs, force=force)
     in_turn = [alignment.source for alignment in found]
     manifest = AlignManifest(
         sources=records([sources[0], *in_turn]),
@@ -105,11 +103,11 @@ def _outputs(sources: Sequence[Source], output: Path | None, force: bool) -> dic
             raise DmmError(f"{len(sources) - 1} checkpoints do not fit in one file: {output}", hint="name a directory")
         paths = {sources[1].label: output}
     else:
-        paths = {s.label: output / f"{s.label.replace('/', '-')}.safetensors" for s in sources[1:]}
+        paths = {source.label: output / f"{source.label}.safetensors" for source in sources[1:]}
         if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
             raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
     inputs = [path for source in sources for path in source.files]
     for path in paths.values():
-        if path.parent.is_dir():
+        if path == output or path.parent.is_dir():  # directories of several outputs are still to be made
             check_output(path, inputs=inputs, force=force)
     return paths

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 EPILOG = epilog(
     "dmm synthesize site-*.safetensors -o pseudo.safetensors --grid pseudo.png",
-    "dmm synthesize merged/merge.json --count 1024 --steps 800 --seed 1 -o pseudo.safetensors",
+    "dmm synthesize merged/merge.json --count 2048 --steps 800 --seed 1 -o pseudo.safetensors",
 )
-COUNT, STEPS, BATCH = 512, 300, 64
+COUNT, STEPS, BATCH = 1024, 300, 64
 
 
 @guarded

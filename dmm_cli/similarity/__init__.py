@@ -16,6 +16,10 @@ MEASURES = Registry(
         "sign": ("dmm_cli.similarity.sign:SignAgreement", "share of weights that have the same sign"),
         "bn": ("dmm_cli.similarity.bn:StatisticsDistance", "distance of the BatchNorm running statistics"),
         "cka": ("dmm_cli.similarity.cka:cka", "linear CKA of the activations on pseudo-data", "activations"),
-        "aligned": ("dmm_cli.alignment.align:align", "cosine of the weights with their units in one order", "order"),
+        "aligned": (
+            "dmm_cli.alignment.cosines:aligned_cosines",
+            "cosine of the weights with their units in one order",
+            "order",
+        ),
     },
 )

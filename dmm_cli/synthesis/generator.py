@@ -29,7 +29,7 @@ from .prior import draw_targets
 from .settings import Progress, Settings
 from .teacher import Teacher
 
-MEMBERS = 2  # generators
+MEMBERS = 4  # generators
 EXPLORE = 0.25  # share of the steps that fit the statistics alone, where a class prior is to be estimated
 LEARNING_RATE, BETAS, WARM_UP = 3e-3, (0.5, 0.99), 0.1
 ROUNDS = 4  # of drawing, until enough images are recognised

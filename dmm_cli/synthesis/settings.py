@@ -18,7 +18,7 @@ class Settings:
         weights: of the losses, see ``objective.DEFAULT_WEIGHTS``.
     """
 
-    count: int = 512
+    count: int = 1024
     steps: int = 300
     batch: int = 64
     seed: int = 0

@@ -80,6 +80,17 @@ def test_several_go_to_a_directory_in_the_order_of_likeness(tmp_path):
     assert load_file(tmp_path / "out" / "site-b.safetensors").keys() == load_file(B).keys()
 
 
+def test_files_of_one_name_keep_their_directories(scrambled, tmp_path):
+    paths = [tmp_path / name / "model.safetensors" for name in ("one", "two", "three")]
+    for path, source in zip(paths, (A, scrambled, B), strict=True):
+        path.parent.mkdir()
+        path.write_bytes(source.read_bytes())
+    assert dmm("align", *paths, "-o", tmp_path / "out").exit_code == 0
+    out = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert out == ["three/model.safetensors", "two/model.safetensors"]
+    assert (load_file(tmp_path / "out" / out[1])["conv1.weight"] == load_file(A)["conv1.weight"]).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -121,6 +121,6 @@ def test_rare_knowledge_survives(tmp_path):
     result = dmm("run", *SITES, "-o", out, "--data", DATA, "--synthesize-steps", 100, "--distill-steps", 200)
     assert result.exit_code == 0, result.stderr
     rows = accuracies(out)
-    assert rows["dmm run"] > rows["ensemble"] + 8 and rows["linear merge of all"] < 30
+    assert rows["dmm run"] > rows["ensemble"] + 8 and rows["dmm run"] > rows["linear merge of all"] + 40
     result = json.loads((out / "evaluation.json").read_text())["rows"][-1]
     assert min(result["recall"][7:]) > 40

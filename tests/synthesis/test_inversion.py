@@ -20,7 +20,7 @@ from dmm_cli.synthesis.settings import Settings
 from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
-QUICK = {"generator": Settings(64, 60, 32), "pixels": Settings(32, 60, 32, engine="pixels")}
+QUICK = {"generator": Settings(64, 120, 32), "pixels": Settings(32, 120, 32, engine="pixels")}
 
 
 def teachers(*names: str):
