@@ -24,10 +24,14 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     return 1.0 / counts[targets].float()
 
 
+def balanced_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch.Tensor]:
+    """``BATCHES`` batches of rows (B,) drawn with weights (N,)."""
+    return torch.multinomial(weights, BATCHES * BATCH, replacement=True, generator=stream).split(BATCH)
+
+
 def balanced_batches(images: torch.Tensor, weights: torch.Tensor, stream: torch.Generator) -> Iterator[torch.Tensor]:
     """``BATCHES`` batches (B, C, H, W) of images (N, C, H, W) drawn with weights (N,), on the images' device."""
-    index = torch.multinomial(weights, BATCHES * BATCH, replacement=True, generator=stream)
-    return (images[part] for part in index.to(images.device).split(BATCH))
+    return (images[rows.to(images.device)] for rows in balanced_rows(weights, stream))
 
 
 @torch.no_grad()

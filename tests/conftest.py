@@ -14,13 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from dmm_cli.app import app
+from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.images import PixelSpace
+from dmm_cli.inputs import resolve_source
 from dmm_cli.merging import CALIBRATIONS, METHODS
 from dmm_cli.merging.facts import trim_threshold
-from dmm_cli.merging.method import Block, Facts, effective_parameters
+from dmm_cli.merging.method import Block, Facts, Layer, effective_parameters
+from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "fixtures" / "digits"
@@ -91,9 +96,13 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def merged(name: str, tasks: np.ndarray, weights=None, shape=SHAPE, seed: int = 0, **parameters) -> np.ndarray:
-    """What a method makes of tasks (N, n), called as its trait says; a calibration gets their sum."""
+    """What a method makes of tasks (N, n), called as its trait says; a calibration gets their sum.
+
+    The rows of a task stand for the features of its own layer.
+    """
     weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
-    matrices = torch.from_numpy(tasks.copy()).reshape(len(tasks), *shape) if name in SPECTRAL else None
+    whole = name in SPECTRAL or "features" in traits(name)
+    matrices = torch.from_numpy(tasks.copy()).reshape(len(tasks), *shape) if whole else None
     if name in CALIBRATIONS:
         return CALIBRATIONS.load(name)(matrices.sum(0), matrices, **parameters).numpy().reshape(-1)
     method = METHODS.load(name)
@@ -101,6 +110,11 @@ def merged(name: str, tasks: np.ndarray, weights=None, shape=SHAPE, seed: int = 
         coefficients = method(Facts(weights, tasks @ tasks.T if "gram" in traits(name) else None), **parameters)
         assert coefficients.shape == (len(tasks),)
         return coefficients @ tasks
+    if "features" in traits(name):
+        wide = matrices.double()
+        shares = torch.from_numpy(weights / weights.sum())
+        grams = wide.mT @ wide
+        return method(Layer(wide, grams, shares, wide @ grams), **parameters).numpy().reshape(-1)
     if "matrices" in traits(name):
         weighted = matrices * torch.from_numpy(weights)[:, None, None]
         return method(weighted, **parameters).numpy().reshape(-1)
@@ -115,6 +129,40 @@ def merged(name: str, tasks: np.ndarray, weights=None, shape=SHAPE, seed: int = 
 
 def thresholds(tasks: np.ndarray, density: float) -> np.ndarray:
     return find(trim_threshold(density, *tasks.shape, tasks.dtype), [tasks])
+
+
+def digits_as_pseudo_data(path: Path, teachers: Sequence[tuple[Path, Sequence[int]]]) -> Path:
+    """Real digits of the classes that each checkpoint knows, with its answers, in place of images drawn from it."""
+    digits = load_file(DIGITS / "test.safetensors")
+    small = torch.from_numpy(digits["images"]).float()
+    large = F.interpolate(small, size=(16, 16), mode="bilinear").round().to(torch.uint8).numpy()
+    images, logits, owners, records = [], [], [], []
+    for number, (file, classes) in enumerate(teachers):
+        pixels = large[np.isin(digits["labels"], classes)]
+        source = resolve_source(str(file))
+        model, _ = load_model(source)
+        spec = input_spec(source, model)
+        with torch.no_grad():
+            answers = model(PixelSpace(spec).from_bytes(torch.from_numpy(pixels)))
+        sure = (answers.softmax(1).amax(1) > 0.95).numpy()
+        images.append(pixels[sure])
+        logits.append(answers.numpy()[sure].astype(np.float16))
+        owners.append(np.full(sure.sum(), number, np.int16))
+        records.append(TeacherRecord(file.stem, source.sha256, (0.1,) * 10))
+    answers = np.concatenate(logits)
+    data = PseudoData(
+        images=np.concatenate(images),
+        targets=answers.argmax(1),
+        teacher_id=np.concatenate(owners),
+        logits=answers,
+        confidence=np.ones(len(answers), np.float16),
+        bn_loss=np.zeros(1, np.float32),
+        teachers=tuple(records),
+        mean=spec.mean,
+        std=spec.std,
+    )
+    save_pseudo_data(path, data, {})
+    return path
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

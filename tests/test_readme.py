@@ -64,9 +64,8 @@ def test_the_table_of_merge_methods_is_the_programs():
     for name, (parameters, needs) in rows.items():
         defaults = effective_parameters(METHODS.load(name), {})
         assert {key: float(value) for key, value in parameters.items()} == defaults
-        assert needs == {"base": "base", "pair": "two"}.get(
-            next(iter({"base", "pair"} & set(METHODS.traits(name))), ""), ""
-        )
+        words = {"base": "base", "pair": "two", "features": "pseudo-data"}
+        assert needs == "".join(words.get(trait, "") for trait in METHODS.traits(name))
 
 
 def test_every_help_shows_examples_and_exit_codes():

@@ -227,7 +227,8 @@ def merge_and_recalibrate(
     outcome = _merge_group(sources, group, groups, Destination(place), recipe, team)
     merged = replace(resolve_source(str(place)), label=group.name)
     members = [sources[i] for i in group.members]
-    return outcome, recalibrate(merged, members, _part(recipe, group.members, groups).weights, recalibration)
+    result = recalibrate(merged, members, _part(recipe, group.members, groups), recalibration)
+    return replace(outcome, lengths={**outcome.lengths, **result.lengths}), result
 
 
 def _merge_group(

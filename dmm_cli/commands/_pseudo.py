@@ -26,14 +26,27 @@ def balanced_images(
     Raises:
         DmmError: nothing was made from a parent.
     """
+    return (images for images, _ in owned_images(data, parents, seed, salt, device))
+
+
+def owned_images(
+    data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of ``balanced_images``, with the teacher of every image (B,).
+
+    Raises:
+        DmmError: nothing was made from a parent.
+    """
     import torch
 
-    from ..recalibration import balanced_batches, balanced_weights
+    from ..recalibration import balanced_rows, balanced_weights
     from ..runtime import generator
 
     images, rows = images_of(data, parents, device)
     weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
-    return balanced_batches(images, weights, generator(seed, salt))
+    owners = torch.from_numpy(data.teacher_id[rows]).to(device)
+    drawn = (part.to(device) for part in balanced_rows(weights, generator(seed, salt)))
+    return ((images[part], owners[part]) for part in drawn)
 
 
 def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device) -> tuple[torch.Tensor, np.ndarray]:

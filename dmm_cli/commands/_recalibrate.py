@@ -1,4 +1,4 @@
-"""Set the activation statistics of a merged checkpoint right on pseudo-data of its parents, and judge it by them."""
+"""Set a merged checkpoint right on pseudo-data of its parents: its layers, its statistics; and judge it by them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..inputs import Source
+from ..merging import METHODS
 from ..names import is_head
-from ._pseudo import balanced_images, readable_errors, retention
+from ._pseudo import balanced_images, owned_images, readable_errors, retention
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..manifest import Retention
+    from ..merging.recipe import Recipe
     from ..synthesis.pseudodata import PseudoData
 
 
@@ -35,16 +37,18 @@ class Recalibration:
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """A merged network whose statistics were set right.
+    """A merged network that was set right.
 
     Attributes:
         tensors: those that have changed.
+        lengths: of every weight that was solved, its norm over the weighted mean of the parents' norms.
         done: what was changed, in words.
         retained: of every parent's pseudo-images, how many it and the merged network recognise.
     """
 
     merged: Source
     tensors: Mapping[str, np.ndarray]
+    lengths: Mapping[str, float]
     done: str
     retained: tuple[Retention, ...]
 
@@ -61,13 +65,13 @@ class Recalibrated:
         save_like(output, self.merged, self.tensors, metadata, inputs=inputs, force=force)
 
 
-def recalibrate(
-    merged: Source, parents: Sequence[Source], weights: Sequence[float], settings: Recalibration
-) -> Recalibrated:
-    """Reset the BatchNorm statistics of a merged checkpoint, or, if it has none, repair its layers.
+def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, settings: Recalibration) -> Recalibrated:
+    """Solve the layers of a merged checkpoint, if its method is one on features, and reset its BatchNorm statistics.
+
+    If there are no such statistics, and no layers were solved, layers are repaired.
 
     Args:
-        weights: of the parents, empty for equal ones.
+        recipe: of the parents alone, by which they were merged.
 
     Raises:
         DmmError: the pseudo-data hold nothing of a parent, or do not fit the model.
@@ -80,19 +84,48 @@ def recalibrate(
     data = load_pseudo_data(settings.data)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
     with one_thread(where), readable_errors(settings.data, merged.label):
-        layers, done = _set_right(model, data, parents, weights, settings, where)
+        lengths = (
+            _solve(model, data, parents, recipe, settings, where) if "features" in METHODS.traits(recipe.method) else {}
+        )
+        done = [f"{len(lengths)} layers solved ({recipe.method})"] if lengths else []
+        changed = set(lengths)
+        if not lengths or architectures.norm_layers(model):
+            layers, words = _set_right(model, data, parents, recipe, settings, where)
+            changed |= {name for name in model.state_dict() if name.rpartition(".")[0] in layers}
+            done.append(words)
         retained = retention(model, data, parents, where)
-    return Recalibrated(merged, _tensors_of(model, layers), done, retained)
+    tensors = {name: value.cpu().numpy() for name, value in model.state_dict().items() if name in changed}
+    return Recalibrated(merged, tensors, lengths, ", ".join(done), retained)
+
+
+def _solve(
+    model: nn.Module,
+    data: PseudoData,
+    parents: Sequence[Source],
+    recipe: Recipe,
+    settings: Recalibration,
+    device: torch.device,
+) -> dict[str, float]:
+    """Solve the layers of the model in place; of each weight, its norm over the weighted mean of the parents'."""
+    from .. import architectures
+    from ..merging.features import Batch, solve_layers
+
+    batches = [Batch(*drawn) for drawn in owned_images(data, parents, settings.seed, "features", device)]
+    owners = [data.place_of(parent) for parent in parents]
+    norms = [layer for _, layer in architectures.norm_layers(model)]
+    answering = parents if "outputs" in METHODS.traits(recipe.method) else []
+    modules = [architectures.load_model(parent, settings.arch)[0].to(device) for parent in answering]
+    return solve_layers(model, parents, recipe, batches, owners, norms, modules)
 
 
 def _set_right(
     model: nn.Module,
     data: PseudoData,
     parents: Sequence[Source],
-    weights: Sequence[float],
+    recipe: Recipe,
     settings: Recalibration,
     device: torch.device,
-) -> tuple[list[str], str]:
+) -> tuple[set[str], str]:
     """Change the model in place; the names of the layers that changed, and what was done to them in words."""
     from .. import architectures
     from ..recalibration import repair, reset_statistics
@@ -101,19 +134,12 @@ def _set_right(
     layers = architectures.norm_layers(model)
     if layers:
         reset_statistics(model, [layer for _, layer in layers], batches)
-        return [name for name, _ in layers], f"{len(layers)} BatchNorm layers reset"
+        return {name for name, _ in layers}, f"{len(layers)} BatchNorm layers reset"
     modules = (architectures.load_model(parent, settings.arch)[0].to(device) for parent in parents)
-    shares = weights or [1.0] * len(parents)
+    shares = recipe.weights or [1.0] * len(parents)
     heads = [name for name, _ in model.named_modules() if is_head(f"{name}.weight")]
     names = repair(model, modules, [share / sum(shares) for share in shares], list(batches), skip=heads)
-    return names, f"{len(names)} layers rescaled (REPAIR)"
-
-
-def _tensors_of(model: nn.Module, layers: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """The tensors that belong to these layers themselves."""
-    owned = set(layers)
-    state = model.state_dict()
-    return {name: value.cpu().numpy() for name, value in state.items() if name.rpartition(".")[0] in owned}
+    return set(names), f"{len(names)} layers rescaled (REPAIR)"
 
 
 @contextmanager

@@ -39,7 +39,7 @@ EPILOG = epilog(
 
 
 def _listed(table: Registry) -> str:
-    needs = {"base": " (needs --base)"}
+    needs = {"base": " (needs --base)", "features": " (needs --recalibrate)"}
     return "; ".join(
         f"{name}: {table.summary(name)}{''.join(needs.get(trait, '') for trait in table.traits(name))}"
         for name in table
@@ -138,6 +138,7 @@ def merge(
     if output is None:
         raise DmmError("nowhere to write", hint="name a file or a directory with -o")
     given = parse_parameters(param or [], calibrate)
+    pseudo = resolve_source(recalibrate) if recalibrate else None
     recipe = Recipe(
         method=method,
         weights=options.numbers(weights, "--weights"),
@@ -150,10 +151,11 @@ def merge(
         dtype=dtype,
         seed=seed,
         device=device,
+        features=pseudo,
     )
     check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
-    after = Recalibration(resolve_source(recalibrate), arch, device, seed) if recalibrate else None
+    after = Recalibration(pseudo, arch, device, seed) if pseudo else None
     aligning = _aligning(align, recipe, arch)
     if dry_run:
         _show_plan(sources, recipe, to)

@@ -30,6 +30,7 @@ EPILOG = epilog(
     "dmm run fixtures/digits/site-*.safetensors -o out/ --data fixtures/digits/test.safetensors",
     "dmm run sites/*.safetensors --base base.safetensors --seed 1 -o out/",
 )
+STATIC = [name for name in METHODS if "features" not in METHODS.traits(name)]  # they need no pseudo-data
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run(
         str | None, options.option("--base", help="Common start of the checkpoints, if there is one.")
     ] = None,
     group: Annotated[str, options.option("--group", help="auto, all or a cosine threshold.")] = "auto",
-    method: Annotated[str, options.option("--method", help=f"Merge method: {', '.join(METHODS)}.")] = "linear",
+    method: Annotated[str, options.option("--method", help=f"Merge method: {', '.join(STATIC)}.")] = "linear",
     count: Annotated[int, options.option("--count", help="Pseudo-images per teacher.", min=1)] = synthesis.COUNT,
     synthesize_steps: Annotated[
         int, options.option("--synthesize-steps", help="Optimiser steps of the synthesis.", min=1)
@@ -117,7 +118,11 @@ def run(
     """
     if output is None:
         raise DmmError("nowhere to write", hint="name a directory with -o out/")
-    METHODS.check(method)
+    if "features" in METHODS.traits(method):
+        raise DmmError(
+            f"{method} needs pseudo-data, which run makes after it has merged",
+            hint=f"dmm synthesize, then dmm merge --method {method} --recalibrate pseudo.safetensors",
+        )
     options.group_rule(group)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)

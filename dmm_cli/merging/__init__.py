@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ..registry import Registry
 
-# The first trait says what a method computes, see ``method``: "coefficients", "elements" or "matrices".
+# The first trait says what a method computes, see ``method``: "coefficients", "elements", "matrices"
+# or "features", which needs pseudo-data.
 # The others: "base" needs a common start, "gram" the inner products of whole tensors, "trim" the
-# magnitude that a share ``density`` of each tensor exceeds, "pair" merges two checkpoints only. Then come the
+# magnitude that a share ``density`` of each tensor exceeds, "outputs" what layers give in the checkpoints themselves,
+# "pair" merges two checkpoints only. Then come the
 # parameters, "name: kind" in the order of the function's, see ``method.KINDS``.
 METHODS = Registry(
     "merge method",
@@ -66,6 +68,16 @@ METHODS = Registry(
             "dmm_cli.merging.wudi:wudi",
             "least interference with the rows of every task",
             "matrices", "base", "scale: number", "ridge: positive", "steps: count", "rate: positive",
+        ),
+        "regmean": (
+            "dmm_cli.merging.regmean:regmean",
+            "every layer answers its parents' inputs as they do (RegMean++)",
+            "features", "off_diagonal: share", "ridge: positive",
+        ),
+        "pleas": (
+            "dmm_cli.merging.pleas:pleas",
+            "every layer gives what its parents give (PLeaS)",
+            "features", "outputs", "ridge: positive",
         ),
     },
 )  # fmt: skip

@@ -9,6 +9,9 @@ checkpoints times coefficients; with the trait "base", the base plus the sum of 
 merged task matrix, (R, S). A convolution is the matrix out x in * height * width. Tensors of fewer than two
 dimensions are not matrices: they take the weighted mean of the task vectors.
 
+*features* maps a ``Layer``, a weight in all checkpoints and what it is multiplied with, to the merged weight, (R, S).
+The engine only drafts such a merge, as the weighted mean; ``features`` then solves it layer by layer on pseudo-data.
+
 Loads no array library.
 
 Legend: N checkpoints, n elements of a block, R x S a matrix.
@@ -27,6 +30,7 @@ from ..registry import mistyped
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,24 @@ class Block:
     weights: np.ndarray
     thresholds: np.ndarray | None = None
     stream: np.random.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of every checkpoint, a convolution as the matrix out x in * height * width.
+
+    Attributes:
+        weights: float64 (N, R, S).
+        grams: float64 (N, S, S), the mean outer product of the layer's inputs for each checkpoint's images.
+        shares: float64 (N,), the weights of the checkpoints scaled to sum to 1.
+        targets: float64 (N, R, S), the mean outer product of what the layer gives in the checkpoint itself, less the
+            merged bias, and these inputs; for methods with the trait "outputs".
+    """
+
+    weights: torch.Tensor
+    grams: torch.Tensor
+    shares: torch.Tensor
+    targets: torch.Tensor | None = None
 
 
 def effective_parameters(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:

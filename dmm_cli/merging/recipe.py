@@ -41,6 +41,7 @@ class Recipe:
         dtype: of the output's float tensors, from ``DTYPES``; None keeps the first checkpoint's.
         seed: of methods that draw.
         device: for methods on matrices.
+        features: pseudo-data of the checkpoints, for methods on features.
     """
 
     method: str = "linear"
@@ -54,6 +55,7 @@ class Recipe:
     dtype: str | None = None
     seed: int = 0
     device: str = "cpu"
+    features: Source | None = None
 
     def parameters_of(self, name: str) -> dict[str, Any]:
         """The parameters for one tensor."""
@@ -71,11 +73,11 @@ def check(sources: Sequence[Source], recipe: Recipe) -> None:
 
     Raises:
         DmmError: tensors differ, weights do not fit, a name is unknown, a parameter is out of its range, or the
-            method lacks its base or is not defined for this many checkpoints.
+            method lacks its base or its pseudo-data or is not defined for this many checkpoints.
     """
     _check_method(recipe, len(sources))
     others = [recipe.base] if recipe.base else []
-    require_same_tensors([*sources, *others], any_shape=_loose_heads(sources, recipe))
+    require_same_tensors([*sources, *others], any_shape=loose_heads(sources, recipe))
     _require_same_kinds([*sources, *others])
     check_weights(recipe, len(sources))
     for override in recipe.overrides:
@@ -93,6 +95,11 @@ def _check_method(recipe: Recipe, count: int) -> None:
     traits = METHODS.traits(recipe.method)
     if "base" in traits and recipe.base is None:
         raise DmmError(f"{recipe.method} needs the common start", hint="name it with --base")
+    if "features" in traits and recipe.features is None:
+        raise DmmError(
+            f"{recipe.method} needs pseudo-data of the checkpoints",
+            hint="dmm synthesize CKPT... -o pseudo.safetensors, then --recalibrate pseudo.safetensors",
+        )
     if "pair" in traits and count > 2:
         raise DmmError(
             f"{recipe.method} merges two checkpoints, not {count}", hint="use --method karcher or linear for more"
@@ -118,8 +125,8 @@ def _check_parameters(recipe: Recipe) -> None:
         check_parameters(recipe.calibrate, parameters(CALIBRATIONS, recipe.calibrate), recipe.calibration)
 
 
-def _loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
-    """Head tensors whose shapes may differ.
+def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
+    """Head tensors whose rows do not correspond, so that their shapes may differ.
 
     Raises:
         DmmError: heads differ, and nothing tells how their rows correspond.

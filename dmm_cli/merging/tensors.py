@@ -233,6 +233,8 @@ class Tensors:
     def _learn(self, name: str) -> np.ndarray | None:
         """What blocks of a tensor are merged with, (N,): coefficients, or magnitudes to trim at."""
         fact = self._facts[name].result() if name in self._facts else None
+        if "features" in self._traits:
+            return self.shares(name)  # a draft, whose layers are solved later
         if "coefficients" not in self._traits:
             return fact
         used = self._used(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .least_squares import solve_toward
 from .method import require_positive, require_whole
 
 
@@ -38,9 +39,7 @@ def wudi(
             target += task @ own
     if steps:
         return scale * _descend(total, gram, target, int(steps), rate)
-    weight = max(ridge * float(gram.diagonal().mean()), 1e-12)
-    gram.diagonal().add_(weight)
-    return scale * torch.linalg.solve(gram, (target + weight * total).T).T
+    return scale * solve_toward(total, gram, target, ridge)
 
 
 def _descend(start: torch.Tensor, gram: torch.Tensor, target: torch.Tensor, steps: int, rate: float) -> torch.Tensor:

@@ -5,18 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from conftest import DIGITS, dmm
+from conftest import DIGITS, digits_as_pseudo_data, dmm
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-
-from dmm_cli.architectures import input_spec, load_model
-from dmm_cli.images import PixelSpace
-from dmm_cli.inputs import resolve_source
-from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
 
@@ -36,38 +28,8 @@ def liar(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pseudo(liar) -> Path:
-    """Digits of the classes that each checkpoint knows, with its answers, in place of images drawn from it."""
-    digits = load_file(DIGITS / "test.safetensors")
-    small = torch.from_numpy(digits["images"]).float()
-    large = F.interpolate(small, size=(16, 16), mode="bilinear").round().to(torch.uint8).numpy()
-    images, logits, owners, teachers = [], [], [], []
-    for number, (path, classes) in enumerate([(SITES[0], range(5)), (SITES[1], range(2, 6)), (liar, range(5))]):
-        pixels = large[np.isin(digits["labels"], classes)]
-        source = resolve_source(str(path))
-        model, _ = load_model(source)
-        spec = input_spec(source, model)
-        with torch.no_grad():
-            answers = model(PixelSpace(spec).from_bytes(torch.from_numpy(pixels)))
-        sure = (answers.softmax(1).amax(1) > 0.95).numpy()
-        images.append(pixels[sure])
-        logits.append(answers.numpy()[sure].astype(np.float16))
-        owners.append(np.full(sure.sum(), number, np.int16))
-        teachers.append(TeacherRecord(path.stem, source.sha256, (0.1,) * 10))
-    answers = np.concatenate(logits)
-    data = PseudoData(
-        images=np.concatenate(images),
-        targets=answers.argmax(1),
-        teacher_id=np.concatenate(owners),
-        logits=answers,
-        confidence=np.ones(len(answers), np.float16),
-        bn_loss=np.zeros(1, np.float32),
-        teachers=tuple(teachers),
-        mean=spec.mean,
-        std=spec.std,
-    )
-    path = liar.with_name("pseudo.safetensors")
-    save_pseudo_data(path, data, {})
-    return path
+    teachers = [(SITES[0], range(5)), (SITES[1], range(2, 6)), (liar, range(5))]
+    return digits_as_pseudo_data(liar.with_name("pseudo.safetensors"), teachers)
 
 
 def test_contradictory_checkpoints_are_parted_whatever_their_order(liar, pseudo, tmp_path):

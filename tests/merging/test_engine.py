@@ -36,7 +36,10 @@ def run(paths, output, recipe=Recipe()) -> tuple[dict[str, np.ndarray], Outcome]
 
 
 def recipe_for(method: str, base: Path, **details) -> Recipe:
-    return Recipe(method, base=resolve_source(str(base)) if "base" in METHODS.traits(method) else None, **details)
+    """A recipe with all that the method needs, from one file: for a draft, pseudo-data are only asked for."""
+    traits, source = METHODS.traits(method), resolve_source(str(base))
+    needs = {"base": source if "base" in traits else None, "features": source if "features" in traits else None}
+    return Recipe(method, **needs, **details)
 
 
 def number_for(method: str) -> int:

@@ -33,7 +33,7 @@ def table_of(name: str) -> Registry:
 def test_every_method_says_what_it_does(name):
     assert table_of(name).summary(name)
     assert table_of(name).load(name).__doc__
-    assert name in CALIBRATIONS or traits(name)[0] in ("coefficients", "elements", "matrices")
+    assert name in CALIBRATIONS or traits(name)[0] in ("coefficients", "elements", "matrices", "features")
 
 
 @pytest.mark.parametrize("name", EVERY)

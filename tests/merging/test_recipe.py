@@ -65,14 +65,15 @@ def test_without_weights_all_checkpoints_count_the_same():
 @pytest.mark.parametrize("method", METHODS.names())
 def test_a_recipe_that_fits_is_accepted(source, pair, method):
     base = source("base") if "base" in METHODS.traits(method) else None
+    needs = {"base": base, "features": source("pseudo") if "features" in METHODS.traits(method) else None}
     for dtype in (None, *DTYPES):
-        check(pair, Recipe(method, base=base, dtype=dtype))
-    check(pair, Recipe(method, base=base, overrides=(Override("conv1.*", weights=(0.0, 1.0)),)))
+        check(pair, Recipe(method, **needs, dtype=dtype))
+    check(pair, Recipe(method, **needs, overrides=(Override("conv1.*", weights=(0.0, 1.0)),)))
     if base:
         check(pair, Recipe(method, base=base, calibrate="svc", calibration={"alpha": 0.5}))
     if base is None:
         with pytest.raises(DmmError, match=f"--calibrate svc works on task vectors, which {method} has none of"):
-            check(pair, Recipe(method, calibrate="svc"))
+            check(pair, Recipe(method, **needs, calibrate="svc"))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "base" in METHODS.traits(name)])
@@ -80,6 +81,12 @@ def test_a_method_on_task_vectors_refuses_to_run_without_their_start(pair, metho
     with pytest.raises(DmmError, match=f"{method} needs the common start") as error:
         check(pair, Recipe(method))
     assert "--base" in error.value.hint
+
+
+def test_a_method_on_features_refuses_to_run_without_pseudo_data(pair):
+    with pytest.raises(DmmError, match="regmean needs pseudo-data of the checkpoints") as error:
+        check(pair, Recipe("regmean"))
+    assert "--recalibrate" in error.value.hint
 
 
 @pytest.mark.parametrize(

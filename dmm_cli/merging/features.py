@@ -1,0 +1,228 @@
+"""Runs methods on features: solves the layers of a drafted merge one after the other, on what they see.
+
+As in RegMean++ (Nguyen et al., 2025) the images of every parent go through the merged network, whose layers before
+are solved already, and BatchNorm works with the statistics of each batch, since its own are still to be found.
+For methods with the trait "outputs" they also go through their parent as it is.
+Linear layers and 2-D convolutions of one group are solved. What else there is stays the weighted mean: biases,
+grouped convolutions, padding other than by a number of zeros, subclasses that change their weights or inputs, and
+layers whose inputs are not of single images.
+
+Legend: N checkpoints, B images of a batch, P positions, S features of a position, R x S a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..inputs import Source
+from ..runtime import generator
+from . import METHODS
+from .method import Layer
+from .recipe import Recipe, loose_heads
+
+POSITIONS = 16  # at most, of those in one image a layer works at, drawn at random: neighbours see much the same
+UNFOLDED = 1 << 24  # numbers of unfolded patches held at once
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W) of several parents, and whose each is (B,)."""
+
+    images: torch.Tensor
+    owners: torch.Tensor
+
+
+class Place(NamedTuple):
+    """A layer by its path in the module, and how often a pass uses it."""
+
+    path: str
+    layer: nn.Module
+    uses: int
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight."""
+        return f"{self.path}.weight" if self.path else "weight"
+
+
+@torch.no_grad()
+def solve_layers(
+    model: nn.Module,
+    parents: Sequence[Source],
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    owners: Sequence[int],
+    norms: Sequence[nn.Module],
+    modules: Sequence[nn.Module] = (),
+) -> dict[str, float]:
+    """Solve every layer that can be, in the order they are used, in place.
+
+    One layer's Gram matrices are held at a time, in float64; the number of their rows is the number of images
+    times ``POSITIONS`` at most.
+
+    Args:
+        model: the weighted mean of the parents, in eval mode, on the device of the batches.
+        owners: the number each parent has in the batches.
+        norms: layers with running statistics, which stay as they are.
+        modules: the parents' own, in eval mode, on the same device; for methods with the trait "outputs".
+
+    Returns:
+        Of the weight of every layer solved, its norm over the weighted mean of the parents' norms.
+    """
+    lengths = {}
+    method = METHODS.load(recipe.method)
+    fixed = loose_heads(parents, recipe)
+    with ExitStack() as stack:
+        files = [stack.enter_context(Checkpoint(parent)) for parent in parents]
+        stack.enter_context(_batch_statistics(norms))
+        for place in _in_order(model, batches[0].images):
+            if place.weight in fixed:
+                continue
+            own = place.layer.weight
+            weights = _weights(files, place)
+            shares = torch.tensor(recipe.weights_of(place.weight, len(files)), dtype=torch.float64, device=own.device)
+            shares /= shares.sum()
+            moments = _moments(model, place, weights, batches, owners, modules, recipe.seed)
+            merged = method(Layer(weights, moments[0], shares, moments[1]), **recipe.parameters_of(place.weight))
+            own.copy_(merged.view_as(own))
+            parents_norm = float(shares @ weights.flatten(1).norm(dim=1))
+            lengths[place.weight] = float(merged.norm()) / parents_norm if parents_norm else 1.0
+    return lengths
+
+
+@contextmanager
+def _batch_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let layers normalise every batch by itself, without a trace in their running statistics."""
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training, layer.track_running_stats = False, True
+
+
+def _in_order(model: nn.Module, images: torch.Tensor) -> list[Place]:
+    """Layers to solve in the order of their first use."""
+    calls: dict[str, int] = {}
+    foreign = set()
+
+    def hook(name: str):
+        def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            if len(inputs[0]) % len(images):
+                foreign.add(name)
+
+        return count
+
+    layers = {name: layer for name, layer in model.named_modules() if _is_solvable(layer)}
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [Place(name, layers[name], count) for name, count in calls.items() if name not in foreign]
+
+
+def _is_solvable(layer: nn.Module) -> bool:
+    if type(layer) is nn.Conv2d:
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+def _weights(files: Sequence[Checkpoint], place: Place) -> torch.Tensor:
+    """A layer's weights in all checkpoints, float64 (N, R, S)."""
+    rows = np.stack([file.floats(place.weight).astype(np.float64) for file in files])
+    weight = place.layer.weight
+    return torch.from_numpy(rows).to(weight.device).view(len(files), len(weight), -1)  # (N, R, S)
+
+
+class _Enough(Exception):
+    """A pass has come as far as it needs to."""
+
+
+def _inputs(model: nn.Module, place: Place, images: torch.Tensor) -> list[torch.Tensor]:
+    """What the layer of a place is given in a pass, once for every use."""
+    seen = []
+
+    def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        if len(seen) == place.uses:
+            raise _Enough
+
+    handle = model.get_submodule(place.path).register_forward_pre_hook(keep)
+    try:
+        model(images)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen
+
+
+def _moments(
+    model: nn.Module,
+    place: Place,
+    weights: torch.Tensor,
+    batches: Sequence[Batch],
+    owners: Sequence[int],
+    modules: Sequence[nn.Module],
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Grams (N, S, S) and, with the parents' modules, targets (N, R, S) of a ``Layer`` with these weights."""
+    grams = weights.new_zeros(len(owners), weights.shape[2], weights.shape[2])  # (N, S, S)
+    targets = torch.zeros_like(weights) if modules else None  # (N, R, S)
+    counts = [0] * len(owners)
+    for number, batch in enumerate(batches):
+        seen = _inputs(model, place, batch.images)
+        for n, owner in enumerate(owners):
+            own = batch.owners == owner
+            if not own.any():
+                continue
+            theirs = _inputs(modules[n], place, batch.images[own]) if modules else []
+            for use, inputs in enumerate(seen):
+                inputs = inputs.unflatten(0, (len(own), -1))[own].flatten(0, 1)  # of these images alone
+                salt = (seed, "features", place.weight, number, use, owner)
+                rows = features_of(place.layer, inputs, int(own.sum()), generator(*salt)).flatten(0, 1).double()
+                grams[n].addmm_(rows.T, rows)
+                counts[n] += len(rows)
+                if modules:
+                    given = features_of(place.layer, theirs[use], int(own.sum()), generator(*salt)).flatten(0, 1)
+                    answers = given.double() @ weights[n].T + _bias_beyond(place, modules[n])  # (rows, R)
+                    targets[n].addmm_(answers.T, rows)
+    rows_seen = torch.tensor(counts, device=grams.device).clamp_min(1)[:, None, None]
+    return grams / rows_seen, targets / rows_seen if modules else None
+
+
+def _bias_beyond(place: Place, parent: nn.Module) -> torch.Tensor | float:
+    """What a parent's layer adds beyond what the merged one adds, (R,)."""
+    if place.layer.bias is None:
+        return 0.0
+    return parent.get_submodule(place.path).bias.double() - place.layer.bias.double()
+
+
+def features_of(layer: nn.Module, inputs: torch.Tensor, count: int, stream: torch.Generator) -> torch.Tensor:
+    """What a layer's weight is multiplied with, (B, P, S), at up to ``POSITIONS`` positions of each of B images."""
+    if isinstance(layer, nn.Linear):
+        return _drawn(inputs.reshape(count, -1, inputs.shape[-1]), stream)  # (B, P, S)
+    size = inputs[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
+    unfold = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    parts = inputs.split(max(1, UNFOLDED // size))
+    return torch.cat([_drawn(F.unfold(part, *unfold).mT, stream) for part in parts])
+
+
+def _drawn(places: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
+    """Some positions of each image: (B, P, S) to (B, ``POSITIONS``, S) at most."""
+    count, positions, width = places.shape
+    if positions <= POSITIONS:
+        return places
+    chosen = torch.rand(count, positions, generator=stream).topk(POSITIONS, dim=1).indices  # (B, POSITIONS)
+    return places.gather(1, chosen[:, :, None].expand(-1, -1, width).to(places.device))
