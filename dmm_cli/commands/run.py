@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ..devices import require_device_name
 from ..errors import DmmError
 from ..files import write_text
 from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
@@ -116,21 +117,12 @@ def run(
     Stages whose inputs and parameters have not changed are skipped. The result is model.safetensors;
     report.html shows how it came about. With --data the accuracy of every step is printed.
     """
-    if output is None:
-        raise DmmError("nowhere to write", hint="name a directory with -o out/")
-    if "features" in METHODS.traits(method):
-        raise DmmError(
-            f"{method} needs pseudo-data, which run makes after it has merged",
-            hint=f"dmm synthesize, then dmm merge --method {method} --recalibrate pseudo.safetensors",
-        )
-    options.group_rule(group)
+    _check_arguments(output, method, group, device, data)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     origin = resolve_source(base) if base else None
     require_same_tensors([*sources, *([origin] if origin else [])])
     _check_directory(output, force)
-    if data is not None and not data.exists():
-        raise DmmError(f"no such file: {data}")
 
     from ..report.console import emit, status
 
@@ -159,6 +151,21 @@ def run(
     stages = Stages(output, lambda stage, fresh: status(f"{stage}: up to date" if fresh else stage, quiet=quiet))
     execute(plan, files, stages)
     _report(files, data, quiet, json)
+
+
+def _check_arguments(output: Path | None, method: str, group: str, device: str, data: Path | None) -> None:
+    """Refuse what can be refused before any checkpoint is opened."""
+    if output is None:
+        raise DmmError("nowhere to write", hint="name a directory with -o out/")
+    if "features" in METHODS.traits(method):
+        raise DmmError(
+            f"{method} needs pseudo-data, which run makes after it has merged",
+            hint=f"dmm synthesize, then dmm merge --method {method} --recalibrate pseudo.safetensors",
+        )
+    options.group_rule(group)
+    require_device_name(device)
+    if data is not None and not data.exists():
+        raise DmmError(f"no such file: {data}")
 
 
 def execute(plan: Plan, files: Layout, stages: Stages) -> None:

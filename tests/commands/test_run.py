@@ -115,6 +115,21 @@ def test_directories_that_are_not_ours(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "gpu"], "unknown device: gpu"),
+        (["--method", "regmean"], "regmean needs pseudo-data, which run makes after it has merged"),
+        (["--data", "nowhere.npz"], "no such file: nowhere.npz"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_computed(tmp_path, flags, words):
+    for last in ([], ["--dry-run"]):
+        result = dmm("run", *SITES, "-o", tmp_path / "out", *flags, *last)
+        assert result.exit_code == 2 and words in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_rare_knowledge_survives(tmp_path):
     """A quarter of the default effort must already beat the ensemble, and know the digits of the lone sites."""
     out = tmp_path / "out"
