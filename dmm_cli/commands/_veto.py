@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..inputs import Source
+from ._align import Aligning, aligned_copies
 from ._groups import Destination, Team, check_outputs, merge_and_recalibrate, parents_of
 from ._recalibrate import Recalibration, draft
 
@@ -23,11 +24,12 @@ def settle(
     recipe: Recipe,
     team: Team,
     recalibration: Recalibration,
+    aligning: Aligning,
 ) -> Grouping:
     """Part groups until no member loses more than ``FORGOTTEN`` points in the merge of its group.
 
-    Every group is merged and recalibrated in a draft beside the output, of which nothing stays. As long as a member
-    forgets too much, the one that forgets most leaves; those that left a group are tried together next.
+    Every group is aligned, merged and recalibrated in a draft beside the output, of which nothing stays. As long as a
+    member forgets too much, the one that forgets most leaves; those that left a group are tried together next.
     """
     from ..grouping import split_group
     from ..manifest import Group
@@ -36,8 +38,12 @@ def settle(
 
     def judge(members: tuple[int, ...]) -> tuple[Retention, ...]:
         group = Group("a trial merge", members, "")
-        with draft(to.group("trial")) as place:
-            return merge_and_recalibrate(sources, group, len(sources), place, recipe, team, recalibration)[1].retained
+        with (
+            aligned_copies(sources, [group], aligning, to.directory, team.on_progress) as ordered,
+            draft(to.group("trial")) as place,
+        ):
+            _, trial = merge_and_recalibrate(ordered.sources, group, len(sources), place, recipe, team, recalibration)
+        return trial.retained
 
     accepted: set[tuple[int, ...]] = set()
     while doubtful := [g.members for g in grouping.groups if len(g.members) > 1 and g.members not in accepted]:

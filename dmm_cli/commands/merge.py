@@ -182,7 +182,7 @@ def _execute(
         grouping = grouping_of(sources, recipe.base, group, record, progress, aligning)
         team = Team(ranks, hashes, progress)
         if recalibration and grouping.rule == "auto":
-            grouping = settle(sources, grouping, to, recipe, team, recalibration)
+            grouping = settle(sources, grouping, to, recipe, team, recalibration, aligning)
         manifest = merge_groups(sources, grouping, to, recipe, team, recalibration, aligning)
     if ranks.is_first:
         _report(manifest, quiet, json)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DIGITS, digits_as_pseudo_data, dmm
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+
+from dmm_cli.alignment.apply import permute, random_image
+from dmm_cli.alignment.trace import trace
+from dmm_cli.architectures import load_model
+from dmm_cli.inputs import resolve_source
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
 
@@ -69,6 +75,25 @@ def test_those_who_leave_a_group_are_tried_together(liar, pseudo, tmp_path):
     labels = record["grouping"]["labels"]
     groups = [sorted(labels[i] for i in group["members"]) for group in record["grouping"]["groups"]]
     assert sorted(groups) == [["liar", "other-liar"], ["site-a", "twin"]]
+
+
+def test_a_copy_in_another_order_is_aligned_before_it_is_judged(tmp_path):
+    model, _ = load_model(resolve_source(str(SITES[0])))
+    spec = trace(model, (1, 16, 16))
+    held = {name: value.numpy() for name, value in model.state_dict().items()}
+    floats = {name: value for name, value in held.items() if value.dtype == np.float32}
+    moved = permute(floats, spec, random_image(spec, np.random.default_rng(0)))
+    copy = tmp_path / "copy.safetensors"
+    with safe_open(SITES[0], "numpy") as file:
+        metadata = file.metadata()
+    save_file({name: np.array(moved.get(name, value), order="C") for name, value in held.items()}, copy, metadata)
+    data = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5)), (copy, range(5))])
+    flags = ["--group", "auto", "--align", "always", "--recalibrate", data]
+    result = dmm("merge", SITES[0], copy, *flags, "-o", tmp_path / "out.safetensors", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert len(record["grouping"]["groups"]) == 1
+    assert min(item["after"] for item in record["retained"]["group-0"]) > 90
 
 
 def test_without_pseudo_data_or_where_groups_are_given_there_is_no_veto(liar, pseudo, tmp_path):
