@@ -84,9 +84,8 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
     data = load_pseudo_data(settings.data)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
     with one_thread(where), readable_errors(settings.data, merged.label):
-        lengths = (
-            _solve(model, data, parents, recipe, settings, where) if "features" in METHODS.traits(recipe.method) else {}
-        )
+        needed = "features" in METHODS.traits(recipe.method)
+        lengths = _solve(model, data, parents, recipe, settings, where) if needed else {}
         done = [f"{len(lengths)} layers solved ({recipe.method})"] if lengths else []
         changed = set(lengths)
         if not lengths or architectures.norm_layers(model):
