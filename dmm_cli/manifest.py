@@ -268,8 +268,44 @@ class History(Record):
 
 
 @dataclass(frozen=True)
+class RecordedLayer(Record):
+    """Statistics in front of one normalisation layer: its kind, its channels, and the values seen of each."""
+
+    name: str
+    kind: str
+    channels: int
+    count: int
+
+
+@dataclass(frozen=True)
+class RecordManifest(Record):
+    """What a recording of statistics did.
+
+    Attributes:
+        class_counts: images per class; empty where the data have no labels.
+        unused: normalisation layers that the model holds but does not run.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.record/1"
+
+    sources: tuple[SourceRecord, ...]
+    data: str
+    images: int
+    class_counts: tuple[int, ...]
+    layers: tuple[RecordedLayer, ...]
+    unused: tuple[str, ...]
+    device: str
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
 class TeacherReport(Record):
-    """What synthesis drew from one teacher."""
+    """What synthesis drew from one teacher.
+
+    Attributes:
+        statistics: the file they were recorded in, or None where they are running statistics.
+    """
 
     label: str
     sha256: str
@@ -279,6 +315,7 @@ class TeacherReport(Record):
     rejected: int
     bn_loss: float | None
     confidence: float | None
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ Arch = Annotated[
     str | None,
     option("--arch", help="timm name with arguments (resnet18,num_classes=10) or package.module:factory."),
 ]
+Statistics = Annotated[
+    list[str] | None,
+    option("--statistics", help="Statistics that dmm record stored, in place of BatchNorm's. Repeatable."),
+]
 InputSize = Annotated[str | None, option("--input-size", help="Channels, height, width of the input: 3,32,32.")]
 Mean = Annotated[str | None, option("--mean", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
 Std = Annotated[str | None, option("--std", help="Normalisation of pixels in 0..1: one number, or one per channel.")]

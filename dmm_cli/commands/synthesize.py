@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,14 +17,17 @@ from ..synthesis import ENGINES, LOSSES
 from . import _options as options
 from ._provenance import records, stamp
 from ._run import epilog, guarded
+from ._statistics import require_input, statistics_of
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..images import InputSpec
     from ..manifest import SynthesisManifest, TeacherReport
     from ..synthesis.pseudodata import PseudoData
     from ..synthesis.settings import Settings
+    from ..synthesis.statistics import NormLayer
     from ..synthesis.teacher import Teacher
 
 EPILOG = epilog(
@@ -54,6 +58,7 @@ def synthesize(
     grid: Annotated[
         Path | None, options.option("--grid", help="Draw the images to a .png or .svg file, a row per class.")
     ] = None,
+    statistics: options.Statistics = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -67,8 +72,9 @@ def synthesize(
 ) -> None:
     """Invert the BatchNorm statistics of trained checkpoints into labelled pseudo-images.
 
-    The class mix is taken from --class-prior, from dmm.class_counts in the file, or estimated from the
-    statistics. Images that their teacher does not recognise are dropped.
+    With --statistics, those that dmm record stored take their place. The class mix is taken from
+    --class-prior, from dmm.class_counts in the file, or estimated from the statistics. Images that
+    their teacher does not recognise are dropped.
     """
     ENGINES.check(engine)
     weights = options.key_values(loss or [], "--loss")
@@ -78,7 +84,9 @@ def synthesize(
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
-    check_output(output, inputs=[path for source in sources for path in source.files], force=force)
+    recorded = statistics_of(statistics or [], sources)
+    inputs = [path for source in (*sources, *recorded.values()) for path in source.files]
+    check_output(output, inputs=inputs, force=force)
 
     from ..report.console import Progress, emit, status
 
@@ -98,6 +106,7 @@ def synthesize(
         flags=flags,
         device=device,
         prior=prior,
+        recorded=recorded,
         force=force,
         on_progress=Progress(quiet),
     )
@@ -119,10 +128,11 @@ def synthesize_sources(
     device: str,
     flags: options.InputFlags = options.InputFlags(),
     prior: tuple[float, ...] = (),
+    recorded: Mapping[str, Source] | None = None,
     force: bool = False,
     on_progress=None,
 ) -> tuple[SynthesisManifest, PseudoData]:
-    """Load the teachers, synthesise, and write the pseudo-data file."""
+    """Load the teachers, synthesise, and write the pseudo-data file; for ``recorded`` see ``load_teachers``."""
 
     from ..manifest import SynthesisManifest
     from ..runtime import describe_device, resolve_device
@@ -131,12 +141,14 @@ def synthesize_sources(
     from ..synthesis.pseudodata import save_pseudo_data
 
     where = resolve_device(device)
-    teachers, spec = load_teachers(sources, arch, where, prior, flags)
+    teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
     started = time.monotonic()
     data, history = invert(teachers, spec, settings, where, on_progress)
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
-    metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed))
-    inputs = [path for source in sources for path in source.files]
+    statistics = sorted((recorded or {}).values(), key=lambda file: file.sha256)
+    facts = {"statistics": json.dumps([file.sha256 for file in statistics])} if statistics else {}
+    metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed), **facts)
+    inputs = [path for source in (*sources, *statistics) for path in source.files]
     save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
     manifest = SynthesisManifest(
         sources=records(sources),
@@ -156,8 +168,13 @@ def load_teachers(
     device: torch.device,
     prior: tuple[float, ...] = (),
     flags: options.InputFlags = options.InputFlags(),
+    recorded: Mapping[str, Source] | None = None,
 ) -> tuple[list[Teacher], InputSpec]:
-    """Frozen teachers with the priors that are known, and the input they share."""
+    """Frozen teachers with the priors that are known, and the input they share.
+
+    Args:
+        recorded: files of recorded statistics by the SHA-256 of their teachers.
+    """
     from .. import architectures
     from ..synthesis import prior as priors
     from ..synthesis.teacher import Teacher, freeze, require_statistics
@@ -167,13 +184,16 @@ def load_teachers(
         model, _ = architectures.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
         specs.setdefault(spec, source.label)
-        layers = [layer for _, layer in architectures.norm_layers(model)]
+        file = (recorded or {}).get(source.sha256)
+        model = freeze(model, device)
+        layers = _known_layers(model, file, spec, device)
         require_statistics(str(source.path), layers)
         classes = architectures.num_classes(model)
-        counts = prior or architectures.class_counts(source)
+        counts = prior or (file and architectures.class_counts(file)) or architectures.class_counts(source)
         known = priors.from_counts(list(counts), classes, source.label) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
-        teachers.append(Teacher(source.label, source.sha256, freeze(model, device), layers, classes, known, origin))
+        path = str(file.path) if file else ""
+        teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
     if len(specs) > 1:
         raise DmmError(
             "the teachers take different inputs",
@@ -181,6 +201,22 @@ def load_teachers(
             hint="synthesize them apart, one file for each kind of input",
         )
     return teachers, next(iter(specs))
+
+
+def _known_layers(
+    model: nn.Module, statistics: Source | None, spec: InputSpec, device: torch.device
+) -> list[NormLayer]:
+    """Layers with running statistics, and those with recorded ones, which win; in module order."""
+    from .. import architectures
+    from ..synthesis.recorded import load_recorded
+    from ..synthesis.statistics import NormLayer
+
+    running = architectures.norm_layers(model)
+    known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
+    if statistics is not None:
+        require_input(statistics, spec)
+        known |= load_recorded(statistics, architectures.norm_inputs(model), device)
+    return [known[name] for name, _ in model.named_modules() if name in known]
 
 
 def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:
@@ -197,6 +233,7 @@ def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> T
         record.rejected,
         float(data.bn_loss[-1]) if len(data.bn_loss) else None,
         float(mine.astype(float).mean()),
+        teachers[number].statistics or None,
     )
 
 

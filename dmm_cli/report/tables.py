@@ -14,6 +14,7 @@ from ..manifest import (
     Inspection,
     Matrix,
     MergeManifest,
+    RecordManifest,
     SimilarityReport,
     SourceRecord,
     SynthesisManifest,
@@ -104,6 +105,13 @@ def accuracy_table(evaluation: Evaluation) -> Table:
         [row.label, number(row.accuracy, 1), *(number(value, 0) for value in row.recall)] for row in evaluation.rows
     ]
     return Table(f"accuracy on {evaluation.samples} samples of {evaluation.data}", columns, rows)
+
+
+def recorded_table(manifest: RecordManifest) -> Table:
+    """The layers whose statistics were recorded."""
+    rows = [[layer.name, layer.kind, str(layer.channels), str(layer.count)] for layer in manifest.layers]
+    title = f"statistics of {manifest.images} images in {manifest.output}"
+    return Table(title, ["layer", "kind", "channels", "values per channel"], rows)
 
 
 def teacher_table(manifest: SynthesisManifest) -> Table:

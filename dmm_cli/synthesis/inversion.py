@@ -124,7 +124,7 @@ def _assemble(teachers: Sequence[Teacher], parts: Sequence[dict], spec: InputSpe
     return PseudoData(
         **arrays,
         teacher_id=owner,
-        bn_loss=np.array(history.curves.get("batchnorm", ()), dtype=np.float32),
+        bn_loss=np.array(history.curves.get("norm", ()), dtype=np.float32),
         teachers=records,
         mean=spec.mean,
         std=spec.std,

@@ -17,6 +17,7 @@ from dmm_cli.synthesis.inversion import synthesize
 from dmm_cli.synthesis.objective import Objective
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 from dmm_cli.synthesis.settings import Settings
+from dmm_cli.synthesis.statistics import NormLayer
 from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def test_the_images_match_the_statistics_better_than_noise(drawn, engine):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     losses = [float(only(owner, batch, torch.zeros(len(batch), dtype=torch.int64))[0]) for batch in (images, noise)]
     assert losses[0] < 0.3 * losses[1]
-    assert history.curves["batchnorm"][-1] < history.curves["batchnorm"][0]
+    assert history.curves["norm"][-1] < history.curves["norm"][0]
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())
@@ -117,4 +118,4 @@ def test_teachers_without_statistics_are_refused():
     with pytest.raises(DmmError, match="0 BatchNorm layers"):
         require_statistics("vit", [])
     with pytest.raises(DmmError, match="never updated"):
-        require_statistics("fresh", [torch.nn.BatchNorm2d(3)])
+        require_statistics("fresh", [NormLayer(torch.nn.BatchNorm2d(3), torch.zeros(3), torch.ones(3))])
