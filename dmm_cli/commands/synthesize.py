@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_sources
+from ..ranks import Ranks, joined
 from ..synthesis import ENGINES, LOSSES
 from . import _options as options
 from ._provenance import records, stamp
-from ._run import epilog, guarded
+from ._run import epilog, guarded, resumable
 
 if TYPE_CHECKING:
     import torch
@@ -90,17 +91,21 @@ def synthesize(
 
     settings = Settings(count, steps, batch, seed, engine, weights)
     prior = options.numbers(class_prior, "--class-prior")
-    manifest, data = synthesize_sources(
-        sources,
-        output,
-        settings,
-        arch=arch,
-        flags=flags,
-        device=device,
-        prior=prior,
-        force=force,
-        on_progress=Progress(quiet),
-    )
+    with joined() as ranks:
+        manifest, data = synthesize_sources(
+            sources,
+            output,
+            settings,
+            arch=arch,
+            flags=flags,
+            device=device,
+            prior=prior,
+            force=force,
+            ranks=ranks,
+            on_progress=Progress(quiet),
+        )
+        if not ranks.is_first:
+            return
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     if grid:
         from ..report.figures import image_grid
@@ -120,24 +125,28 @@ def synthesize_sources(
     flags: options.InputFlags = options.InputFlags(),
     prior: tuple[float, ...] = (),
     force: bool = False,
+    ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> tuple[SynthesisManifest, PseudoData]:
-    """Load the teachers, synthesise, and write the pseudo-data file."""
-
+    """Load the teachers, synthesise, and write the pseudo-data file; what is done when it is interrupted is kept."""
     from ..manifest import SynthesisManifest
-    from ..runtime import describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device
     from ..synthesis.inversion import synthesize as invert
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
 
+    started = time.monotonic()
     where = resolve_device(device)
     teachers, spec = load_teachers(sources, arch, where, prior, flags)
-    started = time.monotonic()
-    data, history = invert(teachers, spec, settings, where, on_progress)
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
-    metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed))
-    inputs = [path for source in sources for path in source.files]
-    save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
+    depends = {"sources": [source.sha256 for source in sources], "input": asdict(spec), "prior": prior, "arch": arch}
+    with resumable(output, **depends, **parameters, device=where.type) as reached:
+        data, history = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress))
+        if ranks.is_first:
+            metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed))
+            inputs = [path for source in sources for path in source.files]
+            save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
+        ranks.wait()
     manifest = SynthesisManifest(
         sources=records(sources),
         teachers=tuple(_teacher_report(number, teachers, data) for number in range(len(teachers))),
