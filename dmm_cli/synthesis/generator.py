@@ -22,7 +22,9 @@ from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
 from .member import Member
+from .network import LATENT
 from .objective import Objective
+from .prior import draw_targets
 from .settings import Settings
 from .teacher import Teacher
 from .work import work_through
@@ -62,12 +64,15 @@ class GeneratorEngine:
 
         Every round shuffles the members' images, so that any part of it holds all members'.
         """
+        stream = random_stream(self._settings.seed, "draw", teacher)
         share = -(-self._settings.count // MEMBERS)
-        for number in range(ROUNDS):
-            drawn = self._host.ranks.collect([m.candidates(teacher, prior, share, number) for m in self._members])
-            images, targets = (torch.cat(column) for column in zip(*drawn, strict=True))
-            order = torch.randperm(len(targets), generator=random_stream(self._settings.seed, "order", teacher, number))
-            yield images[order], targets[order]
+        for _ in range(ROUNDS):  # every process draws for all members, and paints for its own
+            targets = [draw_targets(prior, share, stream) for _ in range(MEMBERS)]
+            latents = [torch.randn(share, LATENT, generator=stream) for _ in range(MEMBERS)]
+            order = torch.randperm(share * MEMBERS, generator=stream)
+            mine = self._host.ranks.deal(list(zip(latents, targets, strict=True)))
+            painted = [m.candidates(teacher, *draw) for m, draw in zip(self._members, mine, strict=True)]
+            yield torch.cat(self._host.ranks.collect(painted))[order], torch.cat(targets)[order]
 
     def _train(self, objective: Objective, until: int, priors: list[torch.Tensor] | None = None) -> None:
         """Train every member until it has taken so many steps."""

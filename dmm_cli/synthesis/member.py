@@ -105,22 +105,18 @@ class Member:
         for number in range(len(self._explored), len(self._teachers)):
             teacher = self._teachers[number]
             targets = torch.randint(teacher.num_classes, (count,), generator=stream)
-            self._explored.append(teacher.logits(self._draw(number, targets, stream)).cpu())
+            latent = torch.randn(count, LATENT, generator=stream)
+            self._explored.append(teacher.logits(self._draw(number, latent, targets)).cpu())
         return self._explored
 
-    def candidates(
-        self, teacher: int, prior: torch.Tensor, count: int, number: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of one teacher, uint8 (count, C, H, W), and their targets (count,), in the ``number``-th round."""
-        stream = random_stream(self._settings.seed, "draw", teacher, number, self._number)
-        targets = draw_targets(prior, count, stream)
-        return self._space.to_bytes(self._draw(teacher, targets, stream)).cpu(), targets
+    def candidates(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Images of one teacher, uint8 (B, C, H, W), from latents (B, Z) for targets (B,)."""
+        return self._space.to_bytes(self._draw(teacher, latent, targets)).cpu()
 
     @torch.no_grad()
-    def _draw(self, teacher: int, targets: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
-        """Images (B, C, H, W) of one teacher for targets (B,)."""
+    def _draw(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), normalised."""
         self._network.eval()
-        latent = torch.randn(len(targets), LATENT, generator=stream)
         condition = targets + self._offsets[teacher]
         blocks = zip(latent.split(BLOCK), condition.split(BLOCK), strict=True)
         return torch.cat([self._paint(z.to(self._host.device), c.to(self._host.device)) for z, c in blocks])
