@@ -72,7 +72,8 @@ class Savepoint:
 def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
     """The states of a computation that will write ``output``, in ``<output>.partial``.
 
-    The directory is removed when the block ends well, and stays when it does not.
+    The directory stays when the block is interrupted, fails, or finds no room on the disk; it is removed when the
+    block ends well, or in an error that would only come again.
 
     Args:
         inputs: everything, as JSON, that the bytes of the output depend on.
@@ -83,5 +84,12 @@ def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(output.name)).hexdigest() + SUFFIX
     directory = output.with_name(name)
-    yield Savepoint(directory, key)
+    try:
+        yield Savepoint(directory, key)
+    except BaseException as error:
+        if isinstance(error, DmmError) and not isinstance(error.__cause__, OSError):
+            shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):
+            directory.rmdir()  # nothing was saved in it
+        raise
     shutil.rmtree(directory, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dmm_cli.errors import DmmError
 from dmm_cli.savepoint import Savepoint, savepoint
 
 
@@ -48,6 +49,14 @@ def test_the_longest_name_has_room_beside_it(tmp_path):
     out = tmp_path / f"{'x' * 243}.safetensors"
     saved(out)
     assert [len(path.name) for path in tmp_path.iterdir()] == [72]
+
+
+@pytest.mark.parametrize(("cause", "stays"), [(None, False), (OSError("no space left"), True)])
+def test_errors_that_would_come_again_leave_nothing(tmp_path, cause, stays):
+    with pytest.raises(DmmError), savepoint(tmp_path / "out.safetensors") as states:
+        states.save("part", {"x": np.ones(1)})
+        raise DmmError("it failed") from cause
+    assert bool(list(tmp_path.iterdir())) == stays
 
 
 def test_without_a_directory_states_are_in_memory():

@@ -74,12 +74,14 @@ def resumable(output: Path, **inputs: object) -> Iterator[Savepoint]:
     """The savepoint of a long computation; tells the user who interrupts it how to go on, see ``savepoint``."""
     from ..savepoint import savepoint
 
-    with savepoint(output, **inputs) as states:
-        try:
+    place = None
+    try:
+        with savepoint(output, **inputs) as states:
+            place = states.directory
             yield states
-        except (KeyboardInterrupt, SystemExit):
-            print(f"what is done is kept: the same command goes on from {states.directory}", file=sys.stderr)
-            raise
+    finally:
+        if place and place.exists():
+            print(f"what is done is kept: the same command goes on from {printable(str(place), 2000)}", file=sys.stderr)
 
 
 def _drop_stdout() -> None:

@@ -128,16 +128,16 @@ def synthesize_sources(
     ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> tuple[SynthesisManifest, PseudoData]:
-    """Load the teachers, synthesise, and write the pseudo-data file; what is done when it is interrupted is kept."""
+    """Load the teachers, synthesise, and write the pseudo-data file; go on from what an interrupted call has done."""
     from ..manifest import SynthesisManifest
     from ..runtime import Host, describe_device, resolve_device
     from ..synthesis.inversion import synthesize as invert
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
 
-    started = time.monotonic()
     where = resolve_device(device)
     teachers, spec = load_teachers(sources, arch, where, prior, flags)
+    started = time.monotonic()
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
     depends = {"sources": [source.sha256 for source in sources], "input": asdict(spec), "prior": prior, "arch": arch}
     with resumable(output, **depends, **parameters, device=where.type) as reached:
