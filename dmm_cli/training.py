@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
 EAGER = 3  # steps before a GPU captures one: libraries allocate and choose kernels in the first ones
 
 Result = TypeVar("Result")
@@ -17,6 +16,9 @@ Result = TypeVar("Result")
 
 class Trainer:
     """Fused Adam on a one-cycle schedule (Smith and Topin, 2018), with the random stream that feeds the module.
+
+    Args:
+        rate: the highest learning rate. warm_up: share of the steps in which it rises to it; a cosine brings it down.
 
     Attributes:
         done: steps taken.
@@ -28,7 +30,8 @@ class Trainer:
         rate: float,
         steps: int,
         stream: torch.Generator,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float],
+        warm_up: float,
     ) -> None:
         self.module, self.stream, self.done = module, stream, 0
         device = next(module.parameters()).device
@@ -36,7 +39,7 @@ class Trainer:
         first = torch.tensor(rate, device=device) if on_gpu else rate  # a captured step reads it from the device
         self._optimiser = torch.optim.Adam(module.parameters(), first, betas, fused=True, capturable=on_gpu)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimiser, rate, total_steps=steps + 1, pct_start=WARM_UP, cycle_momentum=False
+            self._optimiser, rate, total_steps=steps + 1, pct_start=warm_up, cycle_momentum=False
         )
 
     def descend(self, loss: torch.Tensor) -> None:

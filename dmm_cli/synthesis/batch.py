@@ -21,6 +21,7 @@ from .settings import Settings
 from .teacher import Teacher
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.99)
+WARM_UP = 0.0  # images from noise gain from large steps at once
 
 
 class Made(NamedTuple):
@@ -72,7 +73,7 @@ class Batch:
         self._space = PixelSpace(spec, host.device)
         start = torch.randn(len(targets), *spec.size, generator=stream).to(host.device)
         self._pixels = Pixels(start.contiguous(memory_format=torch.channels_last), self._space)
-        self._trainer = Trainer(self._pixels, LEARNING_RATE, settings.steps, stream, BETAS)
+        self._trainer = Trainer(self._pixels, LEARNING_RATE, settings.steps, stream, BETAS, WARM_UP)
         self._recorder = Recorder(settings.steps)
         state = host.savepoint.load(name)
         if state is not None:

@@ -20,7 +20,7 @@ from .prior import draw_targets
 from .settings import Settings
 from .teacher import Teacher
 
-LEARNING_RATE, BETAS = 3e-3, (0.5, 0.99)
+LEARNING_RATE, BETAS, WARM_UP = 3e-3, (0.5, 0.99), 0.1
 BLOCK = 256  # images drawn at once
 
 
@@ -41,7 +41,7 @@ class Member:
             network = Generator(spec.size, sum(teacher.num_classes for teacher in teachers))
         self._network = network.to(host.device, memory_format=torch.channels_last)
         stream = random_stream(settings.seed, "generator", number)
-        self._trainer = Trainer(self._network, LEARNING_RATE, settings.steps, stream, BETAS)
+        self._trainer = Trainer(self._network, LEARNING_RATE, settings.steps, stream, BETAS, WARM_UP)
         widths = torch.tensor([0, *(teacher.num_classes for teacher in teachers)])
         self._offsets = widths.cumsum(0)[:-1].tolist()
         self._explored: list[torch.Tensor] = []
