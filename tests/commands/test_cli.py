@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,18 +269,20 @@ def test_an_interrupted_synthesis_ends_at_once_and_keeps_what_is_done(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out.safetensors.partial"]
 
 
-def big(path, seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    save_file({f"w{i}": draw.standard_normal((1000, 1000), dtype=np.float32) for i in range(60)}, path)
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> list[Path]:
+    """Two files that take a moment to merge."""
+    paths = [tmp_path_factory.mktemp("big") / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        draw = np.random.default_rng(seed)
+        save_file({f"w{i}": draw.standard_normal((1000, 1000), dtype=np.float32) for i in range(60)}, path)
+    return paths
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_killed_merge_leaves_no_partial_file(tmp_path, number, code):
-    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
-    for i, path in enumerate(paths):
-        big(path, i)
+def test_a_killed_merge_leaves_no_partial_file(tmp_path, big, number, code):
     out = tmp_path / "out.safetensors"
-    arguments = ["merge", *map(str, paths), "--align", "never", "-o", str(out)]
+    arguments = ["merge", *map(str, big), "--align", "never", "-o", str(out)]
     command = [sys.executable, "-m", "dmm_cli", *arguments]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
