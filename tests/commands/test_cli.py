@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, dmm, shell, small_net
+from conftest import DIGITS, ROOT, dmm, shell
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import __version__
@@ -162,7 +162,7 @@ def test_broken_checkpoints_are_named_by_merge(tmp_path, kind):
 
 def test_teachers_that_cannot_teach(tmp_path, write):
     out = tmp_path / "out.safetensors"
-    unknown = dmm("synthesize", write("odd", **small_net(0)), "-o", out)
+    unknown = dmm("synthesize", write("odd", strange__weight=np.ones(3, np.float32)), "-o", out)
     assert unknown.exit_code == 2 and "cannot tell the architecture" in unknown.stderr
     import torch
     from safetensors.torch import save_file as save_torch
