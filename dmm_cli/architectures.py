@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import library, nn
+from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
@@ -22,6 +23,10 @@ from .images import InputSpec
 from .inputs import Source
 from .registry import did_you_mean
 
+FILLING = {
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "fill_", "zero_", "clamp_", "erfinv_", "mul_", "add_")
+}
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
@@ -170,10 +175,17 @@ def _families() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in (timm.list_models(module=m) for m in modules) if names)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what only fills a tensor: without memory there is nothing to fill, yet it takes most of the time."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function in FILLING else function(*args, **(kwargs or {}))
+
+
 @cache
 def _meta_shapes(name: str, **arguments: Any) -> dict[str, tuple[int, ...]] | None:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = _timm().create_model(name, pretrained=False, **arguments)
     except Exception:  # some catalogue entries cannot be built on the meta device or with these arguments
         return None

@@ -30,6 +30,14 @@ class Recorder:
         self._points.append(point)
         return point
 
+    def state(self) -> dict[str, list]:
+        """What there is so far, as JSON."""
+        return {"steps": self._steps, "points": self._points}
+
+    def restore(self, state: Mapping[str, list]) -> None:
+        """Go on from an earlier ``state``."""
+        self._steps, self._points = list(state["steps"]), list(state["points"])
+
     def history(self) -> History:
         """All curves."""
         names = self._points[0] if self._points else {}

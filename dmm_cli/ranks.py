@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,10 +13,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``count`` of them; alone unless ``joined`` says otherwise."""
+    """This process among ``count`` of them, ``local`` on this machine; alone unless ``joined`` says otherwise."""
 
     rank: int = 0
     count: int = 1
+    local: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -26,6 +27,15 @@ class Ranks:
     def deal(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's share of items that all processes know."""
         return items[self.rank :: self.count]
+
+    def collect(self, share: Sequence[Item]) -> list[Item]:
+        """All items in their order, from the shares that ``deal`` made; waits for every process."""
+        shares = self.gather(list(share))
+        return [shares[i % self.count][i // self.count] for i in range(sum(map(len, shares)))]
+
+    def fetch(self, index: int, get: Callable[[], Item]) -> Item:
+        """What the process that ``deal`` gave the ``index``-th item gets for it; waits for every process."""
+        return self.gather(get() if index % self.count == self.rank else None)[index % self.count]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in order of rank; waits for every one of them."""
@@ -53,6 +63,6 @@ def joined() -> Iterator[Ranks]:
 
     torch.distributed.init_process_group("gloo")
     try:
-        yield Ranks(torch.distributed.get_rank(), count)
+        yield Ranks(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Where and how tensors are computed: device, precision, seeds."""
+"""Where and how tensors are computed: device, precision, seeds, other processes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,36 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
 from .devices import require_device_name
 from .errors import DmmError
+from .ranks import Ranks
+from .savepoint import Savepoint
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a long computation runs; of all this its result depends on the kind of device alone.
+
+    Attributes:
+        savepoint: of what is done already; None to begin anew, and to keep it in memory.
+        ranks: the processes that share the work.
+    """
+
+    device: torch.device
+    savepoint: Savepoint | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    on_progress: Progress | None = None
+
+    def tell(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        """Report progress, where somebody wants to know and this process speaks for all."""
+        if self.on_progress and self.ranks.is_first:
+            self.on_progress(stage, done, total, **numbers)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -62,7 +87,7 @@ def seeded(seed: int, *salt: int | str) -> Iterator[None]:
 @contextmanager
 def mixed_precision(device: torch.device) -> Iterator[None]:
     """bf16 autocast on CUDA; float32 on the CPU, where bf16 is slower on most machines."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False):
         yield
 
 
@@ -82,27 +107,28 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], device: torch.device) -> None:
+def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -> None:
     """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU.
 
     Args:
         jobs: each is given a function that tells whether to stop early, to be asked once a step: when
             the user interrupts, or another job fails, nobody waits for the rest.
     """
-    if device.type != "cpu":
+    if host.device.type != "cpu":
         for job in jobs:
             job(lambda: False)
         return
     stop = threading.Event()
 
     def alone(job: Callable[[Callable[[], bool]], None]) -> None:
-        with one_thread(device):  # of this worker; other threads keep theirs
+        with one_thread(host.device):  # of this worker; other threads keep theirs
             job(stop.is_set)
 
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // host.ranks.local)) as pool:
         try:
             for future in [pool.submit(alone, job) for job in jobs]:
                 future.result()
         except BaseException:
             stop.set()
+            pool.shutdown(cancel_futures=True)
             raise

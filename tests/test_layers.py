@@ -15,7 +15,7 @@ FLOOR = {
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",
-    "runtime", "evaluation", "recalibration", "images", "curves", "ranks", "streaming",
+    "runtime", "evaluation", "recalibration", "images", "curves", "ranks", "streaming", "savepoint", "training",
 }  # fmt: skip
 PACKAGES = {"similarity", "merging", "alignment", "synthesis", "distillation"}  # they meet in commands, or in a file
 ALLOWED = {"merging": {"alignment"}}  # the one arrow between packages

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmm_cli.errors import DmmError
-from dmm_cli.runtime import describe_device, generator, parallel, resolve_device, seeded
+from dmm_cli.runtime import Host, describe_device, generator, parallel, resolve_device, seeded
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def test_streams_depend_on_seed_and_salt_alone():
 def test_parallel_jobs_run_on_one_thread_each_and_leave_the_rest_alone():
     seen = []
     threads = torch.get_num_threads()
-    parallel([lambda stop: seen.append((torch.get_num_threads(), threading.get_ident()))] * 4, CPU)
+    parallel([lambda stop: seen.append((torch.get_num_threads(), threading.get_ident()))] * 4, Host(CPU))
     assert [count for count, _ in seen] == [1] * 4
     assert threading.get_ident() not in {thread for _, thread in seen}
     assert torch.get_num_threads() == threads
@@ -54,4 +54,4 @@ def test_a_failing_job_stops_the_others():
             time.sleep(0.01)
 
     with pytest.raises(ValueError, match="inside"):
-        parallel([fail, wait], CPU)
+        parallel([fail, wait], Host(CPU))

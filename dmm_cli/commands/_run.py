@@ -8,11 +8,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..errors import DmmError, capped, printable
+
+if TYPE_CHECKING:
+    from ..savepoint import Savepoint
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED, CRASHED = 130, 141, 143, 70
 
@@ -62,6 +67,21 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signal.SIGTERM, previous)
 
     return run
+
+
+@contextlib.contextmanager
+def resumable(output: Path, **inputs: object) -> Iterator[Savepoint]:
+    """The savepoint of a long computation; tells the user who interrupts it how to go on, see ``savepoint``."""
+    from ..savepoint import savepoint
+
+    place = None
+    try:
+        with savepoint(output, **inputs) as states:
+            place = states.directory
+            yield states
+    finally:
+        if place and place.exists():
+            print(f"what is done is kept: the same command goes on from {printable(str(place), 2000)}", file=sys.stderr)
 
 
 def _drop_stdout() -> None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_sources
+from ..ranks import Ranks, joined
 from ..synthesis import ENGINES, LOSSES
 from . import _options as options
 from ._provenance import records, stamp
-from ._run import epilog, guarded
+from ._run import epilog, guarded, resumable
 from ._statistics import require_input, statistics_of
 
 if TYPE_CHECKING:
@@ -98,18 +99,22 @@ def synthesize(
 
     settings = Settings(count, steps, batch, seed, engine, weights)
     prior = options.numbers(class_prior, "--class-prior")
-    manifest, data = synthesize_sources(
-        sources,
-        output,
-        settings,
-        arch=arch,
-        flags=flags,
-        device=device,
-        prior=prior,
-        recorded=recorded,
-        force=force,
-        on_progress=Progress(quiet),
-    )
+    with joined() as ranks:
+        manifest, data = synthesize_sources(
+            sources,
+            output,
+            settings,
+            arch=arch,
+            flags=flags,
+            device=device,
+            prior=prior,
+            recorded=recorded,
+            force=force,
+            ranks=ranks,
+            on_progress=Progress(quiet),
+        )
+        if not ranks.is_first:
+            return
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     if grid:
         from ..report.figures import image_grid
@@ -130,12 +135,15 @@ def synthesize_sources(
     prior: tuple[float, ...] = (),
     recorded: Mapping[str, Source] | None = None,
     force: bool = False,
+    ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> tuple[SynthesisManifest, PseudoData]:
-    """Load the teachers, synthesise, and write the pseudo-data file; for ``recorded`` see ``load_teachers``."""
+    """Load the teachers, synthesise, and write the pseudo-data file; go on from what an interrupted call has done.
 
+    For ``recorded`` see ``load_teachers``.
+    """
     from ..manifest import SynthesisManifest
-    from ..runtime import describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device
     from ..synthesis.inversion import synthesize as invert
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
@@ -143,13 +151,24 @@ def synthesize_sources(
     where = resolve_device(device)
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
     started = time.monotonic()
-    data, history = invert(teachers, spec, settings, where, on_progress)
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
-    statistics = sorted((recorded or {}).values(), key=lambda file: file.sha256)
-    facts = {"statistics": json.dumps([file.sha256 for file in statistics])} if statistics else {}
-    metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed), **facts)
-    inputs = [path for source in (*sources, *statistics) for path in source.files]
-    save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
+    files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
+    statistics = [file.sha256 for file in files]
+    depends = {
+        "sources": [source.sha256 for source in sources],
+        "input": asdict(spec),
+        "prior": prior,
+        "arch": arch,
+        "statistics": statistics,
+    }
+    with resumable(output, **depends, **parameters, device=where.type) as reached:
+        data, history = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress))
+        if ranks.is_first:
+            facts = {"statistics": json.dumps(statistics)} if statistics else {}
+            metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed), **facts)
+            inputs = [path for source in (*sources, *files) for path in source.files]
+            save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
+        ranks.wait()
     manifest = SynthesisManifest(
         sources=records(sources),
         teachers=tuple(_teacher_report(number, teachers, data) for number in range(len(teachers))),

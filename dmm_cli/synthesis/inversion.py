@@ -5,68 +5,50 @@ Legend: T teachers, N images, B images of a batch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..curves import Recorder
 from ..errors import DmmError
 from ..images import InputSpec, PixelSpace
 from ..manifest import History
-from ..runtime import one_thread
+from ..runtime import Host, one_thread
+from ..savepoint import Savepoint
 from . import ENGINES
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
-from .settings import Progress, Settings
+from .settings import Settings
 from .teacher import Teacher
 
 
 def synthesize(
-    teachers: Sequence[Teacher],
-    spec: InputSpec,
-    settings: Settings,
-    device: torch.device,
-    on_progress: Progress | None = None,
+    teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host
 ) -> tuple[PseudoData, History]:
     """Invert the normalisation statistics of all teachers into labelled pseudo-data.
 
     Args:
-        teachers: frozen and on ``device``; where a prior is missing it is estimated.
+        teachers: frozen and on the host's device; where a prior is missing it is estimated.
 
     Returns:
         The images every teacher recognises as their target (at most ``settings.count`` each, in
-        teacher order), and the curves of the loss terms.
+        teacher order), and the curves of the loss terms. Every process gets the same.
 
     Raises:
         DmmError: a teacher recognises none of its images.
     """
-    with one_thread(device):
-        return _synthesize(teachers, spec, settings, device, on_progress)
-
-
-def _synthesize(
-    teachers: Sequence[Teacher],
-    spec: InputSpec,
-    settings: Settings,
-    device: torch.device,
-    on_progress: Progress | None,
-) -> tuple[PseudoData, History]:
-    engine = ENGINES.load(settings.engine)(teachers, spec, settings, device)
-    ready = list(teachers)
-    if any(teacher.prior is None for teacher in teachers):
-        seen = engine.explore(on_progress)
-        ready = [_with_prior(teacher, logits) for teacher, logits in zip(teachers, seen, strict=True)]
-    recorder = Recorder(settings.steps)
-    engine.fit([teacher.prior for teacher in ready], recorder, on_progress)
-    space = PixelSpace(spec, device)
-    parts = [
-        _harvest(teacher, engine.candidates(number, teacher.prior), space, settings.count)
-        for number, teacher in enumerate(ready)
-    ]
-    history = recorder.history()
-    return _assemble(ready, parts, spec, history), history
+    host = replace(host, savepoint=host.savepoint or Savepoint())
+    with one_thread(host.device):
+        engine = ENGINES.load(settings.engine)(teachers, spec, settings, host)
+        ready = list(teachers)
+        if any(teacher.prior is None for teacher in teachers):
+            ready = [_with_prior(*pair) for pair in zip(teachers, engine.explore(), strict=True)]
+        history = engine.fit([teacher.prior for teacher in ready])
+        harvest = Harvest(ready, spec, settings.count, host.device)
+        for number, teacher in enumerate(ready):
+            harvest.add(engine.candidates(number, teacher.prior))
+        return harvest.pseudo_data(history), history
 
 
 def _with_prior(teacher: Teacher, logits: torch.Tensor) -> Teacher:
@@ -76,56 +58,67 @@ def _with_prior(teacher: Teacher, logits: torch.Tensor) -> Teacher:
     return replace(teacher, prior=from_predictions(logits), prior_from="estimated")
 
 
-def _harvest(teacher: Teacher, candidates, space: PixelSpace, count: int) -> dict[str, np.ndarray | int]:
-    """The first ``count`` candidates that the teacher, shown the bytes, classifies as their target."""
-    kept: list[tuple[torch.Tensor, ...]] = []
-    accepted = rejected = 0
-    for images, targets in candidates:
-        pixels = space.to_bytes(images)
-        logits = teacher.logits(space.from_bytes(pixels)).cpu()
-        good = torch.nonzero(logits.argmax(1) == targets)[: count - accepted, 0]
-        rejected += int((logits.argmax(1) != targets).sum())
-        accepted += len(good)
+class Harvest:
+    """The images that teachers recognise, in arrays of their own from the start: they are in memory once."""
+
+    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, count: int, device: torch.device) -> None:
+        self._teachers, self._spec, self._count = teachers, spec, count
+        self._space, self._device = PixelSpace(spec, device), device
+        rows, classes = count * len(teachers), teachers[0].num_classes
+        self._arrays = {
+            "images": np.empty((rows, *spec.size), np.uint8),
+            "targets": np.empty(rows, np.int64),
+            "teacher_id": np.empty(rows, np.int16),
+            "logits": np.empty((rows, classes), np.float16),
+            "confidence": np.empty(rows, np.float16),
+        }
+        self._rows = 0
+        self._records: list[TeacherRecord] = []
+
+    def add(self, candidates: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keep the first of the next teacher's candidates that it classifies as their target, up to ``count``.
+
+        Args:
+            candidates: images, uint8 (B, C, H, W), and targets (B,).
+
+        Raises:
+            DmmError: the teacher recognises none.
+        """
+        teacher = self._teachers[len(self._records)]
+        accepted = rejected = 0
+        for pixels, targets in candidates:
+            logits = teacher.logits(self._space.from_bytes(pixels.to(self._device))).cpu()
+            hits = logits.argmax(1) == targets
+            good = torch.nonzero(hits)[: self._count - accepted, 0]
+            rejected += int((~hits).sum())
+            accepted += len(good)
+            self._keep(pixels[good], targets[good], logits[good])
+            if accepted >= self._count:
+                break
+        if not accepted:
+            raise DmmError(
+                f"{teacher.label} recognises none of its {rejected} pseudo-images",
+                hint="give it more --steps, or a higher --loss cross_entropy=...",
+            )
+        prior = tuple(round(float(value), 6) for value in teacher.prior)
+        self._records.append(TeacherRecord(teacher.label, teacher.sha256, prior, accepted, rejected))
+
+    def _keep(self, pixels: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> None:
+        rows = slice(self._rows, self._rows + len(targets))
         confidence = logits.softmax(1).gather(1, targets[:, None])[:, 0]
-        kept.append((pixels.cpu()[good], targets[good], logits[good], confidence[good]))
-        if accepted >= count:
-            break
-    if not accepted:
-        raise DmmError(
-            f"{teacher.label} recognises none of its {rejected} pseudo-images",
-            hint="give it more --steps, or a higher --loss cross_entropy=...",
-        )
-    images, targets, logits, confidence = (torch.cat(column).numpy() for column in zip(*kept, strict=True))
-    return {
-        "images": images,
-        "targets": targets,
-        "logits": logits.astype(np.float16),
-        "confidence": confidence.astype(np.float16),
-        "accepted": accepted,
-        "rejected": rejected,
-    }
+        self._arrays["images"][rows] = pixels.numpy()
+        self._arrays["targets"][rows] = targets.numpy()
+        self._arrays["teacher_id"][rows] = len(self._records)
+        self._arrays["logits"][rows] = logits.numpy()
+        self._arrays["confidence"][rows] = confidence.numpy()
+        self._rows += len(targets)
 
-
-def _assemble(teachers: Sequence[Teacher], parts: Sequence[dict], spec: InputSpec, history: History) -> PseudoData:
-    owner = np.repeat(np.arange(len(parts), dtype=np.int16), [part["accepted"] for part in parts])
-    arrays = {
-        name: np.concatenate([part[name] for part in parts]) for name in ("images", "targets", "logits", "confidence")
-    }
-    records = tuple(
-        TeacherRecord(
-            teacher.label,
-            teacher.sha256,
-            tuple(round(float(value), 6) for value in teacher.prior),
-            part["accepted"],
-            part["rejected"],
+    def pseudo_data(self, history: History) -> PseudoData:
+        """All that was kept."""
+        return PseudoData(
+            **{name: array[: self._rows] for name, array in self._arrays.items()},
+            bn_loss=np.array(history.curves.get("norm", ()), dtype=np.float32),
+            teachers=tuple(self._records),
+            mean=self._spec.mean,
+            std=self._spec.std,
         )
-        for teacher, part in zip(teachers, parts, strict=True)
-    )
-    return PseudoData(
-        **arrays,
-        teacher_id=owner,
-        bn_loss=np.array(history.curves.get("norm", ()), dtype=np.float32),
-        teachers=records,
-        mean=spec.mean,
-        std=spec.std,
-    )

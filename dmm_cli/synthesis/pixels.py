@@ -1,87 +1,97 @@
 """Every pixel is a free parameter, as in DeepInversion (Yin et al., CVPR 2020).
 
-Legend: B images, K classes.
+Legend: B images, K classes, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from ..curves import Recorder
 from ..images import InputSpec, PixelSpace
+from ..manifest import History
+from ..runtime import Host
 from ..runtime import generator as random_stream
+from .batch import Batch, finished
 from .objective import Objective
 from .prior import draw_targets
-from .settings import Progress, Settings
+from .settings import Settings
 from .teacher import Teacher
+from .work import work_through
 
-LEARNING_RATE, BETAS = 0.1, (0.9, 0.99)
 EXPLORED = 128  # images that a class prior is estimated from
 
 
+class Unit(NamedTuple):
+    """A batch of images of one teacher; all there is to know of it before it is begun."""
+
+    teacher: int
+    start: int
+
+    @property
+    def name(self) -> str:
+        """Of its savepoint."""
+        return f"images-{self.teacher}-{self.start}"
+
+
 class PixelEngine:
-    """Optimises ``settings.count`` images of each teacher, ``settings.batch`` at a time, apart from one another."""
+    """Optimises ``settings.count`` images of each teacher, ``settings.batch`` at a time, apart from one another.
 
-    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, device: torch.device) -> None:
-        self._teachers, self._spec, self._settings, self._device = teachers, spec, settings, device
-        self._space = PixelSpace(spec, device)
-        self._pool: list[tuple[torch.Tensor, ...]] = []
+    Every batch is drawn from a random stream of its own, so that neither their order nor the process that makes
+    one matters; processes share the batches.
+    """
 
-    def explore(self, on_progress: Progress | None = None) -> list[torch.Tensor]:
+    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host) -> None:
+        self._teachers, self._spec, self._settings, self._host = teachers, spec, settings, host
+        starts = range(0, settings.count, settings.batch)
+        self._units = [Unit(number, start) for number in range(len(teachers)) for start in starts]
+
+    def explore(self) -> list[torch.Tensor]:
         """Fit the statistics alone; returns each teacher's logits (B, K) on the images."""
         objective = Objective({**self._settings.weights, "cross_entropy": 0.0})
-        logits = []
-        for number, teacher in enumerate(self._teachers):
-            stream = random_stream(self._settings.seed, "explore", number)
-            images, _ = self._optimise(teacher, torch.zeros(EXPLORED, dtype=torch.int64), objective, stream, None)
-            logits.append(teacher.logits(images).cpu())
-            if on_progress:
-                on_progress("estimate class priors", number + 1, len(self._teachers))
-        return logits
+        names = [f"explore-{number}" for number in range(len(self._teachers))]
+        mine = self._host.ranks.deal(range(len(names)))
+        targets = torch.zeros(EXPLORED, dtype=torch.int64)
+        self._optimise([(names[i], i, lambda _: targets, objective) for i in mine])
+        return [
+            self._host.ranks.fetch(i, lambda i=i: self._logits(self._teachers[i], names[i])) for i in range(len(names))
+        ]
 
-    def fit(self, priors: list[torch.Tensor], recorder: Recorder, on_progress: Progress | None = None) -> None:
-        """Optimise all images for ``settings.steps`` steps on targets drawn from the class priors (K,)."""
-        count, batch = self._settings.count, self._settings.batch
-        jobs = [(number, start) for number in range(len(self._teachers)) for start in range(0, count, batch)]
-        pool: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._teachers]
+    def fit(self, priors: list[torch.Tensor]) -> History:
+        """Optimise all images on targets drawn from the class priors (K,); returns the first batch's curves."""
         objective = Objective(self._settings.weights)
-        for done, (number, start) in enumerate(jobs):
-            stream = random_stream(self._settings.seed, "pixels", number, start)
-            targets = draw_targets(priors[number], min(batch, count - start), stream)
-            first = recorder if done == 0 else None
-            images, terms = self._optimise(self._teachers[number], targets, objective, stream, first)
-            pool[number].append((images, targets))
-            if on_progress:
-                shown = {name: float(value) for name, value in terms.items()}
-                on_progress("synthesize", done + 1, len(jobs), **shown)
-        self._pool = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in pool]
+        self._optimise(
+            [
+                (unit.name, unit.teacher, partial(self._targets, priors[unit.teacher], unit), objective)
+                for unit in self._host.ranks.deal(self._units)
+            ]
+        )
+        return self._host.ranks.fetch(0, lambda: finished(self._host, self._units[0].name).history)
 
-    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """All images of one teacher, normalised (B, C, H, W), and their targets (B,), once."""
-        yield self._pool[teacher]
+    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All images of one teacher, uint8 (B, C, H, W), and their targets (B,), batch by batch."""
+        for number, unit in enumerate(self._units):
+            if unit.teacher == teacher:
+                made = self._host.ranks.fetch(number, lambda unit=unit: finished(self._host, unit.name))
+                yield made.images, made.targets
 
-    def _optimise(
-        self,
-        teacher: Teacher,
-        targets: torch.Tensor,
-        objective: Objective,
-        stream: torch.Generator,
-        recorder: Recorder | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Images (B, C, H, W) for targets (B,), from noise, and the last step's loss terms."""
-        start = torch.randn(len(targets), *self._spec.size, generator=stream)
-        pixels, targets = start.to(self._device).requires_grad_(True), targets.to(self._device)
-        optimiser = torch.optim.Adam([pixels], LEARNING_RATE, BETAS, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self._settings.steps)
-        terms: dict[str, torch.Tensor] = {}
-        for step in range(self._settings.steps):
-            total, terms = objective(teacher, self._space.normalise(pixels.sigmoid()), targets)
-            optimiser.zero_grad(set_to_none=True)
-            total.backward()
-            optimiser.step()
-            schedule.step()
-            if recorder is not None and recorder.wants(step):
-                recorder.add(step, terms)
-        return self._space.normalise(pixels.detach().sigmoid()), terms
+    def _targets(self, prior: torch.Tensor, unit: Unit, stream: torch.Generator) -> torch.Tensor:
+        return draw_targets(prior, min(self._settings.batch, self._settings.count - unit.start), stream)
+
+    def _optimise(self, jobs: Sequence[tuple[str, int, Callable[[torch.Generator], torch.Tensor], Objective]]) -> None:
+        """Make the batches that are not there yet: their names, teachers, targets from a stream, and objectives."""
+
+        def begin(name: str, number: int, draw: Callable, objective: Objective) -> Batch:
+            stream = random_stream(self._settings.seed, "pixels", name)
+            teacher = self._teachers[number].view()
+            return Batch(name, teacher, draw(stream), objective, self._spec, self._settings, self._host, stream)
+
+        left = [partial(begin, *job) for job in jobs if finished(self._host, job[0]) is None]
+        work_through(left, self._settings.steps, self._host)
+
+    def _logits(self, teacher: Teacher, name: str) -> torch.Tensor:
+        space = PixelSpace(self._spec, self._host.device)
+        return teacher.logits(space.from_bytes(finished(self._host, name).images.to(self._host.device))).cpu()

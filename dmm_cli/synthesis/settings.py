@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-
-Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, dmm, shell, small_net
+from conftest import DIGITS, ROOT, dmm, shell
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import __version__
@@ -161,7 +162,7 @@ def test_broken_checkpoints_are_named_by_merge(tmp_path, kind):
 
 def test_teachers_that_cannot_teach(tmp_path, write):
     out = tmp_path / "out.safetensors"
-    unknown = dmm("synthesize", write("odd", **small_net(0)), "-o", out)
+    unknown = dmm("synthesize", write("odd", strange__weight=np.ones(3, np.float32)), "-o", out)
     assert unknown.exit_code == 2 and "cannot tell the architecture" in unknown.stderr
     import torch
     from safetensors.torch import save_file as save_torch
@@ -256,29 +257,32 @@ def test_a_full_disk_behind_stdout_is_an_error():
     assert result.stderr == "error: No space left on device: standard output\n"
 
 
-def test_an_interrupted_synthesis_ends_at_once_and_writes_nothing(tmp_path):
+def test_an_interrupted_synthesis_ends_at_once_and_keeps_what_is_done(tmp_path):
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-m", "dmm_cli", "synthesize", str(SITES[3]), "-o", str(out), "--steps", "100000"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline().startswith("synthesize")
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=20)
-    assert process.returncode == 130 and rest.endswith("interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    assert process.returncode == 130 and "interrupted\n" in rest
+    assert f"the same command goes on from {out}.partial" in rest
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.safetensors.partial"]
 
 
-def big(path, seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    save_file({f"w{i}": draw.standard_normal((1000, 1000), dtype=np.float32) for i in range(60)}, path)
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> list[Path]:
+    """Two files that take a moment to merge."""
+    paths = [tmp_path_factory.mktemp("big") / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        draw = np.random.default_rng(seed)
+        save_file({f"w{i}": draw.standard_normal((1000, 1000), dtype=np.float32) for i in range(60)}, path)
+    return paths
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_killed_merge_leaves_no_partial_file(tmp_path, number, code):
-    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
-    for i, path in enumerate(paths):
-        big(path, i)
+def test_a_killed_merge_leaves_no_partial_file(tmp_path, big, number, code):
     out = tmp_path / "out.safetensors"
-    arguments = ["merge", *map(str, paths), "--align", "never", "-o", str(out)]
+    arguments = ["merge", *map(str, big), "--align", "never", "-o", str(out)]
     command = [sys.executable, "-m", "dmm_cli", *arguments]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60

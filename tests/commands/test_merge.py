@@ -143,14 +143,15 @@ def test_eight_files_are_merged_on_one_core(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [["--max-shard-size", "200KB"], ["--method", "tsv", "--base", str(BASE)]])
 def test_two_processes_write_the_bytes_of_one(tmp_path, flags):
     folders = [tmp_path / "one", tmp_path / "two"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for folder, start in zip(folders, ([], launch), strict=True):
+    for folder in folders:
         folder.mkdir()
-        out = folder / "model.safetensors"
-        command = [sys.executable, *start, "-m", "dmm_cli", "merge", *map(str, SITES), *flags, "-o", str(out)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("written") == 1
+    arguments = [["merge", *map(str, SITES), *flags, "-o", str(folder / "model.safetensors")] for folder in folders]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmm_cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *arguments[1]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert dmm(*arguments[0]).exit_code == 0
+    assert done.stdout.count("written") == 1
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert one == two and len(one) == (1 if "tsv" in flags else 6)

@@ -12,6 +12,7 @@ from dmm_cli.commands.synthesize import load_teachers
 from dmm_cli.errors import DmmError
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.runtime import Host
 from dmm_cli.synthesis import ENGINES
 from dmm_cli.synthesis.inversion import synthesize
 from dmm_cli.synthesis.objective import Objective
@@ -21,6 +22,7 @@ from dmm_cli.synthesis.statistics import NormLayer
 from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
+HOST = Host(CPU)
 QUICK = {"generator": Settings(64, 120, 32), "pixels": Settings(32, 120, 32, engine="pixels")}
 
 
@@ -31,7 +33,7 @@ def teachers(*names: str):
 @pytest.fixture(scope="module")
 def drawn():
     """Pseudo-data of two sites, by each engine."""
-    return {name: synthesize(*teachers("d", "e"), settings, CPU) for name, settings in QUICK.items()}
+    return {name: synthesize(*teachers("d", "e"), settings, HOST) for name, settings in QUICK.items()}
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())
@@ -77,7 +79,7 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
     for number, seed in enumerate((0, 0, 1)):
         owners, spec = teachers("d")
         torch.set_num_threads(1 + number)
-        data, _ = synthesize(owners, spec, replace(settings, seed=seed), CPU)
+        data, _ = synthesize(owners, spec, replace(settings, seed=seed), HOST)
         files.append(tmp_path / f"{number}.safetensors")
         save_pseudo_data(files[-1], data, {})
     first, second, other = (file.read_bytes() for file in files)
@@ -88,7 +90,7 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
 def test_a_known_prior_is_kept():
     (owner,), spec = teachers("d")
     given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")
-    data, _ = synthesize([given], spec, Settings(40, 30, 32), CPU)
+    data, _ = synthesize([given], spec, Settings(40, 30, 32), HOST)
     assert data.teachers[0].prior[7:9] == (0.25, 0.75)
 
 

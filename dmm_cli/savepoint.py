@@ -1,0 +1,95 @@
+"""What a long computation has reached, kept beside its output: a killed one goes on, to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import __version__
+from .checkpoint import Checkpoint, save_arrays
+from .errors import DmmError
+from .inputs import resolve_source
+
+LONGEST = 255  # bytes of a file name
+SUFFIX = ".partial"
+
+
+class State(NamedTuple):
+    """What one part of a computation has reached: arrays, and whatever JSON holds."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+
+class Savepoint:
+    """Named states in a directory, or in memory where there is none.
+
+    Args:
+        key: of the inputs and the parameters; a state that was saved under another one is not found.
+    """
+
+    def __init__(self, directory: Path | None = None, key: str = "") -> None:
+        self.directory, self._key = directory, key
+        self._held: dict[str, State] = {}
+
+    def load(self, name: str) -> State | None:
+        """The state last saved under a name, None where there is none that counts."""
+        if self.directory is None:
+            return self._held.get(name)
+        path = self._path(name)
+        with suppress(DmmError):  # damaged, or not ours: as good as not there
+            if path.is_file():
+                source = resolve_source(str(path))
+                if source.metadata.get("dmm.key") == self._key:
+                    with Checkpoint(source) as file:
+                        arrays = {tensor: file.array(tensor) for tensor in source.tensors}
+                    return State(arrays, json.loads(source.metadata["dmm.notes"]))
+        return None
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any] | None = None) -> None:
+        """Keep a state in place of an earlier one of that name."""
+        if self.directory is None:
+            self._held[name] = State(dict(arrays), dict(notes or {}))
+            return
+        self.directory.mkdir(exist_ok=True)
+        metadata = {"dmm.key": self._key, "dmm.notes": json.dumps(notes or {}, sort_keys=True)}
+        save_arrays(self._path(name), arrays, metadata, force=True)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+
+@contextmanager
+def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
+    """The states of a computation that will write ``output``, in ``<output>.partial``.
+
+    The directory stays when the block is interrupted, fails, or finds no room on the disk; it is removed when the
+    block ends well, or in an error that would only come again.
+
+    Args:
+        inputs: everything, as JSON, that the bytes of the output depend on.
+    """
+    versions = [__version__, torch.__version__]
+    key = hashlib.sha256(json.dumps([versions, inputs], sort_keys=True, default=str).encode()).hexdigest()
+    name = output.name + SUFFIX
+    if len(os.fsencode(name)) > LONGEST:
+        name = hashlib.sha256(os.fsencode(output.name)).hexdigest() + SUFFIX
+    directory = output.with_name(name)
+    try:
+        yield Savepoint(directory, key)
+    except BaseException as error:
+        if isinstance(error, DmmError) and not isinstance(error.__cause__, OSError):
+            shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):
+            directory.rmdir()  # nothing was saved in it
+        raise
+    shutil.rmtree(directory, ignore_errors=True)

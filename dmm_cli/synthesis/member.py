@@ -1,0 +1,127 @@
+"""One of the networks that draw images, in training.
+
+Legend: K classes, B images per teacher, Z latent size, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..curves import Recorder
+from ..images import InputSpec, PixelSpace
+from ..runtime import Host, mixed_precision, seeded
+from ..runtime import generator as random_stream
+from ..training import Replay, Trainer
+from .network import LATENT, Generator
+from .objective import Objective
+from .prior import draw_targets
+from .settings import Settings
+from .teacher import Teacher
+
+LEARNING_RATE, BETAS, WARM_UP = 3e-3, (0.5, 0.99), 0.1
+BLOCK = 256  # images drawn at once
+
+
+class Member:
+    """One generator with its optimiser and its own view of the teachers; begins where its savepoint ends.
+
+    Attributes:
+        recorder: curves of the mean of the teachers' loss terms.
+    """
+
+    def __init__(
+        self, number: int, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host
+    ) -> None:
+        self._number, self._settings, self._host = number, settings, host
+        self._teachers = [teacher.view() for teacher in teachers]
+        self._space = PixelSpace(spec, host.device)
+        with seeded(settings.seed, "generator weights", number):
+            network = Generator(spec.size, sum(teacher.num_classes for teacher in teachers))
+        self._network = network.to(host.device, memory_format=torch.channels_last)
+        stream = random_stream(settings.seed, "generator", number)
+        self._trainer = Trainer(self._network, LEARNING_RATE, settings.steps, stream, BETAS, WARM_UP)
+        widths = torch.tensor([0, *(teacher.num_classes for teacher in teachers)])
+        self._offsets = widths.cumsum(0)[:-1].tolist()
+        self._explored: list[torch.Tensor] = []
+        self.recorder = Recorder(settings.steps)
+        self.plan(Objective(settings.weights), settings.steps, None)
+        self._resume()
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return self._trainer.done
+
+    def save(self) -> None:
+        """Keep what there is, to go on from."""
+        explored = {f"explored.{number}": logits.numpy() for number, logits in enumerate(self._explored)}
+        notes = {"curves": self.recorder.state()}
+        self._host.savepoint.save(f"generator-{self._number}", {**self._trainer.state(), **explored}, notes)
+
+    def _resume(self) -> None:
+        state = self._host.savepoint.load(f"generator-{self._number}")
+        if state is not None:
+            names = [name for name in state.arrays if name.startswith("explored.")]
+            self._explored = [torch.from_numpy(state.arrays.pop(f"explored.{i}")) for i in range(len(names))]
+            self._trainer.restore(state.arrays)
+            self.recorder.restore(state.notes["curves"])
+
+    def plan(self, objective: Objective, until: int, priors: list[torch.Tensor] | None) -> None:
+        """What ``train`` is to do: go on until there are so many steps, on targets drawn from the priors (K,).
+
+        Without priors all classes are equally likely, and no curve is recorded.
+        """
+        self._objective, self._until, self._priors = objective, until, priors
+
+    def train(self) -> Iterator[dict[str, float]]:
+        """Take the planned steps, giving the newest point of the curves after each."""
+        self._network.train()
+        uniform = [torch.full((teacher.num_classes,), 1 / teacher.num_classes) for teacher in self._teachers]
+        step = Replay(self._step, self._host.device)
+        shown: dict[str, float] = {}
+        while self.done < self._until:
+            targets = [draw_targets(p, self._settings.batch, self._trainer.stream) for p in self._priors or uniform]
+            latent = torch.randn(sum(map(len, targets)), LATENT, generator=self._trainer.stream)
+            terms = step(latent, *targets)
+            self._trainer.advance()
+            if self._priors and self.recorder.wants(self.done - 1):
+                shown = self.recorder.add(self.done - 1, terms)
+            yield shown
+
+    def _step(self, latent: torch.Tensor, *targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on latents (T * B, Z) and every teacher's targets (B,); gives the mean of the teachers' terms."""
+        condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)])
+        images = self._paint(latent, condition)  # in one pass, so that its normalisation sees all teachers
+        parts = images.split([len(target) for target in targets])
+        outcomes = [self._objective(*batch) for batch in zip(self._teachers, parts, targets, strict=True)]
+        self._trainer.descend(torch.stack([total for total, _ in outcomes]).sum())
+        return {name: torch.stack([terms[name] for _, terms in outcomes]).mean() for name in outcomes[0][1]}
+
+    def explored(self, count: int) -> list[torch.Tensor]:
+        """Every teacher's logits (count, K) on images drawn without regard to class, when first asked."""
+        stream = random_stream(self._settings.seed, "explored", self._number)
+        for number in range(len(self._explored), len(self._teachers)):
+            teacher = self._teachers[number]
+            targets = torch.randint(teacher.num_classes, (count,), generator=stream)
+            latent = torch.randn(count, LATENT, generator=stream)
+            self._explored.append(teacher.logits(self._draw(number, latent, targets)).cpu())
+        return self._explored
+
+    def candidates(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Images of one teacher, uint8 (B, C, H, W), from latents (B, Z) for targets (B,)."""
+        return self._space.to_bytes(self._draw(teacher, latent, targets)).cpu()
+
+    @torch.no_grad()
+    def _draw(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), normalised."""
+        self._network.eval()
+        condition = targets + self._offsets[teacher]
+        blocks = zip(latent.split(BLOCK), condition.split(BLOCK), strict=True)
+        return torch.cat([self._paint(z.to(self._host.device), c.to(self._host.device)) for z, c in blocks])
+
+    def _paint(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        with mixed_precision(self._host.device):
+            parameters = self._network(latent, condition)
+        return self._space.normalise(parameters.float().sigmoid())

@@ -1,0 +1,127 @@
+"""A module in training that can be put aside at any step, and a step that a GPU replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+EAGER = 3  # steps before a GPU captures one: libraries allocate and choose kernels in the first ones
+
+Result = TypeVar("Result")
+
+
+class Trainer:
+    """Fused Adam on a one-cycle schedule (Smith and Topin, 2018), with the random stream that feeds the module.
+
+    Args:
+        rate: the highest learning rate. warm_up: share of the steps in which it rises to it; a cosine brings it down.
+
+    Attributes:
+        done: steps taken.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rate: float,
+        steps: int,
+        stream: torch.Generator,
+        betas: tuple[float, float],
+        warm_up: float,
+    ) -> None:
+        self.module, self.stream, self.done = module, stream, 0
+        device = next(module.parameters()).device
+        on_gpu = device.type == "cuda"
+        first = torch.tensor(rate, device=device) if on_gpu else rate  # a captured step reads it from the device
+        self._optimiser = torch.optim.Adam(module.parameters(), first, betas, fused=True, capturable=on_gpu)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimiser, rate, total_steps=steps + 1, pct_start=warm_up, cycle_momentum=False
+        )
+
+    def descend(self, loss: torch.Tensor) -> None:
+        """One step down the gradient of a scalar; a GPU may capture it."""
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimiser.step()
+
+    def advance(self) -> None:
+        """Count a step and set the learning rate of the next."""
+        self.done += 1
+        self._schedule.step()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Weights, buffers, moments, random stream, and where in the schedule they belong."""
+        moments = self._optimiser.state_dict()["state"]
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        tensors |= {f"moment.{i}.{name}": value for i, entry in moments.items() for name, value in entry.items()}
+        arrays = {name: value.detach().cpu().numpy().copy() for name, value in tensors.items()}
+        rate = float(self._optimiser.param_groups[0]["lr"])
+        place = {"done": np.array(self.done), "rate": np.array(rate), "stream": self.stream.get_state().numpy()}
+        return {**arrays, **place}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from a ``state``."""
+        tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        weights = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+        self.module.load_state_dict(weights)
+        state = self._optimiser.state_dict()
+        for name, value in tensors.items():
+            if name.startswith("moment."):
+                _, number, part = name.split(".")
+                state["state"].setdefault(int(number), {})[part] = value
+        for number, parameter in enumerate(self.module.parameters()):
+            entry = state["state"].get(number, {})
+            for part in entry.keys() - {"step"}:  # in the layout of the weights, as the fused kernel reads them
+                entry[part] = torch.empty_like(parameter, requires_grad=False).copy_(entry[part])
+        group = state["param_groups"][0]
+        rate = float(tensors["rate"])
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+        self._optimiser.load_state_dict(state)
+        self.stream.set_state(tensors["stream"])
+        self.done = self._schedule.last_epoch = int(tensors["done"])
+
+
+class Replay(Generic[Result]):
+    """A function of tensors of fixed shapes: captured once in a CUDA graph and replayed, without a word from Python.
+
+    The result of a replay is overwritten by the next. On the CPU the function is simply called.
+    """
+
+    def __init__(self, function: Callable[..., Result], device: torch.device) -> None:
+        self._function, self._device, self._calls = function, device, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._result: Result
+
+    def __call__(self, *inputs: torch.Tensor) -> Result:
+        inputs = tuple(value.to(self._device, non_blocking=True) for value in inputs)
+        if self._device.type != "cuda":
+            return self._function(*inputs)
+        self._calls += 1
+        if self._calls <= EAGER:
+            return self._aside(inputs)
+        if self._graph is None:
+            self._capture(inputs)
+        for held, value in zip(self._inputs, inputs, strict=True):
+            held.copy_(value)
+        self._graph.replay()
+        return self._result
+
+    def _aside(self, inputs: tuple[torch.Tensor, ...]) -> Result:
+        """Called on a stream of its own, as capture demands of the steps before it."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            result = self._function(*inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        return result
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._inputs = tuple(value.clone() for value in inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self._function(*self._inputs)

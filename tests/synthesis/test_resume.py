@@ -1,0 +1,111 @@
+"""Interrupted, killed and shared: always the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import DIGITS, ROOT
+
+from dmm_cli.commands.synthesize import synthesize_sources
+from dmm_cli.inputs import resolve_sources
+from dmm_cli.synthesis import ENGINES, work
+from dmm_cli.synthesis.settings import Settings
+
+SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "de"]
+SHORT = {"generator": Settings(12, 8, 4), "pixels": Settings(12, 8, 4, engine="pixels")}
+
+
+class Watcher:
+    """Notes the progress, and interrupts at a share of it."""
+
+    def __init__(self, until: float = 2.0) -> None:
+        self._until = until
+        self.first = self.last = None
+
+    def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        self.first = done / total if self.first is None else self.first
+        self.last = done / total
+        if self.last >= self._until:
+            self._until = 2.0
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # the others wait for their turn to tell, so that none is done before all are stopped
+
+
+def made(path, settings, watcher=None, **options) -> bytes:
+    synthesize_sources(
+        resolve_sources(SITES), path, settings, arch=None, device="cpu", on_progress=watcher or Watcher(), **options
+    )
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    """What each engine makes when nothing comes between."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {name: made(folder / f"{name}.safetensors", settings) for name, settings in SHORT.items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_an_interrupted_synthesis_goes_on_to_the_same_bytes(tmp_path, whole, engine):
+    """Interrupted while the class prior is estimated, and once more while the images are made."""
+    out, settings = tmp_path / "p.safetensors", SHORT[engine]
+    for share in (0.2, 0.7):
+        with pytest.raises(KeyboardInterrupt):
+            made(out, settings, Watcher(share))
+        assert not out.exists() and (tmp_path / "p.safetensors.partial").is_dir()
+    rest = Watcher()
+    assert made(out, settings, rest) == whole[engine]
+    assert rest.last == 1 and (rest.first > 0.5 or engine == "pixels")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_state_saved_in_the_midst_counts_after_a_kill(tmp_path, whole, monkeypatch):
+    """As after SIGKILL: only what was saved at an interval is there."""
+    out, settings = tmp_path / "p.safetensors", SHORT["generator"]
+    directory = tmp_path / "p.safetensors.partial"
+    monkeypatch.setattr(work, "SAVE_EVERY", 0.0)
+    states = {}
+
+    def keep(stage, done, total, **numbers):
+        if done >= total // 2 and not states:
+            states.update((path.name, path.read_bytes()) for path in directory.glob("generator-*"))
+
+    made(out, settings, keep)
+    out.unlink()
+    directory.mkdir()
+    for name, content in states.items():
+        (directory / name).write_bytes(content)
+    rest = Watcher()
+    assert made(out, settings, rest) == whole["generator"]
+    assert states and rest.first > 0.3
+
+
+PROGRAM = """
+import sys
+import time
+from pathlib import Path
+sys.path.append({tests!r})
+from test_resume import SHORT, made
+from dmm_cli.ranks import joined
+with joined() as ranks:
+    for engine, settings in SHORT.items():
+        made(Path({folder!r}) / (engine + ".safetensors"), settings, ranks=ranks)
+"""
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path, whole):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    program.unlink()
+    assert {path.stem: path.read_bytes() for path in tmp_path.iterdir()} == whole

@@ -1,0 +1,65 @@
+"""States beside an output."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dmm_cli.errors import DmmError
+from dmm_cli.savepoint import Savepoint, savepoint
+
+
+def saved(out, **inputs) -> None:
+    """Leave a state behind, as a computation that was interrupted does."""
+    with pytest.raises(KeyboardInterrupt), savepoint(out, **inputs) as states:
+        states.save("part", {"x": np.arange(3)}, {"done": 2})
+        raise KeyboardInterrupt
+
+
+def test_a_state_comes_back_until_the_output_is_made(tmp_path):
+    out = tmp_path / "out.safetensors"
+    saved(out, seed=0)
+    with savepoint(out, seed=0) as states:
+        state = states.load("part")
+        assert state.arrays["x"].tolist() == [0, 1, 2] and state.notes == {"done": 2}
+        assert states.load("other") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_other_inputs_left_is_not_found(tmp_path):
+    out = tmp_path / "out.safetensors"
+    saved(out, seed=0, steps=3)
+    with savepoint(out, seed=1, steps=3) as states:
+        assert states.load("part") is None
+        states.save("part", {"x": np.ones(1)})
+        assert states.load("part").arrays["x"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_damaged_state_is_not_found(tmp_path, keep):
+    out = tmp_path / "out.safetensors"
+    saved(out)
+    (path,) = (tmp_path / "out.safetensors.partial").iterdir()
+    path.write_bytes(path.read_bytes()[:keep])
+    with savepoint(out) as states:
+        assert states.load("part") is None
+
+
+def test_the_longest_name_has_room_beside_it(tmp_path):
+    out = tmp_path / f"{'x' * 243}.safetensors"
+    saved(out)
+    assert [len(path.name) for path in tmp_path.iterdir()] == [72]
+
+
+@pytest.mark.parametrize(("cause", "stays"), [(None, False), (OSError("no space left"), True)])
+def test_errors_that_would_come_again_leave_nothing(tmp_path, cause, stays):
+    with pytest.raises(DmmError), savepoint(tmp_path / "out.safetensors") as states:
+        states.save("part", {"x": np.ones(1)})
+        raise DmmError("it failed") from cause
+    assert bool(list(tmp_path.iterdir())) == stays
+
+
+def test_without_a_directory_states_are_in_memory():
+    states = Savepoint()
+    states.save("part", {"x": np.ones(2)}, {"done": 1})
+    assert states.load("part").notes == {"done": 1} and states.load("other") is None
