@@ -41,15 +41,17 @@ class Host:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a user named: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
+    """The device a user named: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``; under torchrun each process its own GPU.
 
     Raises:
         DmmError: there is no such device, or not here; it is never replaced by another in silence.
     """
     require_device_name(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DmmError(
             f"no such device: {name}",

@@ -14,14 +14,16 @@ import typer
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
+from ..ranks import Ranks, joined
 from . import _options as options
 from ._provenance import ancestors, inherited, lineage, records, stamp
-from ._run import epilog, guarded
+from ._run import epilog, guarded, resumable
 
 if TYPE_CHECKING:
     import torch
 
-    from ..distillation.refine import Lessons, Settings
+    from ..distillation.lessons import Lessons
+    from ..distillation.refine import Settings
     from ..manifest import DistillManifest
     from ..synthesis.pseudodata import PseudoData
 
@@ -77,17 +79,21 @@ def distill(
     from ..distillation.refine import Settings
 
     settings = Settings(steps, batch, learning_rate, temperature, seed=seed)
-    manifest = distill_sources(
-        pupil,
-        sources,
-        pseudo,
-        output,
-        settings,
-        arch=arch,
-        device=device,
-        force=force,
-        on_progress=Progress(quiet),
-    )
+    with joined() as ranks:
+        manifest = distill_sources(
+            pupil,
+            sources,
+            pseudo,
+            output,
+            settings,
+            arch=arch,
+            device=device,
+            force=force,
+            ranks=ranks,
+            on_progress=Progress(quiet),
+        )
+        if not ranks.is_first:
+            return
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     _report(manifest, quiet, json)
 
@@ -102,15 +108,15 @@ def distill_sources(
     arch: str | None,
     device: str,
     force: bool = False,
+    ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> DistillManifest:
-    """Load the student and its lessons, refine, and write the checkpoint."""
-
+    """Load the student and its lessons, refine, and write the checkpoint; go on from what an interrupted call did."""
     from .. import architectures
     from ..checkpoint import save_like
     from ..distillation.refine import refine
     from ..manifest import DistillManifest, SourceRecord
-    from ..runtime import describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(device)
@@ -119,20 +125,24 @@ def distill_sources(
     model = model.to(where)
     layers = [layer for _, layer in architectures.norm_layers(model)]
     started = time.monotonic()
-    history, retention = refine(model, layers, lessons, settings, on_progress)
     parameters = asdict(settings)
     parents = records([student, *teachers])
-    metadata = stamp(
-        "distill",
-        parameters,
-        sources=lineage(parents),
-        data=data.sha256,
-        device=where.type,
-        seed=str(settings.seed),
-    )
-    inputs = [path for source in (student, data, *teachers) for path in source.files]
-    arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
-    save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
+    depends = {"sources": [parent.sha256 for parent in parents], "data": data.sha256, "arch": arch, **parameters}
+    with resumable(output, **depends, device=where.type, processes=ranks.count) as reached:
+        history, retention = refine(model, layers, lessons, settings, Host(where, reached, ranks, on_progress))
+        if ranks.is_first:
+            metadata = stamp(
+                "distill",
+                parameters,
+                sources=lineage(parents),
+                data=data.sha256,
+                device=where.type,
+                seed=str(settings.seed),
+            )
+            inputs = [path for source in (student, data, *teachers) for path in source.files]
+            arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+            save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
+        ranks.wait()
     return DistillManifest(
         student=parents[0],
         sources=parents[1:],
@@ -153,7 +163,7 @@ def _lessons(
     import numpy as np
     import torch
 
-    from ..distillation.refine import Lessons
+    from ..distillation.lessons import Lessons
     from ..images import InputSpec, PixelSpace
 
     _require_classes(data, student, num_classes)
@@ -162,9 +172,9 @@ def _lessons(
     rank = np.full(len(data.teachers), -1)
     rank[places] = np.arange(len(places))
     family = ancestors(student)
-    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
     return Lessons(
-        images=space.from_bytes(torch.from_numpy(data.images[rows]).to(device)),
+        images=torch.from_numpy(data.images[rows]).to(device),
+        space=PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device),
         targets=torch.from_numpy(data.targets[rows]).to(device),
         teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
         logits=torch.from_numpy(data.logits[rows].astype(np.float32)).to(device),

@@ -15,12 +15,12 @@ from ..images import InputSpec, PixelSpace
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
+from ..training import work_through
 from .batch import Batch, finished
 from .objective import Objective
 from .prior import draw_targets
 from .settings import Settings
 from .teacher import Teacher
-from .work import work_through
 
 EXPLORED = 128  # images that a class prior is estimated from
 
@@ -90,7 +90,7 @@ class PixelEngine:
             return Batch(name, teacher, draw(stream), objective, self._spec, self._settings, self._host, stream)
 
         left = [partial(begin, *job) for job in jobs if finished(self._host, job[0]) is None]
-        work_through(left, self._settings.steps, self._host)
+        work_through(left, "synthesize", self._settings.steps, self._host)
 
     def _logits(self, teacher: Teacher, name: str) -> torch.Tensor:
         space = PixelSpace(self._spec, self._host.device)
