@@ -6,7 +6,7 @@ import ast
 import importlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .header import ITEM_SIZE
-from .images import InputSpec
 from .inputs import Source
 from .registry import did_you_mean
+from .signature import example_shapes, joint_spec, single_spec, with_example_inputs
+from .spaces import Spec
 
 FILLING = {
     getattr(torch.Tensor, name)
@@ -94,7 +95,7 @@ def build(spec: str) -> nn.Module:
     """
     name, arguments = parse_arch(spec)
     if ":" in name:
-        return _factory(name)(**arguments)
+        return with_example_inputs(_factory(name)(**arguments), name)
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
@@ -300,34 +301,32 @@ def input_spec(
     source: Source,
     model: nn.Module,
     *,
-    size: Sequence[int] | None = None,
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
-) -> InputSpec:
+    size: Sequence[int] = (),
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+) -> Spec:
     """Size and normalisation: the arguments > config.json > ``dmm.input`` metadata > timm's defaults.
+
+    Of a model with example inputs, they tell the sizes, and ``dmm.input`` has mean and std by name.
 
     Raises:
         DmmError: mean and std do not fit the number of channels.
     """
+    given = json.loads(source.metadata.get("dmm.input", "{}"))
+    shapes = example_shapes(model)
+    if shapes:
+        if size:
+            raise DmmError("--input-size is for models that take images alone", hint="example_inputs tell the sizes")
+        return joint_spec(shapes, given, mean, std)
     known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
-    if "dmm.input" in source.metadata:
-        given = json.loads(source.metadata["dmm.input"])
+    if given:
         known |= {"input_size": given["size"], "mean": given["mean"], "std": given["std"]}
     known |= dict((source.config or {}).get("pretrained_cfg") or {})
-    size = tuple(size or known.get("input_size", (3, 224, 224)))
-    mean = _per_channel(mean or known.get("mean", (0.0,)), size[0])
-    std = _per_channel(std or known.get("std", (1.0,)), size[0])
-    if len(mean) != size[0] or len(std) != size[0]:
-        raise DmmError(
-            f"{len(mean)} means and {len(std)} deviations for {size[0]} channels",
-            hint="give one value per channel, or one for all, with --mean and --std",
-        )
-    return InputSpec(size, mean, std)
-
-
-def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
-    values = tuple(float(value) for value in values)
-    return values * channels if len(values) == 1 else values
+    return single_spec(
+        size or known.get("input_size", (3, 224, 224)),
+        mean or known.get("mean", (0.0,)),
+        std or known.get("std", (1.0,)),
+    )
 
 
 def num_classes(model: nn.Module) -> int:

@@ -17,9 +17,11 @@ from torch import nn
 from .architectures import class_names
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
-from .images import InputSpec, PixelSpace
+from .examples import IMAGES, Inputs, forward, joined, named
+from .images import InputSpec
 from .inputs import resolve_source
 from .manifest import EvaluationRow
+from .spaces import Spec, space_of
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -29,27 +31,33 @@ class LabelledData:
     """Images and their classes.
 
     Attributes:
-        images: uint8 (N, C, H, W), or paths of image files to decode when they are needed.
+        images: uint8 (N, C, H, W), or paths of image files to decode when they are needed; or all inputs of a network,
+            those that are no images float (N, ...).
         labels: int64 (N,), or None where the data have none and need none.
         classes: names, or empty where the data have none.
     """
 
-    images: torch.Tensor | tuple[Path, ...]
+    images: Inputs | tuple[Path, ...]
     labels: torch.Tensor | None
     classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, start: int, stop: int, spec: InputSpec) -> torch.Tensor:
-        """Images [start, stop) at the model's size, normalised, float32 (B, C, H, W)."""
-        if isinstance(self.images, torch.Tensor):
-            return prepare(self.images[start:stop], spec)
-        return torch.cat([prepare(_decode(path, spec.size[0]), spec) for path in self.images[start:stop]])
+    def batch(self, start: int, stop: int, spec: Spec) -> Inputs:
+        """Images [start, stop) at the model's size, normalised, float32 (B, C, H, W), or all its inputs.
+
+        Raises:
+            DmmError: the data are not what the model takes.
+        """
+        if isinstance(self.images, tuple):
+            return torch.cat([prepare(_decode(path, spec.size[0]), spec) for path in self.images[start:stop]])
+        held = named(self.images[start:stop])
+        return joined({name: prepare(held[name], part, name) for name, part in named(spec).items()})
 
     def batches(
-        self, size: int, spec: InputSpec, on_progress: Callable[[str, int, int], None] | None = None
-    ) -> Iterator[torch.Tensor]:
+        self, size: int, spec: Spec, on_progress: Callable[[str, int, int], None] | None = None
+    ) -> Iterator[Inputs]:
         """All images in order, at most ``size`` at a time, see ``batch``."""
         for start in range(0, len(self), size):
             yield self.batch(start, start + size, spec)
@@ -57,66 +65,92 @@ class LabelledData:
                 on_progress("images", min(start + size, len(self)), len(self))
 
 
-def prepare(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """uint8 images (B, C, H, W) resized (bilinear, antialiased) and normalised.
+def prepare(values: torch.Tensor, spec: InputSpec, name: str = IMAGES) -> torch.Tensor:
+    """One input as the model takes it: images, uint8 (B, C, H, W), are resized (bilinear, antialiased); all normalised.
 
     Raises:
-        DmmError: the number of channels is not the model's.
+        DmmError: the data are of another kind or shape than the model's input.
     """
-    if images.shape[1] != spec.size[0]:
-        raise DmmError(f"the data have {images.shape[1]} channels, the model takes {spec.size[0]}")
-    pixels = images.float() / 255.0
+    if (values.dtype == torch.uint8) != spec.is_image:
+        kind = "images, uint8 [N, C, H, W]" if spec.is_image else f"numbers, float [N, {str(list(spec.size))[1:]}"
+        raise DmmError(f"{printable(name)} must be {kind}, not {values.dtype} {list(values.shape)}")
+    if not spec.is_image and tuple(values.shape[1:]) != tuple(spec.size):
+        raise DmmError(f"{printable(name)} of the data are {list(values.shape[1:])}, of the model {list(spec.size)}")
+    if spec.is_image and values.shape[1] != spec.size[0]:
+        raise DmmError(f"the data have {values.shape[1]} channels, the model takes {spec.size[0]}")
+    if not spec.is_image:
+        return space_of(spec).from_bytes(values)
+    pixels = values.float() / 255.0
     if tuple(pixels.shape[2:]) != tuple(spec.size[1:]):
         pixels = F.interpolate(pixels, size=spec.size[1:], mode="bilinear", antialias=True, align_corners=False)
-    return PixelSpace(spec).normalise(pixels)
+    return space_of(spec).normalise(pixels)
 
 
-def load_labelled(path: Path) -> LabelledData:
-    """Labelled data from a safetensors or npz file (``images``, ``labels``) or an ImageFolder.
+def load_labelled(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
+    """Labelled data from a safetensors or npz file (``labels``, and an array per input) or an ImageFolder.
+
+    Args:
+        names: of the model's inputs.
 
     Raises:
         DmmError: the file lacks an array, or an array has the wrong dtype or shape.
     """
-    return _image_folder(path) if path.is_dir() else _arrays(path, ("images", "labels"))
+    return _image_folder(path, names) if path.is_dir() else _arrays(path, names, ("labels",))
 
 
-def load_images(path: Path) -> LabelledData:
+def load_images(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
     """The same where labels may be missing; a directory may also hold the images themselves.
 
     Raises:
         DmmError: there are no images, or an array has the wrong dtype or shape.
     """
     if not path.is_dir():
-        return _arrays(path, ("images",))
+        return _arrays(path, names)
     loose = tuple(file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES)
-    return LabelledData(loose, None) if loose else _image_folder(path)
+    return LabelledData(loose, None) if loose and names == (IMAGES,) else _image_folder(path, names)
 
 
-def _arrays(path: Path, required: Sequence[str]) -> LabelledData:
-    arrays, classes = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-    for name in required:
+def _arrays(path: Path, names: Sequence[str], required: Sequence[str] = ()) -> LabelledData:
+    wanted = (*names, "labels")
+    arrays, classes = _read_npz(path, wanted) if path.suffix == ".npz" else _read_safetensors(path)
+    for name in (*names, *required):
         if name not in arrays:
             raise DmmError(
-                f"{path} has no array named {name}",
+                f"{path} has no array named {printable(name)}",
                 evidence=[f"it holds {', '.join(map(printable, arrays)) or 'none'}"],
-                hint="images: uint8 [N, C, H, W]; labels: int64 [N]",
+                hint="images: uint8 [N, C, H, W]; labels: int64 [N]; of a model with several inputs, each by its name",
             )
-    images, labels = arrays["images"], arrays.get("labels")
-    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-        raise DmmError(f"images of {path} must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}")
+    for name in names:
+        _require_input(path, name, arrays[name], len(arrays[names[0]]))
+    images, labels = joined({name: torch.from_numpy(arrays[name]) for name in names}), arrays.get("labels")
     if labels is None:
-        return LabelledData(torch.from_numpy(images), None, classes)
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        return LabelledData(images, None, classes)
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
         raise DmmError(f"labels of {path} must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}")
     if labels.min() < 0:
         raise DmmError(f"labels of {path} hold a negative class")
-    return LabelledData(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), classes)
+    return LabelledData(images, torch.from_numpy(labels.astype(np.int64)), classes)
 
 
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None:
+    """Raise DmmError unless an array holds ``count`` images, or as many examples of an input that is none."""
+    if not array.ndim or not len(array) or len(array) != count:
+        raise DmmError(f"{printable(name)} of {path} must hold {count or 'some'} examples, not {list(array.shape)}")
+    images = array.dtype == np.uint8 and array.ndim == 4
+    numbers = array.dtype.kind == "f" and array.ndim > 1 and name != IMAGES
+    if not images and not numbers:
+        raise DmmError(
+            f"{printable(name)} of {path} must be uint8 [N, C, H, W], not {array.dtype} {list(array.shape)}",
+            hint="" if name == IMAGES else "what is no image must be float [N, ...]",
+        )
+    if numbers and not np.isfinite(array).all():
+        raise DmmError(f"{printable(name)} of {path} hold NaN or infinity")
+
+
+def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("images", "labels", "classes") if name in file}
+            arrays = {name: file[name] for name in (*names, "classes") if name in file}
     except (OSError, ValueError) as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}") from None
     return arrays, tuple(map(str, arrays.pop("classes", ())))
@@ -129,7 +163,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...
     return arrays, class_names(source) or ()
 
 
-def _image_folder(path: Path) -> LabelledData:
+def _image_folder(path: Path, names: Sequence[str]) -> LabelledData:
+    if tuple(names) != (IMAGES,):
+        raise DmmError(
+            f"{path} holds images alone, the model takes {', '.join(map(printable, names))}",
+            hint="give a .safetensors or .npz file with an array for each, and labels",
+        )
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     files = [
         (file, label)
@@ -158,13 +197,11 @@ def _decode(path: Path, channels: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, data: LabelledData, spec: InputSpec, device: torch.device, batch: int = 256
-) -> torch.Tensor:
+def predict(model: nn.Module, data: LabelledData, spec: Spec, device: torch.device, batch: int = 256) -> torch.Tensor:
     """Class probabilities, float32 (N, K), on the CPU."""
     model = model.to(device)
     outputs = [
-        model(data.batch(start, start + batch, spec).to(device)).float().softmax(1).cpu()
+        forward(model, data.batch(start, start + batch, spec).to(device)).float().softmax(1).cpu()
         for start in range(0, len(data.labels), batch)
     ]
     return torch.cat(outputs)

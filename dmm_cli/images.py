@@ -12,11 +12,21 @@ import torch
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Size (C, H, W) and normalisation of a model's input; mean and std are per channel, of pixels in [0, 1]."""
+    """Size and normalisation of one input of a model.
 
-    size: tuple[int, int, int]
+    Attributes:
+        size: (C, H, W) of images; of anything else, the last dimension is that of its channels.
+        mean, std: per channel, of pixels in [0, 1] where they are images.
+    """
+
+    size: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is of pixels."""
+        return len(self.size) == 3
 
 
 class PixelSpace:
@@ -28,6 +38,10 @@ class PixelSpace:
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], (B, C, H, W), to normalised images."""
         return (pixels - self._mean) / self._std
+
+    def draw(self, raw: torch.Tensor) -> torch.Tensor:
+        """Free parameters (B, C, H, W) to normalised images."""
+        return self.normalise(raw.sigmoid())
 
     def from_bytes(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 to normalised images, float32."""

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from .examples import Inputs, forward
+
 BATCHES, BATCH = 8, 256
 SMALLEST = 1e-12  # variance of a channel that is switched off
 
@@ -30,8 +32,8 @@ def balanced_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[to
 
 
 @torch.no_grad()
-def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[torch.Tensor]) -> None:
-    """Replace running means and variances by their average over batches (B, C, H, W), in place.
+def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Inputs]) -> None:
+    """Replace running means and variances by their average over batches of inputs (B, ...), in place.
 
     ``num_batches_tracked`` and everything else stay as they are; the model is left in eval mode.
     """
@@ -44,7 +46,7 @@ def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Ite
         layer.momentum = None  # cumulative average
     model.train()
     for batch in batches:
-        model(batch)
+        forward(model, batch)
     model.eval()
     for layer, momentum, count in zip(layers, momenta, counts, strict=True):
         layer.momentum = momentum
@@ -56,7 +58,7 @@ def repair(
     model: nn.Module,
     parents: Iterable[nn.Module],
     shares: Sequence[float],
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Inputs],
     *,
     skip: Iterable[str] = (),
 ) -> list[str]:
@@ -69,7 +71,7 @@ def repair(
     Args:
         parents: modules of the same architecture, in eval mode; used one at a time.
         shares: their weights, summing to 1.
-        batches: normalised images, each (B, C, H, W).
+        batches: normalised images, each (B, C, H, W), or all inputs.
         skip: names of layers to leave alone.
 
     Returns:
@@ -97,7 +99,7 @@ def _is_affine(layer: nn.Module) -> bool:
 def _measure(
     model: nn.Module,
     names: Sequence[str],
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Inputs],
     targets: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Mean and variance (C,) of the outputs of layers, averaged over batches.
@@ -125,7 +127,7 @@ def _measure(
     handles = [modules[name].register_forward_hook(hook(name)) for name in names]
     try:
         for batch in batches:
-            model(batch)
+            forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()

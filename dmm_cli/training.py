@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .examples import Inputs
 from .runtime import Host, parallel
 
 SAVE_EVERY = 10.0  # seconds
@@ -92,7 +93,7 @@ class Trainer:
 
 
 class Replay(Generic[Result]):
-    """A function of tensors of fixed shapes: captured once in a CUDA graph and replayed, without a word from Python.
+    """A function of inputs of fixed shapes: captured once in a CUDA graph and replayed, without a word from Python.
 
     The result of a replay is overwritten by the next. On the CPU the function is simply called.
     """
@@ -100,10 +101,10 @@ class Replay(Generic[Result]):
     def __init__(self, function: Callable[..., Result], device: torch.device) -> None:
         self._function, self._device, self._calls = function, device, 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._inputs: tuple[Inputs, ...] = ()
         self._result: Result
 
-    def __call__(self, *inputs: torch.Tensor) -> Result:
+    def __call__(self, *inputs: Inputs) -> Result:
         inputs = tuple(value.to(self._device, non_blocking=True) for value in inputs)
         if self._device.type != "cuda":
             return self._function(*inputs)
@@ -117,7 +118,7 @@ class Replay(Generic[Result]):
         self._graph.replay()
         return self._result
 
-    def _aside(self, inputs: tuple[torch.Tensor, ...]) -> Result:
+    def _aside(self, inputs: tuple[Inputs, ...]) -> Result:
         """Called on a stream of its own, as capture demands of the steps before it."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -126,7 +127,7 @@ class Replay(Generic[Result]):
         torch.cuda.current_stream(self._device).wait_stream(stream)
         return result
 
-    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _capture(self, inputs: tuple[Inputs, ...]) -> None:
         self._inputs = tuple(value.clone() for value in inputs)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -158,8 +158,7 @@ def digits_as_pseudo_data(path: Path, teachers: Sequence[tuple[Path, Sequence[in
         confidence=np.ones(len(answers), np.float16),
         bn_loss=np.zeros(1, np.float32),
         teachers=tuple(records),
-        mean=spec.mean,
-        std=spec.std,
+        spec=spec,
     )
     save_pseudo_data(path, data, {})
     return path

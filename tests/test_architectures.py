@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from dmm_cli import architectures as arch
 from dmm_cli.errors import DmmError
+from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 
 
@@ -65,7 +66,7 @@ def test_the_flag_beats_metadata_beats_config(tmp_path):
     hub = resolve_source(str(directory))
     assert arch.identify(hub).spec == "resnet18,num_classes=3"
     model, _ = arch.load_model(hub)
-    assert arch.input_spec(hub, model) == arch.InputSpec((3, 64, 64), (0.1,) * 3, (0.2,) * 3)
+    assert arch.input_spec(hub, model) == InputSpec((3, 64, 64), (0.1,) * 3, (0.2,) * 3)
     assert arch.input_spec(hub, model, size=(3, 8, 8), mean=[0.5], std=[1.0]).mean == (0.5,) * 3
 
 
@@ -112,7 +113,7 @@ def test_half_precision_is_loaded_exactly(tmp_path):
 def test_the_fixture_says_what_it_is():
     source = resolve_source(str(DIGITS / "site-a.safetensors"))
     model, _ = arch.load_model(source)
-    assert arch.input_spec(source, model) == arch.InputSpec((1, 16, 16), (0.3,), (0.38,))
+    assert arch.input_spec(source, model) == InputSpec((1, 16, 16), (0.3,), (0.38,))
     assert arch.class_names(source) == tuple("0123456789")
     assert arch.class_counts(source) is None
 

@@ -17,6 +17,7 @@ from .. import architectures
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
 from ..errors import DmmError, printable
 from ..header import ITEM_SIZE
+from ..images import InputSpec
 from ..inputs import Source
 from ..names import is_head, is_statistic, is_weight
 from ..streaming import one_blas_thread
@@ -191,7 +192,7 @@ class _Basin:
 def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
     """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
     model, architecture = architectures.load_model(source, arch)
-    shape = size or architectures.input_spec(source, model).size
+    shape = size or _image_size(source, model)
     arrays = floats(source, model)
     spec = trace(model, shape)
     if not spec.groups:
@@ -200,6 +201,16 @@ def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spe
             hint="operations that dmm does not know fix the units they touch",
         )
     return spec, arrays, model, shape
+
+
+def _image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
+    spec = architectures.input_spec(source, model)
+    if not isinstance(spec, InputSpec):
+        raise DmmError(
+            f"{source.path} takes several inputs ({', '.join(spec.names)}), and dmm aligns networks of one",
+            hint="merge checkpoints of one start, or leave this out with --align never",
+        )
+    return spec.size
 
 
 def floats(source: Source, model: nn.Module) -> Arrays:

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..examples import Inputs
     from ..manifest import Retention
     from ..synthesis.pseudodata import PseudoData
 
 
 def balanced_images(
     data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Class-balanced batches (B, C, H, W) of the parents' images, normalised.
+) -> Iterator[Inputs]:
+    """Class-balanced batches (B, C, H, W), or of all inputs, of the parents' images, normalised.
 
     Raises:
         DmmError: nothing was made from a parent.
@@ -31,7 +32,7 @@ def balanced_images(
 
 def owned_images(
     data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Inputs, torch.Tensor]]:
     """The batches of ``balanced_images``, with the teacher of every image (B,).
 
     Raises:
@@ -49,8 +50,8 @@ def owned_images(
     return ((images[part], owners[part]) for part in drawn)
 
 
-def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
-    """The parents' images, normalised (N, C, H, W), and their rows in the pseudo-data, (N,).
+def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device) -> tuple[Inputs, np.ndarray]:
+    """The parents' images, normalised (N, C, H, W), or all inputs, and their rows in the pseudo-data, (N,).
 
     Raises:
         DmmError: nothing was made from a parent.
@@ -58,11 +59,12 @@ def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device)
     import numpy as np
     import torch
 
-    from ..images import InputSpec, PixelSpace
+    from ..examples import each
+    from ..spaces import space_of
 
     rows = np.flatnonzero(np.isin(data.teacher_id, [data.place_of(parent) for parent in parents]))
-    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
-    return space.from_bytes(torch.from_numpy(data.images[rows]).to(device)), rows
+    held = each(data.images[rows], torch.from_numpy).to(device)
+    return space_of(data.spec, device).from_bytes(held), rows
 
 
 def retention(
@@ -71,13 +73,14 @@ def retention(
     """How far the parents, and a model in their place, agree with the targets of each parent's images."""
     import torch
 
+    from ..examples import forward
     from ..manifest import Retention
 
     found = []
     for parent in parents:
         images, rows = images_of(data, [parent], device)
         with torch.no_grad():
-            answers = torch.cat([model(part).argmax(1) for part in images.split(512)]).cpu().numpy()
+            answers = torch.cat([forward(model, part).argmax(1) for part in images.split(512)]).cpu().numpy()
         targets = data.targets[rows]
         shares = [100.0 * float((own == targets).mean()) for own in (data.logits[rows].argmax(1), answers)]
         found.append(Retention(parent.label, len(rows), *shares))

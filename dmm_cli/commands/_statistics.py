@@ -11,12 +11,12 @@ from ..errors import DmmError, printable
 from ..inputs import Source, read_record, resolve_source
 
 if TYPE_CHECKING:
-    from ..images import InputSpec
+    from ..spaces import Spec
 
 KIND = "dmm.statistics/1"
 
 
-def describe(model: Source, spec: InputSpec, images: int, counts: Sequence[int]) -> dict[str, str]:
+def describe(model: Source, spec: Spec, images: int, counts: Sequence[int]) -> dict[str, str]:
     """Metadata of a file of statistics, for ``stamp``: which model and input, how many images of which classes."""
     facts = {
         "kind": KIND,
@@ -63,7 +63,7 @@ def _model_of(source: Source) -> tuple[str, str]:
     return str(model.get("label")), str(model.get("sha256"))
 
 
-def require_input(statistics: Source, spec: InputSpec) -> None:
+def require_input(statistics: Source, spec: Spec) -> None:
     """Raise DmmError unless images were prepared for the recording as the teacher takes them now."""
     given = read_record(statistics.metadata.get("dmm.input", "{}"), f"dmm.input of {statistics.path}")
     if given != json.loads(json.dumps(asdict(spec))):

@@ -164,7 +164,8 @@ def _lessons(
     import torch
 
     from ..distillation.lessons import Lessons
-    from ..images import InputSpec, PixelSpace
+    from ..examples import each
+    from ..spaces import space_of
 
     _require_classes(data, student, num_classes)
     places = [data.place_of(teacher) for teacher in teachers]
@@ -173,8 +174,8 @@ def _lessons(
     rank[places] = np.arange(len(places))
     family = ancestors(student)
     return Lessons(
-        images=torch.from_numpy(data.images[rows]).to(device),
-        space=PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device),
+        images=each(data.images[rows], torch.from_numpy).to(device),
+        space=space_of(data.spec, device),
         targets=torch.from_numpy(data.targets[rows]).to(device),
         teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
         logits=torch.from_numpy(data.logits[rows].astype(np.float32)).to(device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +46,8 @@ def evaluate(
 ) -> None:
     """Measure accuracy and recall per class on labelled data.
 
-    Images are resized to the model's input and normalised as the checkpoint says.
+    Images are resized to the model's input and normalised as the checkpoint says. Of a model with several
+    inputs the file holds an array for each, by its name.
     """
     import sys
 
@@ -78,19 +80,21 @@ def evaluate_sources(
 ) -> Evaluation:
     """Accuracy of every checkpoint and, if asked, of the mean of their probabilities."""
     from .. import architectures, evaluation
+    from ..examples import named
     from ..manifest import Evaluation
     from ..report.console import Progress
     from ..runtime import resolve_device
 
     where = resolve_device(device)
-    labelled = evaluation.load_labelled(data)
+    load = cache(evaluation.load_labelled)
     progress = Progress(quiet=len(sources) < 3)
-    predictions, classes = [], labelled.classes
+    predictions, classes = [], ()
     for number, source in enumerate(sources):
         model, _ = architectures.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
+        labelled = load(data, tuple(named(spec)))
         predictions.append(evaluation.predict(model, labelled, spec, where))
-        classes = classes or architectures.class_names(source) or ()
+        classes = classes or labelled.classes or architectures.class_names(source) or ()
         progress("evaluate", number + 1, len(sources))
     rows = [evaluation.score(s.label, p, labelled.labels) for s, p in zip(sources, predictions, strict=True)]
     if ensemble:

@@ -91,20 +91,21 @@ def record_source(
     """Run the model over the data and write the file of statistics."""
     from .. import architectures, evaluation
     from ..checkpoint import save_arrays
+    from ..examples import named
     from ..manifest import RecordedLayer, RecordManifest
     from ..runtime import describe_device, resolve_device
     from ..synthesis.recorded import measure, to_arrays
 
     where = resolve_device(device)
-    images = evaluation.load_images(data)
     module, _ = architectures.load_model(source, arch)
+    spec = architectures.input_spec(source, module, **asdict(flags))
+    images = evaluation.load_images(data, tuple(named(spec)))
     layers = architectures.norm_inputs(module)
     if not layers:
         raise DmmError(f"{source.path} has no normalisation layers", hint="there is nothing to record, or to invert")
     counts = ()
     if images.labels is not None:
         counts = evaluation.class_counts(images.labels, architectures.num_classes(module), source.label)
-    spec = architectures.input_spec(source, module, **asdict(flags))
     started = time.monotonic()
     found = measure(module, layers, images.batches(BATCH, spec, on_progress), where)
     metadata = stamp("record", {}, device=where.type, **describe(source, spec, len(images), counts))

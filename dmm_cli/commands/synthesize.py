@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..images import InputSpec
     from ..manifest import SynthesisManifest, TeacherReport
+    from ..spaces import Spec
     from ..synthesis.pseudodata import PseudoData
     from ..synthesis.settings import Settings
     from ..synthesis.statistics import NormLayer
@@ -75,7 +75,7 @@ def synthesize(
 
     With --statistics, those that dmm record stored take their place. The class mix is taken from
     --class-prior, from dmm.class_counts in the file, or estimated from the statistics. Images that
-    their teacher does not recognise are dropped.
+    their teacher does not recognise are dropped. Models with several inputs are inverted through all of them.
     """
     ENGINES.check(engine)
     weights = options.key_values(loss or [], "--loss")
@@ -188,7 +188,7 @@ def load_teachers(
     prior: tuple[float, ...] = (),
     flags: options.InputFlags = options.InputFlags(),
     recorded: Mapping[str, Source] | None = None,
-) -> tuple[list[Teacher], InputSpec]:
+) -> tuple[list[Teacher], Spec]:
     """Frozen teachers with the priors that are known, and the input they share.
 
     Args:
@@ -222,9 +222,7 @@ def load_teachers(
     return teachers, next(iter(specs))
 
 
-def _known_layers(
-    model: nn.Module, statistics: Source | None, spec: InputSpec, device: torch.device
-) -> list[NormLayer]:
+def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:
     """Layers with running statistics, and those with recorded ones, which win; in module order."""
     from .. import architectures
     from ..synthesis.recorded import load_recorded

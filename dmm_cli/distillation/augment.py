@@ -13,15 +13,21 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..examples import Inputs, each
+
 SHIFT, ROTATION, SCALE, SHEAR = 1 / 8, math.radians(24), 0.24, 0.3  # at strength 1
 NOISE = 1.2  # standard deviations of normalised pixels, at strength 1
 
 
-def augment(images: torch.Tensor, strength: float, stream: torch.Generator) -> torch.Tensor:
-    """Images (B, C, H, W) under random affine maps and noise; at strength 0 they come back as they are."""
+def augment(inputs: Inputs, strength: float, stream: torch.Generator) -> Inputs:
+    """Images (B, C, H, W) under random affine maps and noise; other inputs, and all at strength 0, as they are."""
     if strength == 0:
-        return images
-    return add_noise(deform(images, strength, stream), strength, stream)
+        return inputs
+
+    def change(part: torch.Tensor) -> torch.Tensor:
+        return add_noise(deform(part, strength, stream), strength, stream) if part.dim() == 4 else part
+
+    return each(inputs, change)
 
 
 def deform(images: torch.Tensor, strength: float, stream: torch.Generator) -> torch.Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..images import PixelSpace
+from ..examples import Inputs
 from ..recalibration import balanced_rows, balanced_weights
+from ..spaces import Space
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,14 @@ class Lessons:
     """Pseudo-data as the loop needs it, on its device.
 
     Attributes:
-        images: uint8 (N, C, H, W). space: from them to what the student sees.
+        images: uint8 (N, C, H, W), or all inputs. space: from them to what the student sees.
         targets, teacher_id: int64 (N,).
         logits: of each image's owner, (N, K). priors: (T, K). labels: names of the T teachers.
         inside: (T,), whether a teacher's weights are part of the student.
     """
 
-    images: torch.Tensor
-    space: PixelSpace
+    images: Inputs
+    space: Space
     targets: torch.Tensor
     teacher_id: torch.Tensor
     logits: torch.Tensor
@@ -38,14 +39,14 @@ class Lessons:
         """Sampling weights (N,), on the CPU, under which every class is equally likely."""
         return balanced_weights(self.targets.cpu(), self.logits.shape[1])
 
-    def show(self, rows: torch.Tensor) -> torch.Tensor:
+    def show(self, rows: torch.Tensor) -> Inputs:
         """Images of some rows (B,), normalised, float32 (B, C, H, W)."""
         return self.space.from_bytes(self.images[rows])
 
-    def balanced(self, stream: torch.Generator) -> Iterator[torch.Tensor]:
+    def balanced(self, stream: torch.Generator) -> Iterator[Inputs]:
         """Batches (B, C, H, W) in which every class is equally likely."""
         return (self.show(rows.to(self.images.device)) for rows in balanced_rows(self.weights(), stream))
 
-    def in_order(self, batch: int) -> Iterator[torch.Tensor]:
+    def in_order(self, batch: int) -> Iterator[Inputs]:
         """All images, in batches (B, C, H, W)."""
         return (self.space.from_bytes(part) for part in self.images.split(batch))

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..curves import Recorder
 from ..errors import DmmError
+from ..examples import Inputs, forward
 from ..manifest import History, Retention
 from ..recalibration import reset_statistics
 from ..runtime import Host, mixed_precision, one_thread, seeded
@@ -137,7 +138,7 @@ class Pupil:
         if self._host.device.type == "cuda":
             torch.cuda.set_rng_state(torch.from_numpy(state.arrays["dropout_cuda"]), self._host.device)
 
-    def _batch(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, weights: torch.Tensor) -> tuple[torch.Tensor, Inputs]:
         """This process's part of a class-balanced batch: rows (B,) and augmented images (B, C, H, W)."""
         stream, device = self._trainer.stream, self._lessons.images.device
         drawn = torch.multinomial(weights, self._settings.batch, replacement=True, generator=stream)
@@ -145,11 +146,11 @@ class Pupil:
         images = augment(self._lessons.show(rows), self._settings.augment, stream)
         return self._host.ranks.deal(rows), self._host.ranks.deal(images)
 
-    def _step(self, rows: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _step(self, rows: torch.Tensor, images: Inputs) -> dict[str, torch.Tensor]:
         with mixed_precision(self._host.device):
-            logits = self._model(images)
+            logits = forward(self._model, images)
             with torch.no_grad():
-                first = self._initial(images)
+                first = forward(self._initial, images)
         terms = self._terms(logits.float(), first.float(), rows)
         loss = terms["distillation"] + self._settings.cross_entropy * terms["cross_entropy"]
         loss = loss + self._settings.anchor * terms["anchor"]
@@ -181,7 +182,7 @@ def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: 
 def _agreement(student: nn.Module, lessons: Lessons) -> torch.Tensor:
     """Whether the student names the target, bool (N,)."""
     student.eval()
-    answers = torch.cat([student(part).argmax(1) for part in lessons.in_order(JUDGED)])
+    answers = torch.cat([forward(student, part).argmax(1) for part in lessons.in_order(JUDGED)])
     return answers == lessons.targets
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checkpoint import Checkpoint
+from ..examples import Inputs, forward
 from ..inputs import Source
 from ..runtime import generator
 from . import METHODS
@@ -33,9 +34,9 @@ UNFOLDED = 1 << 24  # numbers of unfolded patches held at once
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) of several parents, and whose each is (B,)."""
+    """Images (B, C, H, W) of several parents, or all their inputs, and whose each is (B,)."""
 
-    images: torch.Tensor
+    images: Inputs
     owners: torch.Tensor
 
 
@@ -109,7 +110,7 @@ def _batch_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer.training, layer.track_running_stats = False, True
 
 
-def _in_order(model: nn.Module, images: torch.Tensor) -> list[Place]:
+def _in_order(model: nn.Module, images: Inputs) -> list[Place]:
     """Layers to solve in the order of their first use."""
     calls: dict[str, int] = {}
     foreign = set()
@@ -125,7 +126,7 @@ def _in_order(model: nn.Module, images: torch.Tensor) -> list[Place]:
     layers = {name: layer for name, layer in model.named_modules() if _is_solvable(layer)}
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        model(images)
+        forward(model, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -149,7 +150,7 @@ class _Enough(Exception):
     """A pass has come as far as it needs to."""
 
 
-def _inputs(model: nn.Module, place: Place, images: torch.Tensor) -> list[torch.Tensor]:
+def _inputs(model: nn.Module, place: Place, images: Inputs) -> list[torch.Tensor]:
     """What the layer of a place is given in a pass, once for every use."""
     seen = []
 
@@ -160,7 +161,7 @@ def _inputs(model: nn.Module, place: Place, images: torch.Tensor) -> list[torch.
 
     handle = model.get_submodule(place.path).register_forward_pre_hook(keep)
     try:
-        model(images)
+        forward(model, images)
     except _Enough:
         pass
     finally:

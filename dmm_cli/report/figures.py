@@ -113,6 +113,7 @@ def draw_image_grid(data: PseudoData) -> Figure:
     """A row of images per class of each teacher; its caption tells the teacher's mean confidence."""
     import numpy as np
 
+    pictures = data.pictures()
     rows = [
         (teacher, int(target))
         for teacher in range(len(data.teachers))
@@ -123,7 +124,7 @@ def draw_image_grid(data: PseudoData) -> Figure:
     figure.subplots_adjust(left=1.8 / (1.9 + 0.45 * COLUMNS), right=0.995, top=0.995, bottom=0.005, hspace=0.08)
     for (teacher, target), axis in zip(rows, axes, strict=True):
         mine = np.flatnonzero((data.teacher_id == teacher) & (data.targets == target))
-        axis.imshow(_strip(data.images[mine[:COLUMNS]]), cmap="gray", vmin=0, vmax=255, aspect="equal")
+        axis.imshow(_strip(pictures[mine[:COLUMNS]]), cmap="gray", vmin=0, vmax=255, aspect="equal")
         axis.set_anchor("W")
         axis.set_xticks([])
         axis.set_yticks([])

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..examples import Inputs, forward
+
 BATCH = 128  # images whose products are taken with one another
 FEWEST = 4  # images, for the estimate to be defined
 
@@ -22,7 +24,7 @@ Matrices = dict[str, torch.Tensor]
 
 @torch.no_grad()
 def cka(
-    models: Sequence[nn.Module], batches: Sequence[torch.Tensor], on_progress: Callable[..., None] | None = None
+    models: Sequence[nn.Module], batches: Sequence[Inputs], on_progress: Callable[..., None] | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """CKA of every two networks of one architecture on the same images, (N, N), and by layer.
 
@@ -30,7 +32,7 @@ def cka(
 
     Args:
         models: in eval mode, on the device of the images.
-        batches: normalised images, each (B, C, H, W), of which those of fewer than ``FEWEST`` are left out.
+        batches: normalised inputs, each (B, ...), of which those of fewer than ``FEWEST`` are left out.
     """
     sums: dict[str, torch.Tensor] = {}
     usable = [batch for batch in batches if len(batch) >= FEWEST]
@@ -45,7 +47,7 @@ def cka(
     return np.mean(list(layers.values()), axis=0), layers
 
 
-def _grams(model: nn.Module, images: torch.Tensor) -> Matrices:
+def _grams(model: nn.Module, images: Inputs) -> Matrices:
     """Inner products (B, B) of what every layer makes of the images."""
     found: Matrices = {}
 
@@ -61,7 +63,7 @@ def _grams(model: nn.Module, images: torch.Tensor) -> Matrices:
         layer.register_forward_hook(hook(name)) for name, layer in model.named_modules() if isinstance(layer, affine)
     ]
     try:
-        model(images)
+        forward(model, images)
     finally:
         for handle in handles:
             handle.remove()

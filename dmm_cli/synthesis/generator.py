@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..images import InputSpec
+from ..examples import Inputs, cat
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
+from ..spaces import Spec
 from ..training import work_through
 from .member import Member
 from .network import LATENT
@@ -41,7 +42,7 @@ class GeneratorEngine:
     Processes share the generators.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host) -> None:
+    def __init__(self, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
         self._settings, self._host = settings, host
         numbers = host.ranks.deal(range(MEMBERS))
         self._members = [Member(number, teachers, spec, settings, host) for number in numbers]
@@ -59,8 +60,8 @@ class GeneratorEngine:
         self._train(Objective(self._settings.weights), self._settings.steps, priors)
         return self._host.ranks.collect([member.recorder.history() for member in self._members])[0]
 
-    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Fresh images of one teacher, uint8 (B, C, H, W), with targets (B,), in up to ``ROUNDS`` rounds.
+    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        """Fresh images of one teacher, uint8 (B, C, H, W), or all inputs, with targets (B,), in ``ROUNDS`` at most.
 
         Every round shuffles the members' images, so that any part of it holds all members'.
         """
@@ -72,7 +73,7 @@ class GeneratorEngine:
             order = torch.randperm(share * MEMBERS, generator=stream)
             mine = self._host.ranks.deal(list(zip(latents, targets, strict=True)))
             painted = [m.candidates(teacher, *draw) for m, draw in zip(self._members, mine, strict=True)]
-            yield torch.cat(self._host.ranks.collect(painted))[order], torch.cat(targets)[order]
+            yield cat(self._host.ranks.collect(painted))[order], torch.cat(targets)[order]
 
     def _train(self, objective: Objective, until: int, priors: list[torch.Tensor] | None = None) -> None:
         """Train every member until it has taken so many steps."""

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from ..errors import DmmError
-from ..images import InputSpec, PixelSpace
+from ..examples import Inputs, joined, named
 from ..manifest import History
 from ..runtime import Host, one_thread
 from ..savepoint import Savepoint
+from ..spaces import Spec, space_of
 from . import ENGINES
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
@@ -23,9 +24,7 @@ from .settings import Settings
 from .teacher import Teacher
 
 
-def synthesize(
-    teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host
-) -> tuple[PseudoData, History]:
+def synthesize(teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> tuple[PseudoData, History]:
     """Invert the normalisation statistics of all teachers into labelled pseudo-data.
 
     Args:
@@ -61,12 +60,15 @@ def _with_prior(teacher: Teacher, logits: torch.Tensor) -> Teacher:
 class Harvest:
     """The images that teachers recognise, in arrays of their own from the start: they are in memory once."""
 
-    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, count: int, device: torch.device) -> None:
+    def __init__(self, teachers: Sequence[Teacher], spec: Spec, count: int, device: torch.device) -> None:
         self._teachers, self._spec, self._count = teachers, spec, count
-        self._space, self._device = PixelSpace(spec, device), device
+        self._space, self._device = space_of(spec, device), device
         rows, classes = count * len(teachers), teachers[0].num_classes
+        self._images = {
+            name: np.empty((rows, *part.size), np.uint8 if part.is_image else np.float32)
+            for name, part in named(spec).items()
+        }
         self._arrays = {
-            "images": np.empty((rows, *spec.size), np.uint8),
             "targets": np.empty(rows, np.int64),
             "teacher_id": np.empty(rows, np.int16),
             "logits": np.empty((rows, classes), np.float16),
@@ -75,11 +77,11 @@ class Harvest:
         self._rows = 0
         self._records: list[TeacherRecord] = []
 
-    def add(self, candidates: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add(self, candidates: Iterator[tuple[Inputs, torch.Tensor]]) -> None:
         """Keep the first of the next teacher's candidates that it classifies as their target, up to ``count``.
 
         Args:
-            candidates: images, uint8 (B, C, H, W), and targets (B,).
+            candidates: images, uint8 (B, C, H, W), or all inputs, and targets (B,).
 
         Raises:
             DmmError: the teacher recognises none.
@@ -103,10 +105,11 @@ class Harvest:
         prior = tuple(round(float(value), 6) for value in teacher.prior)
         self._records.append(TeacherRecord(teacher.label, teacher.sha256, prior, accepted, rejected))
 
-    def _keep(self, pixels: torch.Tensor, targets: torch.Tensor, logits: torch.Tensor) -> None:
+    def _keep(self, pixels: Inputs, targets: torch.Tensor, logits: torch.Tensor) -> None:
         rows = slice(self._rows, self._rows + len(targets))
         confidence = logits.softmax(1).gather(1, targets[:, None])[:, 0]
-        self._arrays["images"][rows] = pixels.numpy()
+        for name, part in named(pixels).items():
+            self._images[name][rows] = part.numpy()
         self._arrays["targets"][rows] = targets.numpy()
         self._arrays["teacher_id"][rows] = len(self._records)
         self._arrays["logits"][rows] = logits.numpy()
@@ -116,9 +119,9 @@ class Harvest:
     def pseudo_data(self, history: History) -> PseudoData:
         """All that was kept."""
         return PseudoData(
+            images=joined({name: array[: self._rows] for name, array in self._images.items()}),
             **{name: array[: self._rows] for name, array in self._arrays.items()},
             bn_loss=np.array(history.curves.get("norm", ()), dtype=np.float32),
             teachers=tuple(self._records),
-            mean=self._spec.mean,
-            std=self._spec.std,
+            spec=self._spec,
         )

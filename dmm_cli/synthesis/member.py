@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..curves import Recorder
-from ..images import InputSpec, PixelSpace
+from ..examples import Inputs, cat, each
 from ..runtime import Host, mixed_precision, seeded
 from ..runtime import generator as random_stream
+from ..spaces import Spec, space_of
 from ..training import Replay, Trainer
-from .network import LATENT, Generator
+from .network import LATENT, drawing
 from .objective import Objective
 from .prior import draw_targets
 from .settings import Settings
@@ -31,14 +32,12 @@ class Member:
         recorder: curves of the mean of the teachers' loss terms.
     """
 
-    def __init__(
-        self, number: int, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host
-    ) -> None:
+    def __init__(self, number: int, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
         self._number, self._settings, self._host = number, settings, host
         self._teachers = [teacher.view() for teacher in teachers]
-        self._space = PixelSpace(spec, host.device)
+        self._space = space_of(spec, host.device)
         with seeded(settings.seed, "generator weights", number):
-            network = Generator(spec.size, sum(teacher.num_classes for teacher in teachers))
+            network = drawing(spec, sum(teacher.num_classes for teacher in teachers))
         self._network = network.to(host.device, memory_format=torch.channels_last)
         stream = random_stream(settings.seed, "generator", number)
         self._trainer = Trainer(self._network, LEARNING_RATE, settings.steps, stream, BETAS, WARM_UP)
@@ -109,19 +108,19 @@ class Member:
             self._explored.append(teacher.logits(self._draw(number, latent, targets)).cpu())
         return self._explored
 
-    def candidates(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Images of one teacher, uint8 (B, C, H, W), from latents (B, Z) for targets (B,)."""
-        return self._space.to_bytes(self._draw(teacher, latent, targets)).cpu()
+    def candidates(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> Inputs:
+        """Images of one teacher, uint8 (B, C, H, W), or all inputs, from latents (B, Z) for targets (B,)."""
+        return self._space.to_bytes(self._draw(teacher, latent, targets)).to("cpu")
 
     @torch.no_grad()
-    def _draw(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _draw(self, teacher: int, latent: torch.Tensor, targets: torch.Tensor) -> Inputs:
         """Images (B, C, H, W), normalised."""
         self._network.eval()
         condition = targets + self._offsets[teacher]
         blocks = zip(latent.split(BLOCK), condition.split(BLOCK), strict=True)
-        return torch.cat([self._paint(z.to(self._host.device), c.to(self._host.device)) for z, c in blocks])
+        return cat([self._paint(z.to(self._host.device), c.to(self._host.device)) for z, c in blocks])
 
-    def _paint(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def _paint(self, latent: torch.Tensor, condition: torch.Tensor) -> Inputs:
         with mixed_precision(self._host.device):
             parameters = self._network(latent, condition)
-        return self._space.normalise(parameters.float().sigmoid())
+        return self._space.draw(each(parameters, torch.Tensor.float))

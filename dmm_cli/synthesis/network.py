@@ -1,4 +1,4 @@
-"""The convolutional network that draws images.
+"""The networks that draw images, and whatever else goes with them into the teachers.
 
 Legend: B images, Z latent size, C channels, H height, W width.
 """
@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..examples import Examples
+from ..spaces import JointSpec, Spec
 from .thinconv import NarrowConv2d
 
 LATENT = 32
 WIDTH, NARROWEST = 32, 16  # channels at the lowest resolution, and the least at the highest
+HIDDEN = 64  # units of the network that draws numbers
 SMALLEST = 4  # side of the lowest resolution, roughly; images drawn up from 2 or 8 teach a student less
 
 
@@ -51,3 +54,40 @@ class Generator(nn.Module):
                 features = F.interpolate(features, size=size)
             features = F.leaky_relu(norm(conv(features)), 0.2)
         return self.paint(features)
+
+
+class NumberGenerator(nn.Module):
+    """Latent (B, Z) and condition (B,) to values (B, *size) of an input that is no image."""
+
+    def __init__(self, size: tuple[int, ...], conditions: int) -> None:
+        super().__init__()
+        self._size = size
+        self.embedding = nn.Embedding(conditions, LATENT)
+        self.layers = nn.Sequential(
+            nn.Linear(2 * LATENT, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.LeakyReLU(0.2),
+            nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.LeakyReLU(0.2),
+            nn.Linear(HIDDEN, math.prod(size)),
+        )  # fmt: skip
+
+    def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        values = self.layers(torch.cat([latent, self.embedding(condition)], 1))
+        return values.unflatten(1, self._size)  # (B, *size)
+
+
+class JointGenerator(nn.Module):
+    """A network for each of several inputs, which draw from one latent: what they draw belongs together."""
+
+    def __init__(self, spec: JointSpec, conditions: int) -> None:
+        super().__init__()
+        self._names = spec.names
+        self.parts = nn.ModuleList(drawing(part, conditions) for part in spec.specs)
+
+    def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> Examples:
+        return Examples({name: part(latent, condition) for name, part in zip(self._names, self.parts, strict=True)})
+
+
+def drawing(spec: Spec, conditions: int) -> nn.Module:
+    """A network that draws what a spec describes; for its arguments see ``Generator``."""
+    if isinstance(spec, JointSpec):
+        return JointGenerator(spec, conditions)
+    return (Generator if spec.is_image else NumberGenerator)(spec.size, conditions)

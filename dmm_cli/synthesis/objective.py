@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..examples import Inputs
 from . import LOSSES
 from .teacher import Teacher
 
@@ -27,7 +28,7 @@ class Objective:
         self._losses = {name: LOSSES.load(name) for name, weight in self.weights.items() if weight}
 
     def __call__(
-        self, teacher: Teacher, images: torch.Tensor, targets: torch.Tensor
+        self, teacher: Teacher, images: Inputs, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Total loss (scalar) and its unweighted terms, detached."""
         seen = teacher.observe(images, targets)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..images import InputSpec, PixelSpace
+from ..examples import Inputs
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
+from ..spaces import Spec, space_of
 from ..training import work_through
 from .batch import Batch, finished
 from .objective import Objective
@@ -44,7 +45,7 @@ class PixelEngine:
     one matters; processes share the batches.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host) -> None:
+    def __init__(self, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
         self._teachers, self._spec, self._settings, self._host = teachers, spec, settings, host
         starts = range(0, settings.count, settings.batch)
         self._units = [Unit(number, start) for number in range(len(teachers)) for start in starts]
@@ -71,8 +72,8 @@ class PixelEngine:
         )
         return self._host.ranks.fetch(0, lambda: finished(self._host, self._units[0].name).history)
 
-    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All images of one teacher, uint8 (B, C, H, W), and their targets (B,), batch by batch."""
+    def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
+        """All images of one teacher, uint8 (B, C, H, W), or all inputs, and their targets (B,), batch by batch."""
         for number, unit in enumerate(self._units):
             if unit.teacher == teacher:
                 made = self._host.ranks.fetch(number, lambda unit=unit: finished(self._host, unit.name))
@@ -93,5 +94,5 @@ class PixelEngine:
         work_through(left, "synthesize", self._settings.steps, self._host)
 
     def _logits(self, teacher: Teacher, name: str) -> torch.Tensor:
-        space = PixelSpace(self._spec, self._host.device)
+        space = space_of(self._spec, self._host.device)
         return teacher.logits(space.from_bytes(finished(self._host, name).images.to(self._host.device))).cpu()

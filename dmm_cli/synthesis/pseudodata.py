@@ -1,4 +1,4 @@
-"""The pseudo-data file: images, the teachers' logits on them, and where each came from.
+"""The pseudo-data file: images, or all inputs of a network, the teachers' logits on them, and where each came from.
 
 Legend: N images, C channels, H height, W width, K classes.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..checkpoint import Checkpoint, save_arrays
 from ..errors import DmmError
+from ..examples import Examples, joined, named
+from ..images import InputSpec
 from ..inputs import Source
+from ..spaces import JointSpec, Spec
 
 KIND = "dmm.pseudo-data/1"
-REQUIRED = ("images", "targets", "teacher_id", "logits", "confidence")
+REQUIRED = ("targets", "teacher_id", "logits", "confidence")
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,31 @@ class PseudoData:
     """Pseudo-data in memory.
 
     Attributes:
-        images: uint8 (N, C, H, W), or float16 in normalised space where mean and std are unknown.
+        images: uint8 (N, C, H, W); of networks with several inputs all of them, float32 what are no images.
         targets: int64 (N,). teacher_id: int16 (N,), index into ``teachers``.
         logits: float16 (N, K), the teacher's own, without temperature. confidence: float16 (N,).
         bn_loss: float32, the statistics loss along the steps.
-        mean, std: per channel, of the normalised space; empty where unknown.
+        spec: size and normalisation of the input, or of each.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Examples
     targets: np.ndarray
     teacher_id: np.ndarray
     logits: np.ndarray
     confidence: np.ndarray
     bn_loss: np.ndarray
     teachers: tuple[TeacherRecord, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    spec: Spec
+
+    def pictures(self) -> np.ndarray:
+        """Something to look at, uint8 (N, C, H, W): the first input that is of images, else the first, in grey."""
+        parts = named(self.images)
+        found = [parts[name] for name, part in named(self.spec).items() if part.is_image]
+        if found:
+            return found[0]
+        values = next(iter(parts.values())).reshape(len(self.targets), 1, 1, -1)  # (N, 1, 1, F)
+        low, high = values.min(), values.max()
+        return ((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
 
     def priors(self) -> np.ndarray:
         """Class priors of the teachers, float32 (T, K)."""
@@ -91,12 +104,16 @@ def save_pseudo_data(
     inputs: Iterable[Path] = (),
     force: bool = False,
 ) -> None:
-    """Write a pseudo-data file; equal data and metadata give equal bytes."""
-    arrays = {name: getattr(data, name) for name in (*REQUIRED, "bn_loss")}
+    """Write a pseudo-data file; equal data and metadata give equal bytes.
+
+    Every input is a tensor of its own name: ``images``, where there is one.
+    """
+    arrays = {**named(data.images), **{name: getattr(data, name) for name in (*REQUIRED, "bn_loss")}}
+    parts = {name: asdict(part) for name, part in named(data.spec).items()}
     record = {
         "dmm.kind": KIND,
         "dmm.teachers": json.dumps([vars(teacher) for teacher in data.teachers], sort_keys=True),
-        "dmm.input": json.dumps({"mean": data.mean, "size": data.images.shape[1:], "std": data.std}),
+        "dmm.input": json.dumps(parts if isinstance(data.spec, JointSpec) else asdict(data.spec), sort_keys=True),
     }
     save_arrays(path, arrays, {**metadata, **record}, inputs=inputs, force=force)
 
@@ -114,21 +131,32 @@ def load_pseudo_data(source: Source) -> PseudoData:
             evidence=[f"its metadata says {source.metadata.get('dmm.kind', 'nothing about its kind')}"],
             hint="make one with: dmm synthesize CKPT... -o pseudo.safetensors",
         )
+    spec = _spec(json.loads(source.metadata["dmm.input"]))
+    inputs = tuple(named(spec))
     with Checkpoint(source) as file:
-        missing = [name for name in (*REQUIRED, "bn_loss") if name not in source.tensors]
+        missing = [name for name in (*inputs, *REQUIRED, "bn_loss") if name not in source.tensors]
         if missing:
             raise DmmError(f"pseudo-data file {path} is incomplete", evidence=[f"missing {n}" for n in missing])
+        images = {name: file.array(name) for name in inputs}
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
-    _require_rows(path, arrays)
+    _require_rows(path, spec, images, arrays)
     teachers = tuple(
         TeacherRecord(**{**item, "prior": tuple(item["prior"])}) for item in json.loads(source.metadata["dmm.teachers"])
     )
-    space = json.loads(source.metadata["dmm.input"])
-    return PseudoData(**arrays, teachers=teachers, mean=tuple(space["mean"]), std=tuple(space["std"]))
+    return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec)
 
 
-def _require_rows(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    rows = {name: len(arrays[name]) for name in REQUIRED}
-    if len(set(rows.values())) != 1 or arrays["images"].ndim != 4 or arrays["logits"].ndim != 2:
-        shapes = [f"{name} {list(arrays[name].shape)}" for name in REQUIRED]
-        raise DmmError(f"arrays of {path} do not belong together", evidence=shapes)
+def _spec(record: dict[str, Any]) -> Spec:
+    if "size" in record and isinstance(record["size"], list):
+        return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
+    return JointSpec(tuple(record), tuple(_spec(part) for part in record.values()))
+
+
+def _require_rows(path: Path, spec: Spec, images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
+    held = {**images, **{name: arrays[name] for name in REQUIRED}}
+    whole = all(images[name].shape[1:] == part.size for name, part in named(spec).items())
+    if len(set(map(len, held.values()))) != 1 or not whole or arrays["logits"].ndim != 2:
+        raise DmmError(
+            f"arrays of {path} do not belong together",
+            evidence=[f"{name} {list(array.shape)}" for name, array in held.items()],
+        )

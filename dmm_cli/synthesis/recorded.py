@@ -17,6 +17,7 @@ from torch import nn
 from ..architectures import NormInput
 from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
+from ..examples import Inputs, forward
 from ..inputs import Source
 from ..runtime import one_thread
 from .statistics import NormLayer
@@ -60,9 +61,9 @@ class Moments:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, layers: Mapping[str, NormInput], batches: Iterable[torch.Tensor], device: torch.device
+    model: nn.Module, layers: Mapping[str, NormInput], batches: Iterable[Inputs], device: torch.device
 ) -> dict[str, Moments]:
-    """The moments in front of normalisation layers, in one pass over images (B, C, H, W) in the model's input space.
+    """The moments in front of normalisation layers, in one pass over inputs (B, ...), as the model takes them.
 
     Of a layer that is used several times in a pass, the last use counts; one that is not used is left out.
 
@@ -83,7 +84,7 @@ def measure(
     try:
         with one_thread(device):
             for images in batches:
-                model(images.to(device))
+                forward(model, images.to(device))
                 total |= {name: total[name].merge(new) if name in total else new for name, new in last.items()}
                 last.clear()
     finally:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DmmError
+from ..examples import Inputs, forward
 from ..runtime import mixed_precision
 from .losses import Observation
 from .statistics import NormLayer, StatisticsRecorder
@@ -37,10 +38,10 @@ class Teacher:
     prior_from: str = ""
     statistics: str = ""
 
-    def observe(self, images: torch.Tensor, targets: torch.Tensor) -> Observation:
-        """Forward images (B, C, H, W) and collect what the losses need."""
+    def observe(self, images: Inputs, targets: torch.Tensor) -> Observation:
+        """Forward images (B, C, H, W), or all inputs, and collect what the losses need."""
         with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device):
-            logits = self.model(images)
+            logits = forward(self.model, images)
             return Observation(images, logits, targets, recorder.take())
 
     def view(self) -> Teacher:
@@ -52,9 +53,9 @@ class Teacher:
         return replace(self, model=model, layers=layers)
 
     @torch.no_grad()
-    def logits(self, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
+    def logits(self, images: Inputs, batch: int = 512) -> torch.Tensor:
         """Logits, float32 (B, K)."""
-        return torch.cat([self.model(part).float() for part in images.split(batch)])
+        return torch.cat([forward(self.model, part).float() for part in images.split(batch)])
 
 
 def freeze(model: nn.Module, device: torch.device) -> nn.Module:

@@ -23,6 +23,7 @@ from merge_quality import ARCH, BASE_EPOCHS, BASE_RATE, CLIENT_RATE, MEAN, STD, 
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli.architectures import build
+from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
@@ -83,8 +84,7 @@ def real_images(path: Path, parents: list[Path], parts: Parts, images: torch.Ten
         confidence=np.ones(len(index), np.float16),
         bn_loss=np.zeros(1, np.float32),
         teachers=teachers,
-        mean=MEAN,
-        std=STD,
+        spec=InputSpec(tuple(images.shape[1:]), MEAN, STD),
     )
     save_pseudo_data(path, data, {}, force=True)
     return path

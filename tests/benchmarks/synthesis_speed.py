@@ -237,8 +237,7 @@ def textbook_pseudo_data(like: PseudoData, sites: list[Path], seed: int, work: P
         confidence=np.ones(count, np.float16),
         bn_loss=np.zeros(1, np.float32),
         teachers=tuple(TeacherRecord(t.label, t.sha256, t.prior, QUALITY["count"], 0) for t in like.teachers),
-        mean=DIGIT_SPEC.mean,
-        std=DIGIT_SPEC.std,
+        spec=DIGIT_SPEC,
     )
     return data, seconds, curve
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
@@ -103,8 +104,7 @@ def test_two_linear_networks_that_see_different_pixels_are_both_reproduced(metho
         confidence=np.ones(120, np.float16),
         bn_loss=np.zeros(1, np.float32),
         teachers=tuple(TeacherRecord(p.stem, resolve_source(str(p)).sha256, (0.25,) * 4) for p in paths),
-        mean=(0.0,),
-        std=(1.0,),
+        spec=InputSpec((1, 2, 3), (0.0,), (1.0,)),
     )
     pseudo, out = tmp_path / "pseudo.safetensors", tmp_path / "out.safetensors"
     save_pseudo_data(pseudo, data, {})

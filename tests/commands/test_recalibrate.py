@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm_cli.architectures import build, load_model
+from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
@@ -37,8 +38,7 @@ def pseudo_data(path: Path, teachers: list[Path], size: int = 16, classes: int =
         teachers=tuple(
             TeacherRecord(t.stem, resolve_source(str(t)).sha256, (1 / classes,) * classes) for t in teachers
         ),
-        mean=(0.3,) * channels,
-        std=(0.4,) * channels,
+        spec=InputSpec((channels, size, size), (0.3,) * channels, (0.4,) * channels),
     )
     save_pseudo_data(path, data, {})
     return path

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...examples import Inputs
 from ..statistics import LayerStatistics
 
 
@@ -17,13 +18,13 @@ class Observation:
     """One batch of images and what the teacher made of it.
 
     Attributes:
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W), normalised, or all inputs of the teacher.
         logits: (B, K).
         targets: (B,), the wanted class of each image.
         layers: the statistics at every normalisation layer, in forward order.
     """
 
-    images: torch.Tensor
+    images: Inputs
     logits: torch.Tensor
     targets: torch.Tensor
     layers: list[LayerStatistics]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ...examples import named
 from . import Observation
 
 
 def total_variation(seen: Observation) -> torch.Tensor:
-    """Mean squared difference of vertical and horizontal neighbours of (B, C, H, W), a scalar."""
-    images = seen.images
-    rows = (images[..., 1:, :] - images[..., :-1, :]).square().mean()
-    columns = (images[..., 1:] - images[..., :-1]).square().mean()
-    return rows + columns
+    """Mean squared difference of vertical and horizontal neighbours of (B, C, H, W), a scalar; the sum over images."""
+    total = seen.logits.new_zeros(())
+    for images in named(seen.images).values():
+        if images.dim() == 4:
+            rows = (images[..., 1:, :] - images[..., :-1, :]).square().mean()
+            columns = (images[..., 1:] - images[..., :-1]).square().mean()
+            total = total + (rows + columns)
+    return total

@@ -1,0 +1,83 @@
+"""What a network is given: a tensor of images, or one tensor for each of its named inputs, handled as one.
+
+Legend: B examples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+IMAGES = "images"  # what files call the input of a network that has one
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs by name, each (B, ...). Has of a tensor what batches need: rows, a device, parts.
+
+    Attributes:
+        parts: tensors, or arrays where they come from a file.
+    """
+
+    parts: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, rows: Any) -> Examples:
+        return each(self, lambda part: part[rows])
+
+    @property
+    def device(self) -> torch.device:
+        """Of all inputs."""
+        return next(iter(self.parts.values())).device
+
+    def to(self, *where: Any, **options: Any) -> Examples:
+        """All inputs on another device."""
+        return each(self, lambda part: part.to(*where, **options))
+
+    def clone(self) -> Examples:
+        """A copy with memory of its own."""
+        return each(self, torch.clone)
+
+    def copy_(self, other: Examples) -> None:
+        """Take the values of others of the same shapes."""
+        for name, part in self.parts.items():
+            part.copy_(other.parts[name])
+
+    def split(self, sizes: int | Sequence[int]) -> Iterator[Examples]:
+        """Consecutive batches, as a tensor is split."""
+        pieces = [part.split(sizes) for part in self.parts.values()]
+        return (Examples(dict(zip(self.parts, piece, strict=True))) for piece in zip(*pieces, strict=True))
+
+
+Inputs = torch.Tensor | Examples
+
+
+def forward(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model: several inputs by their names, images alone by position."""
+    return model(**inputs.parts) if isinstance(inputs, Examples) else model(inputs)
+
+
+def named(value: Any) -> dict[str, Any]:
+    """Inputs, or what is known of them, by name; where there is one it is called ``IMAGES``."""
+    return getattr(value, "parts", {IMAGES: value})
+
+
+def joined(parts: Mapping[str, Any]) -> Any:
+    """The inverse of ``named``, for tensors and arrays."""
+    return parts[IMAGES] if parts.keys() == {IMAGES} else Examples(dict(parts))
+
+
+def each(inputs: Any, function: Callable[[Any], Any]) -> Any:
+    """A function of every input apart."""
+    return joined({name: function(part) for name, part in named(inputs).items()})
+
+
+def cat(batches: Sequence[Inputs]) -> Inputs:
+    """Batches one after the other."""
+    return joined({name: torch.cat([named(batch)[name] for batch in batches]) for name in named(batches[0])})
