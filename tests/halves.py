@@ -30,7 +30,7 @@ Data = dict[str, torch.Tensor]
 class Net(nn.Module):
     """Convolutions on the image, a dense layer on the vector, and layers on both."""
 
-    def __init__(self, num_classes: int = 10, width: int = 16) -> None:
+    def __init__(self, num_classes: int = 10, width: int = 8) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.look = nn.Sequential(_conv(1, width), _conv(width, 2 * width, 2), _conv(2 * width, 2 * width, 2))
