@@ -21,7 +21,7 @@ from .errors import DmmError, capped, printable
 from .header import ITEM_SIZE
 from .inputs import Source
 from .registry import did_you_mean
-from .signature import example_shapes, joint_spec, single_spec, with_example_inputs
+from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
 
 FILLING = {
@@ -313,11 +313,11 @@ def input_spec(
         DmmError: mean and std do not fit the number of channels.
     """
     given = json.loads(source.metadata.get("dmm.input", "{}"))
-    shapes = example_shapes(model)
-    if shapes:
+    examples = examples_of(model)
+    if examples is not None:
         if size:
             raise DmmError("--input-size is for models that take images alone", hint="example_inputs tell the sizes")
-        return joint_spec(shapes, given, mean, std)
+        return joint_spec(model, examples, given, mean, std)
     known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
     if given:
         known |= {"input_size": given["size"], "mean": given["mean"], "std": given["std"]}

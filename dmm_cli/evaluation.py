@@ -21,7 +21,7 @@ from .examples import IMAGES, Inputs, forward, joined, named
 from .images import InputSpec
 from .inputs import resolve_source
 from .manifest import EvaluationRow
-from .spaces import Spec, space_of
+from .spaces import Spec, TokenSpec, space_of
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -65,25 +65,35 @@ class LabelledData:
                 on_progress("images", min(start + size, len(self)), len(self))
 
 
-def prepare(values: torch.Tensor, spec: InputSpec, name: str = IMAGES) -> torch.Tensor:
+def prepare(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str = IMAGES) -> torch.Tensor:
     """One input as the model takes it: images, uint8 (B, C, H, W), are resized (bilinear, antialiased); all normalised.
 
     Raises:
         DmmError: the data are of another kind or shape than the model's input.
     """
-    if (values.dtype == torch.uint8) != spec.is_image:
-        kind = "images, uint8 [N, C, H, W]" if spec.is_image else f"numbers, float [N, {str(list(spec.size))[1:]}"
-        raise DmmError(f"{printable(name)} must be {kind}, not {values.dtype} {list(values.shape)}")
-    if not spec.is_image and tuple(values.shape[1:]) != tuple(spec.size):
-        raise DmmError(f"{printable(name)} of the data are {list(values.shape[1:])}, of the model {list(spec.size)}")
-    if spec.is_image and values.shape[1] != spec.size[0]:
-        raise DmmError(f"the data have {values.shape[1]} channels, the model takes {spec.size[0]}")
+    _require_kind(values, spec, name)
     if not spec.is_image:
         return space_of(spec).from_bytes(values)
     pixels = values.float() / 255.0
     if tuple(pixels.shape[2:]) != tuple(spec.size[1:]):
         pixels = F.interpolate(pixels, size=spec.size[1:], mode="bilinear", antialias=True, align_corners=False)
     return space_of(spec).normalise(pixels)
+
+
+def _require_kind(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str) -> None:
+    if spec.is_image and values.dtype == torch.uint8:
+        if values.shape[1] != spec.size[0]:
+            raise DmmError(f"the data have {values.shape[1]} channels, the model takes {spec.size[0]}")
+        return
+    tokens = isinstance(spec, TokenSpec)
+    held, shown = list(values.shape[1:]), printable(name)
+    if spec.is_image or values.dtype == torch.uint8 or values.is_floating_point() == tokens:
+        kind = "images, uint8" if spec.is_image else "tokens, integers" if tokens else "numbers, float"
+        raise DmmError(f"{shown} of the data must be {kind}, not {values.dtype} {held}")
+    if held != list(spec.size):
+        raise DmmError(f"{shown} of the data are {held}, of the model {list(spec.size)}")
+    if tokens and not 0 <= int(values.min()) <= int(values.max()) < spec.vocabulary:
+        raise DmmError(f"{shown} of the data hold tokens beyond the {spec.vocabulary} that the model has")
 
 
 def load_labelled(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
@@ -137,11 +147,11 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
     if not array.ndim or not len(array) or len(array) != count:
         raise DmmError(f"{printable(name)} of {path} must hold {count or 'some'} examples, not {list(array.shape)}")
     images = array.dtype == np.uint8 and array.ndim == 4
-    numbers = array.dtype.kind == "f" and array.ndim > 1 and name != IMAGES
+    numbers = (array.dtype.kind == "f" or array.dtype in (np.int32, np.int64)) and array.ndim > 1 and name != IMAGES
     if not images and not numbers:
         raise DmmError(
             f"{printable(name)} of {path} must be uint8 [N, C, H, W], not {array.dtype} {list(array.shape)}",
-            hint="" if name == IMAGES else "what is no image must be float [N, ...]",
+            hint="" if name == IMAGES else "what is no image must be float [N, ...], and tokens int64",
         )
     if numbers and not np.isfinite(array).all():
         raise DmmError(f"{printable(name)} of {path} hold NaN or infinity")

@@ -28,6 +28,16 @@ class InputSpec:
         """Whether it is of pixels."""
         return len(self.size) == 3
 
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Shape of the parameters that draw one example."""
+        return self.size
+
+    @property
+    def stored(self) -> str:
+        """The dtype in files."""
+        return "uint8" if self.is_image else "float32"
+
 
 class PixelSpace:
     """Maps pixels in [0, 1] to normalised images and back, on one device."""

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from .errors import DmmError, capped, printable
+from .examples import IMAGES, Examples, forward
 from .images import InputSpec
-from .spaces import JointSpec
+from .spaces import JointSpec, Spec, TokenSpec
 
 ATTRIBUTE = "example_inputs"
 TAKEN = {"targets", "teacher_id", "logits", "confidence", "bn_loss", "labels", "classes"}  # by other arrays of a file
-Shapes = dict[str, tuple[int, ...]]
 
 
 def with_example_inputs(model: nn.Module, factory: str) -> nn.Module:
@@ -29,25 +29,25 @@ def with_example_inputs(model: nn.Module, factory: str) -> nn.Module:
     return model
 
 
-def example_shapes(model: nn.Module) -> Shapes:
-    """Shapes of one example of every input, in the order of their names; none where a model takes images alone.
+def examples_of(model: nn.Module) -> Examples | None:
+    """The example inputs in the order of their names; None where a model takes images alone.
 
     Raises:
-        DmmError: the example inputs are not float tensors by name.
+        DmmError: the example inputs are not tensors of numbers or tokens by name.
     """
     given = getattr(model, ATTRIBUTE, None)
-    examples = given() if callable(given) else given
-    if examples is None:
-        return {}
-    if not isinstance(examples, Mapping) or not examples:
+    found = given() if callable(given) else given
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or not found:
         raise DmmError(
-            f"{ATTRIBUTE} of {type(model).__name__} are not tensors by name, but {type(examples).__name__}",
+            f"{ATTRIBUTE} of {type(model).__name__} are not tensors by name, but {type(found).__name__}",
             hint='let it be a dict, or return one: {"image": torch.zeros(2, 3, 32, 32), "vector": torch.zeros(2, 16)}',
         )
-    problems = [problem for name, value in examples.items() if (problem := _problem(name, value))]
+    problems = [problem for name, value in found.items() if (problem := _problem(name, value))]
     if problems:
         raise DmmError(f"cannot use {ATTRIBUTE} of {type(model).__name__}", evidence=capped(problems))
-    return {name: tuple(examples[name].shape[1:]) for name in sorted(examples)}
+    return Examples({name: found[name] for name in sorted(found)})
 
 
 def _problem(name: Any, value: Any) -> str:
@@ -55,27 +55,70 @@ def _problem(name: Any, value: Any) -> str:
         return f"{printable(str(name))!r} cannot be the name of an input"
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return f"{name} is not a tensor with the examples in its first dimension and values in others"
-    if not value.is_floating_point():
-        return f"{name} is {value.dtype}: dmm inverts floating-point inputs alone, so give the model embeddings instead"
+    if name == IMAGES and value.dim() != 4:
+        return f"{name} are {list(value.shape)}, not [N, C, H, W]"
+    if not value.is_floating_point() and value.dtype not in (torch.int64, torch.int32):
+        return f"{name} is {value.dtype}, neither numbers nor tokens (int64)"
     return ""
 
 
-def joint_spec(shapes: Shapes, known: Mapping[str, Any], mean: Iterable[float], std: Iterable[float]) -> JointSpec:
-    """The specs of several inputs.
+@torch.no_grad()
+def vocabularies(model: nn.Module, examples: Examples) -> dict[str, int]:
+    """How many tokens there are of every integer input, as the embedding layer tells that looks it up.
+
+    Raises:
+        DmmError: no embedding layer does.
+    """
+    tokens = {name: part for name, part in examples.parts.items() if not part.is_floating_point()}
+    found: dict[str, int] = {}
+
+    def look(layer: nn.Embedding, inputs: tuple[torch.Tensor, ...]) -> None:
+        for name, part in tokens.items():
+            if inputs[0].data_ptr() == part.data_ptr():
+                found[name] = min(layer.num_embeddings, found.get(name, layer.num_embeddings))
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        if tokens and layers:
+            forward(model, examples)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise DmmError(
+            f"{type(model).__name__} does not take its {ATTRIBUTE}", evidence=[printable(str(error).splitlines()[0])]
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found.keys() != tokens.keys():
+        raise DmmError(
+            f"no nn.Embedding of {type(model).__name__} looks up {', '.join(sorted(tokens.keys() - found.keys()))}",
+            hint="dmm inverts tokens through their embedding; give the network other integers as floats",
+        )
+    return found
+
+
+def joint_spec(
+    model: nn.Module, examples: Examples, known: Mapping[str, Any], mean: Iterable[float], std: Iterable[float]
+) -> Spec:
+    """The specs of all inputs; of ``IMAGES`` alone, that of images.
 
     Args:
         known: mean and std by name, as ``dmm.input`` has them. mean, std: of all images, if not empty.
 
     Raises:
-        DmmError: mean and std do not fit the number of channels.
+        DmmError: mean and std do not fit the number of channels, or no embedding looks up an integer input.
     """
+    words = vocabularies(model, examples)
     specs = []
-    for name, size in shapes.items():
-        own = known.get(name) or {}
+    for name, part in examples.parts.items():
+        size = tuple(part.shape[1:])
         said = {"mean": mean, "std": std} if len(size) == 3 else {}
-        values = {"mean": (0.0,), "std": (1.0,)} | own | {key: value for key, value in said.items() if value}
-        specs.append(single_spec(size, values["mean"], values["std"]))
-    return JointSpec(tuple(shapes), tuple(specs))
+        values = {"mean": (0.0,), "std": (1.0,)} | dict(known.get(name) or {})
+        values |= {key: value for key, value in said.items() if value}
+        numbers = name not in words
+        specs.append(single_spec(size, values["mean"], values["std"]) if numbers else TokenSpec(size, words[name]))
+    names = tuple(examples.parts)
+    return specs[0] if names == (IMAGES,) else JointSpec(names, tuple(specs))
 
 
 def single_spec(size: Iterable[int], mean: Iterable[float], std: Iterable[float]) -> InputSpec:

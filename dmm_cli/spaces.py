@@ -1,6 +1,6 @@
 """What a network takes of each of its inputs, and the way there from what files hold.
 
-Legend: B examples, F numbers of a vector.
+Legend: B examples, F numbers of a vector, V tokens of a vocabulary.
 """
 
 from __future__ import annotations
@@ -8,9 +8,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .examples import Examples
 from .images import InputSpec, PixelSpace
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """Tokens, integers below ``vocabulary``, in the shape ``size``; the network looks them up in an embedding."""
+
+    size: tuple[int, ...]
+    vocabulary: int
+
+    is_image = False
+    stored = "int64"
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Shape of the parameters that draw one example: a logit for every token there might be."""
+        return (*self.size, self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -18,15 +35,24 @@ class JointSpec:
     """The specs of several inputs, in the order of their names."""
 
     names: tuple[str, ...]
-    specs: tuple[InputSpec, ...]
+    specs: tuple[InputSpec | TokenSpec, ...]
 
     @property
-    def parts(self) -> dict[str, InputSpec]:
+    def parts(self) -> dict[str, InputSpec | TokenSpec]:
         """By name."""
         return dict(zip(self.names, self.specs, strict=True))
 
 
-Spec = InputSpec | JointSpec
+Spec = InputSpec | TokenSpec | JointSpec
+
+
+def in_words(spec: Spec) -> str:
+    """What a spec says, for messages."""
+    if isinstance(spec, JointSpec):
+        return "; ".join(f"{name}: {in_words(part)}" for name, part in spec.parts.items())
+    if isinstance(spec, TokenSpec):
+        return f"size {spec.size}, {spec.vocabulary} tokens"
+    return f"size {spec.size}, mean {spec.mean}, std {spec.std}"
 
 
 class VectorSpace:
@@ -48,6 +74,28 @@ class VectorSpace:
         return seen * self._std + self._mean
 
 
+class TokenSpace:
+    """Maps tokens (B, ...) to what the network takes, and back; while they are drawn, weights of all, (B, ..., V)."""
+
+    def draw(self, raw: torch.Tensor) -> torch.Tensor:
+        """Logits of all tokens to weights, by which an embedding mixes its rows (``synthesis.soft``).
+
+        All weight is on the likeliest token, with the gradient of the softmax (straight-through, Bengio et al., 2013):
+        statistics that mixtures match are not those of the tokens that are left in the end.
+        """
+        soft = raw.softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), soft.shape[-1])  # (B, ..., V)
+        return hard + (soft - soft.detach())
+
+    def from_bytes(self, values: torch.Tensor) -> torch.Tensor:
+        """Tokens as files hold them."""
+        return values.long()
+
+    def to_bytes(self, seen: torch.Tensor) -> torch.Tensor:
+        """The token of most weight."""
+        return seen.argmax(-1)
+
+
 class JointSpace:
     """The spaces of several inputs, as one."""
 
@@ -67,11 +115,13 @@ class JointSpace:
         return Examples({name: space.to_bytes(seen.parts[name]) for name, space in self._parts.items()})
 
 
-Space = PixelSpace | VectorSpace | JointSpace
+Space = PixelSpace | VectorSpace | TokenSpace | JointSpace
 
 
 def space_of(spec: Spec, device: torch.device | str = "cpu") -> Space:
     """The space that a spec describes."""
     if isinstance(spec, JointSpec):
         return JointSpace(spec, device)
+    if isinstance(spec, TokenSpec):
+        return TokenSpace()
     return (PixelSpace if spec.is_image else VectorSpace)(spec, device)

@@ -21,6 +21,7 @@ from torch import nn
 SITES = {"a": (0, 1, 2, 3), "b": (4, 5, 6), "c": (7, 8, 9)}  # classes; a and b go on from the base, c begins anew
 BASE, BASE_SHARE = range(7), 0.15  # classes of the base, and its share of their images
 HELD_OUT = 45  # test images per class
+LEVELS = 5  # tokens that a mean of two pixels may be
 INPUT = {"image": {"mean": [0.3], "std": [0.4]}, "vector": {"mean": [5.0], "std": [5.0]}}
 BATCH, RATE = 32, 5e-3
 
@@ -43,7 +44,23 @@ class Net(nn.Module):
         return self.head(self.both(torch.cat([seen, self.read(vector)], 1)))
 
 
-net = Net
+class TokenNet(Net):
+    """The same, of grey levels of the lower half as tokens."""
+
+    def __init__(self, num_classes: int = 10, width: int = 8) -> None:
+        super().__init__(num_classes, width)
+        self.words = nn.Embedding(LEVELS, 4)
+        self.read = _dense(16 * 4, 2 * width)
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(image, self.words(tokens).flatten(1))
+
+    def example_inputs(self) -> Data:
+        """Two examples."""
+        return {"image": torch.zeros(2, 1, 8, 16), "tokens": torch.zeros(2, 16, dtype=torch.int64)}
+
+
+net, token_net = Net, TokenNet
 
 
 def example_inputs() -> Data:
@@ -104,18 +121,26 @@ def train(model: nn.Module, data: Data, epochs: int, seed: int, shown: tuple[str
 
 
 def taken(data: Data, shown: tuple[str, ...] = ("image", "vector")) -> Data:
-    """Stored inputs as the network takes them."""
+    """Stored inputs as the network takes them, what it is not shown at zero."""
     scale = {"image": 255.0, "vector": 1.0}
-    return {
+    inputs = {
         name: (data[name] / scale[name] - space["mean"][0]) / space["std"][0] * (name in shown)
         for name, space in INPUT.items()
+        if name in data
     }
+    return inputs | {"tokens": data["tokens"]} if "tokens" in data else inputs
 
 
 def accuracy(model: nn.Module, data: Data, shown: tuple[str, ...] = ("image", "vector")) -> float:
     """In per cent."""
     with torch.no_grad():
         return 100 * float((model(**taken(data, shown)).argmax(1) == data["labels"]).float().mean())
+
+
+def with_tokens(data: Data) -> Data:
+    """The same with the vector in levels, as ``TokenNet`` takes it."""
+    tokens = (data["vector"] / 16 * (LEVELS - 1)).round().long()  # (N, 16)
+    return {"image": data["image"], "tokens": tokens, "labels": data["labels"]}
 
 
 def train_sites(split: dict[str, Data], epochs: int, seed: int = 0) -> dict[str, Net]:
@@ -137,5 +162,6 @@ def fresh(seed: int) -> Net:
 
 def save(path: Path, model: nn.Module) -> Path:
     """A checkpoint that says what it is and what it takes."""
-    save_file(model.state_dict(), path, {"dmm.arch": "halves:net", "dmm.input": json.dumps(INPUT)})
+    factory = "token_net" if isinstance(model, TokenNet) else "net"
+    save_file(model.state_dict(), path, {"dmm.arch": f"halves:{factory}", "dmm.input": json.dumps(INPUT)})
     return path

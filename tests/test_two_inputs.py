@@ -18,7 +18,7 @@ from dmm_cli.architectures import input_spec, load_model
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source
 
-FEW = ["--count", 160, "--steps", 60, "--batch", 32]
+FEW = ["--count", 128, "--steps", 60, "--batch", 32]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,31 @@ def test_pseudo_data_hold_each_input_and_match_the_statistics(sites, drawn):
         assert all(close[name] < far[name] / 3 for name in ("look.0.1", "read.1", "both.1")), (close, far)
 
 
+@pytest.mark.parametrize("engine", ["generator", "pixels"])
+def test_tokens_are_drawn_through_their_embedding(engine, tmp_path):
+    """What is kept are tokens that the network recognises as they are, and likelier than tokens at random."""
+    torch.set_num_threads(1)
+    data = halves.with_tokens(halves.digits()[0]["c"])
+    torch.manual_seed(3)
+    path = halves.save(tmp_path / "c.safetensors", halves.train(halves.TokenNet(), data, 4, 3))
+    out = tmp_path / "pseudo.safetensors"
+    assert dmm("synthesize", path, "--engine", engine, *FEW, "-o", out).exit_code == 0
+    held = load_file(out)
+    assert held["tokens"].dtype == np.int64 and held["tokens"].shape[1:] == (16,)
+    assert set(np.unique(held["tokens"])) == set(range(halves.LEVELS))
+    model, _ = load_model(resolve_source(str(path)))
+    own = halves.taken({name: torch.from_numpy(held[name]) for name in ("image", "tokens")})
+    with torch.no_grad():
+        logits = model(**own)
+    assert np.allclose(logits.numpy(), held["logits"], atol=0.05)
+    assert (logits.argmax(1).numpy() == held["targets"]).all()
+    noise = {**own, "tokens": torch.randint(halves.LEVELS, own["tokens"].shape)}
+    assert gap(model, own)["read.1"] < gap(model, noise)["read.1"] / 5
+    save_file({name: value.numpy() for name, value in data.items()}, tmp_path / "data.safetensors")
+    judged = dmm("evaluate", path, "--data", tmp_path / "data.safetensors", "-q")
+    assert float(judged.stdout) == pytest.approx(halves.accuracy(model, data), abs=1e-3)
+
+
 def test_a_student_learns_from_both_inputs_together(sites, drawn, tmp_path):
     """It comes to know the other site's digits, and without either input it knows fewer."""
     out, test = tmp_path / "model.safetensors", sites[0].parent / "test.safetensors"
@@ -96,7 +121,7 @@ def test_a_student_learns_from_both_inputs_together(sites, drawn, tmp_path):
     assert result.exit_code == 0, result.stderr
     before, after = (json.loads(dmm("evaluate", path, "--data", test, "--json").stdout) for path in (sites[0], out))
     recall = [np.array(found["rows"][0]["recall"]) for found in (before, after)]
-    assert recall[0][[7, 8, 9]].max() == 0 and recall[1][[7, 8, 9]].mean() > 50, recall
+    assert recall[0][[7, 8, 9]].max() == 0 and recall[1][[7, 8, 9]].mean() > 35, recall
     assert recall[1][:4].mean() > 60, recall
     model, _ = load_model(resolve_source(str(out)))
     digits = {name: torch.from_numpy(array) for name, array in load_file(test).items()}
@@ -131,7 +156,11 @@ def test_example_inputs_tell_what_a_network_takes(sites):
     model.example_inputs = {"image": torch.zeros(2, 1, 4, 4)}
     assert input_spec(replace(source), model).parts["image"].size == (1, 4, 4)
     for wrong, words in {
-        "tokens": ({"tokens": torch.zeros(2, 5, dtype=torch.int64)}, "inverts floating-point inputs alone"),
+        "bytes": ({"x": torch.zeros(2, 5, dtype=torch.uint8)}, "neither numbers nor tokens"),
+        "no embedding": (
+            {**halves.example_inputs(), "vector": torch.zeros(2, 16, dtype=torch.int64)},
+            "looks up vector",
+        ),
         "no name": ({"a b": torch.zeros(2, 3)}, "cannot be the name"),
         "taken": ({"targets": torch.zeros(2, 3)}, "cannot be the name"),
         "no rows": ({"x": torch.zeros(3)}, "its first dimension"),
@@ -148,11 +177,11 @@ def test_example_inputs_tell_what_a_network_takes(sites):
     [
         ({"vector": None}, "no array named vector"),
         ({"image": np.zeros((450, 2, 8, 16), np.uint8)}, "the data have 2 channels, the model takes 1"),
-        ({"image": np.zeros((450, 8), np.float32)}, "image must be images"),
+        ({"image": np.zeros((450, 8), np.float32)}, "image of the data must be images"),
         ({"vector": np.zeros((450, 3), np.float32)}, r"vector of the data are [3], of the model [16]"),
         ({"vector": np.zeros((9, 16), np.float32)}, "vector of"),
         ({"vector": np.full((450, 16), np.nan, np.float32)}, "hold NaN"),
-        ({"vector": np.zeros((450, 16), np.int64)}, "what is no image must be float"),
+        ({"vector": np.zeros((450, 16), np.int64)}, "vector of the data must be numbers"),
     ],
 )
 def test_data_that_are_not_the_networks(sites, tmp_path, change, words):

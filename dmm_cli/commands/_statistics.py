@@ -65,12 +65,14 @@ def _model_of(source: Source) -> tuple[str, str]:
 
 def require_input(statistics: Source, spec: Spec) -> None:
     """Raise DmmError unless images were prepared for the recording as the teacher takes them now."""
+    from ..spaces import in_words
+
     given = read_record(statistics.metadata.get("dmm.input", "{}"), f"dmm.input of {statistics.path}")
     if given != json.loads(json.dumps(asdict(spec))):
         flags = (("--input-size", "size"), ("--mean", "mean"), ("--std", "std"))
         wanted = [f"{flag} {str(given.get(key)).strip('[]').replace(' ', '')}" for flag, key in flags]
         raise DmmError(
             f"statistics {statistics.path} were recorded with another input",
-            evidence=[f"the model's is size {spec.size}, mean {spec.mean}, std {spec.std}"],
-            hint=f"use the recorded one: {' '.join(wanted)}",
+            evidence=[f"the model's is {in_words(spec)}"],
+            hint=f"use the recorded one: {' '.join(wanted)}" if "size" in given else "record them again",
         )

@@ -195,7 +195,9 @@ def load_teachers(
         recorded: files of recorded statistics by the SHA-256 of their teachers.
     """
     from .. import architectures
+    from ..spaces import in_words
     from ..synthesis import prior as priors
+    from ..synthesis.soft import require_soft
     from ..synthesis.teacher import Teacher, freeze, require_statistics
 
     teachers, specs = [], {}
@@ -205,6 +207,7 @@ def load_teachers(
         specs.setdefault(spec, source.label)
         file = (recorded or {}).get(source.sha256)
         model = freeze(model, device)
+        require_soft(str(source.path), model, spec, device)
         layers = _known_layers(model, file, spec, device)
         require_statistics(str(source.path), layers)
         classes = architectures.num_classes(model)
@@ -216,7 +219,7 @@ def load_teachers(
     if len(specs) > 1:
         raise DmmError(
             "the teachers take different inputs",
-            evidence=[f"{label}: size {s.size}, mean {s.mean}, std {s.std}" for s, label in specs.items()],
+            evidence=[f"{label}: {in_words(s)}" for s, label in specs.items()],
             hint="synthesize them apart, one file for each kind of input",
         )
     return teachers, next(iter(specs))

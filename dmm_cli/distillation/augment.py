@@ -17,15 +17,21 @@ from ..examples import Inputs, each
 
 SHIFT, ROTATION, SCALE, SHEAR = 1 / 8, math.radians(24), 0.24, 0.3  # at strength 1
 NOISE = 1.2  # standard deviations of normalised pixels, at strength 1
+SPREAD = 1.0  # of a number that is no pixel, in its own deviations over the batch, at strength 1
 
 
 def augment(inputs: Inputs, strength: float, stream: torch.Generator) -> Inputs:
-    """Images (B, C, H, W) under random affine maps and noise; other inputs, and all at strength 0, as they are."""
+    """Images (B, C, H, W) under random affine maps and noise, other numbers under noise, tokens as they are.
+
+    At strength 0 all come back as they are.
+    """
     if strength == 0:
         return inputs
 
     def change(part: torch.Tensor) -> torch.Tensor:
-        return add_noise(deform(part, strength, stream), strength, stream) if part.dim() == 4 else part
+        if part.dim() == 4:
+            return add_noise(deform(part, strength, stream), strength, stream)
+        return disturb(part, strength, stream) if part.is_floating_point() else part
 
     return each(inputs, change)
 
@@ -52,3 +58,10 @@ def add_noise(images: torch.Tensor, strength: float, stream: torch.Generator) ->
     level = NOISE * strength * torch.rand(len(images), 1, 1, 1, generator=stream)
     noise = level * torch.randn(images.shape, generator=stream)
     return images + noise.to(images.device)
+
+
+def disturb(values: torch.Tensor, strength: float, stream: torch.Generator) -> torch.Tensor:
+    """White noise on numbers (B, ...), in the deviation of each over the batch, with a level per example."""
+    level = SPREAD * strength * torch.rand(len(values), *[1] * (values.dim() - 1), generator=stream)
+    noise = level * torch.randn(values.shape, generator=stream)
+    return values + noise.to(values.device) * values.std(0, correction=0)

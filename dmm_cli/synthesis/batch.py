@@ -117,7 +117,7 @@ class Batch:
 
 def _noise(spec: Spec, count: int, stream: torch.Generator) -> Inputs:
     """Standard normal numbers in the shapes of all inputs."""
-    noise = {name: torch.randn(count, *part.size, generator=stream) for name, part in named(spec).items()}
+    noise = {name: torch.randn(count, *part.free, generator=stream) for name, part in named(spec).items()}
     return each(joined(noise), _channels_last)
 
 

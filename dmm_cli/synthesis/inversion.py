@@ -64,10 +64,7 @@ class Harvest:
         self._teachers, self._spec, self._count = teachers, spec, count
         self._space, self._device = space_of(spec, device), device
         rows, classes = count * len(teachers), teachers[0].num_classes
-        self._images = {
-            name: np.empty((rows, *part.size), np.uint8 if part.is_image else np.float32)
-            for name, part in named(spec).items()
-        }
+        self._images = {name: np.empty((rows, *part.size), part.stored) for name, part in named(spec).items()}
         self._arrays = {
             "targets": np.empty(rows, np.int64),
             "teacher_id": np.empty(rows, np.int16),

@@ -90,4 +90,4 @@ def drawing(spec: Spec, conditions: int) -> nn.Module:
     """A network that draws what a spec describes; for its arguments see ``Generator``."""
     if isinstance(spec, JointSpec):
         return JointGenerator(spec, conditions)
-    return (Generator if spec.is_image else NumberGenerator)(spec.size, conditions)
+    return (Generator if spec.is_image else NumberGenerator)(spec.free, conditions)

@@ -18,7 +18,7 @@ from ..errors import DmmError
 from ..examples import Examples, joined, named
 from ..images import InputSpec
 from ..inputs import Source
-from ..spaces import JointSpec, Spec
+from ..spaces import JointSpec, Spec, TokenSpec
 
 KIND = "dmm.pseudo-data/1"
 REQUIRED = ("targets", "teacher_id", "logits", "confidence")
@@ -45,7 +45,8 @@ class PseudoData:
     """Pseudo-data in memory.
 
     Attributes:
-        images: uint8 (N, C, H, W); of networks with several inputs all of them, float32 what are no images.
+        images: uint8 (N, C, H, W); of networks with several inputs all of them, numbers float32, tokens
+            int64.
         targets: int64 (N,). teacher_id: int16 (N,), index into ``teachers``.
         logits: float16 (N, K), the teacher's own, without temperature. confidence: float16 (N,).
         bn_loss: float32, the statistics loss along the steps.
@@ -147,6 +148,8 @@ def load_pseudo_data(source: Source) -> PseudoData:
 
 
 def _spec(record: dict[str, Any]) -> Spec:
+    if isinstance(record.get("vocabulary"), int):
+        return TokenSpec(tuple(record["size"]), record["vocabulary"])
     if "size" in record and isinstance(record["size"], list):
         return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
     return JointSpec(tuple(record), tuple(_spec(part) for part in record.values()))

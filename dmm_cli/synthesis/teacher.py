@@ -15,6 +15,7 @@ from ..errors import DmmError
 from ..examples import Inputs, forward
 from ..runtime import mixed_precision
 from .losses import Observation
+from .soft import soften
 from .statistics import NormLayer, StatisticsRecorder
 from .thinconv import fold_stems
 
@@ -59,8 +60,8 @@ class Teacher:
 
 
 def freeze(model: nn.Module, device: torch.device) -> nn.Module:
-    """Eval mode, no gradients for weights (a third of the cost of a step), channels last."""
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    """Eval mode, no gradients for weights (a third of the cost of a step), channels last, embeddings of soft tokens."""
+    model = soften(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return fold_stems(model) if device.type == "cpu" else model
 
 

@@ -50,7 +50,7 @@ def measure(work: Path, seed: int) -> dict[str, float]:
     dmm("run", *sites, "-o", work / "run", "-q", *flags)
     found = json.loads((work / "run" / "evaluation.json").read_text())["rows"]
     rows = {row["label"]: row["accuracy"] for row in found}
-    rows["the same, `--engine pixels`"] = by_pixels(work, sites, seed)
+    rows["the same, 256 images a site by `--engine pixels`"] = by_pixels(work, sites, seed)
     for name, shown in {"both inputs": ("image", "vector"), "image": ("image",), "vector": ("vector",)}.items():
         model = halves.train(halves.fresh(100 * seed + 2), split["all"], EPOCHS, seed, shown)
         rows[f"trained on all, {name}{'' if len(shown) > 1 else ' alone'}"] = halves.accuracy(model, test, shown)
@@ -60,7 +60,7 @@ def measure(work: Path, seed: int) -> dict[str, float]:
 def by_pixels(work: Path, sites: list[Path], seed: int) -> float:
     """Accuracy of the merge that the run made, distilled on what the other engine draws."""
     data, model = work / "pixels.safetensors", work / "model.safetensors"
-    dmm("synthesize", *sites, "--engine", "pixels", "--seed", seed, "-o", data, "-q")
+    dmm("synthesize", *sites, "--engine", "pixels", "--count", 256, "--seed", seed, "-o", data, "-q")
     student = work / "run" / "merged" / "group-0.safetensors"
     dmm("distill", student, *sites, "--data", data, "--seed", seed, "-o", model, "-q")
     return float(dmm("evaluate", model, "--data", work / "test.safetensors", "-q"))
