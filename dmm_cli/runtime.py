@@ -109,6 +109,11 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def workers(device: torch.device, local: int) -> int:
+    """Jobs that run at once in each of ``local`` processes on this machine: one a core, or one on a GPU."""
+    return max(1, len(os.sched_getaffinity(0)) // local) if device.type == "cpu" else 1
+
+
 def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -> None:
     """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU.
 
@@ -126,7 +131,7 @@ def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -
         with one_thread(host.device):  # of this worker; other threads keep theirs
             job(stop.is_set)
 
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // host.ranks.local)) as pool:
+    with ThreadPoolExecutor(workers(host.device, host.ranks.local)) as pool:
         try:
             for future in [pool.submit(alone, job) for job in jobs]:
                 future.result()

@@ -47,6 +47,19 @@ Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
 
 
+def batch_size(text: str) -> int | None:
+    """Parse ``--batch``: images, or None where they are to be as many as there is room for.
+
+    Raises:
+        DmmError: neither ``auto`` nor a number of 2 or more.
+    """
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 2:
+        raise DmmError(f"--batch takes a number of images, 2 or more, or auto, not {printable(text)}")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class InputFlags:
     """What the user said about the models' input; empty where the files are to tell."""

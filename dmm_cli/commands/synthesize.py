@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +44,13 @@ def synthesize(
     output: options.Output = None,
     count: Annotated[int, options.option("--count", help="Images per teacher.", min=1)] = COUNT,
     steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
-    batch: Annotated[int, options.option("--batch", help="Images per teacher and step.", min=2)] = BATCH,
+    batch: Annotated[
+        str,
+        options.option(
+            "--batch",
+            help="Images per teacher and step; auto: as many as the free memory holds, a power of two up to 256.",
+        ),
+    ] = str(BATCH),
     engine: Annotated[
         str, options.option("--engine", help="; ".join(f"{e}: {ENGINES.summary(e)}" for e in ENGINES) + ".")
     ] = "generator",
@@ -78,6 +84,7 @@ def synthesize(
     their teacher does not recognise are dropped.
     """
     ENGINES.check(engine)
+    size = options.batch_size(batch)
     weights = options.key_values(loss or [], "--loss")
     for name in weights:
         LOSSES.check(name)
@@ -97,7 +104,7 @@ def synthesize(
 
     from ..synthesis.settings import Settings
 
-    settings = Settings(count, steps, batch, seed, engine, weights)
+    settings = Settings(count, steps, size, seed, engine, weights)
     prior = options.numbers(class_prior, "--class-prior")
     with joined() as ranks:
         manifest, data = synthesize_sources(
@@ -145,12 +152,16 @@ def synthesize_sources(
     from ..manifest import SynthesisManifest
     from ..runtime import Host, describe_device, resolve_device
     from ..synthesis.inversion import synthesize as invert
+    from ..synthesis.memory import fitting_batch
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
 
     where = resolve_device(device)
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
     started = time.monotonic()
+    if settings.batch is None:
+        fitting = fitting_batch(teachers, spec, settings, where, ranks.local)
+        settings = replace(settings, batch=min(ranks.gather(fitting)))
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
     statistics = [file.sha256 for file in files]

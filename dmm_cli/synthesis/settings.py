@@ -11,13 +11,13 @@ class Settings:
 
     Attributes:
         count: images wanted per teacher.
-        steps: optimiser steps. batch: images per teacher and step.
+        steps: optimiser steps. batch: images per teacher and step; None for as many as there is room for.
         weights: of the losses, see ``objective.DEFAULT_WEIGHTS``.
     """
 
     count: int = 1024
     steps: int = 300
-    batch: int = 64
+    batch: int | None = 64
     seed: int = 0
     engine: str = "generator"
     weights: dict[str, float] = field(default_factory=dict)
