@@ -246,7 +246,7 @@ def textbook_pseudo_data(like: PseudoData, sites: list[Path], seed: int, work: P
 def quality(work: Path) -> str:
     """Images of the digit sites by both loops, what students of them know, and the loops' first batches."""
     sites, merged = sorted(DIGITS.glob("site-?.safetensors")), work / "merged"
-    dmm("merge", *sites, "-o", merged, "--force", "-q")
+    dmm("merge", *sites, "--group", "auto", "-o", merged, "--force", "-q")
     columns: dict[str, list[float]] = {"plain s": [], "fast s": [], "plain": [], "fast": []}
     curves: dict[int, tuple[list[float], list[float]]] = {}
     for seed in range(RUNS):
