@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .devices import require_device_name
+from .devices import require_device_name, require_precision
 from .errors import DmmError
 from .ranks import Ranks
 from .savepoint import Savepoint
@@ -86,10 +86,16 @@ def seeded(seed: int, *salt: int | str) -> Iterator[None]:
         yield
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """The precision a user named; ``auto`` is bfloat16 on CUDA, float32 on the CPU, where few have bfloat16."""
+    require_precision(name)
+    return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
+
+
 @contextmanager
-def mixed_precision(device: torch.device) -> Iterator[None]:
-    """bf16 autocast on CUDA; float32 on the CPU, where bf16 is slower on most machines."""
-    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False):
+def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Products and convolutions in ``float32`` or ``bfloat16``; weights and sums stay float32."""
+    with torch.autocast(device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=False):
         yield
 
 

@@ -44,6 +44,13 @@ InputSize = Annotated[str | None, option("--input-size", help="Channels, height,
 Mean = Annotated[str | None, option("--mean", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
 Std = Annotated[str | None, option("--std", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[
+    str,
+    option(
+        "--precision",
+        help="float32, bfloat16 (faster where the device computes in it), or auto: bfloat16 on CUDA.",
+    ),
+]
 Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
 
 

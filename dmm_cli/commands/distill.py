@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
@@ -49,6 +50,7 @@ def distill(
     temperature: Annotated[float, options.option("--temperature", help="Softens both sides' logits.")] = TEMPERATURE,
     arch: options.Arch = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -64,6 +66,7 @@ def distill(
         raise DmmError("nowhere to write", hint="name a file with -o model.safetensors")
     if learning_rate <= 0 or temperature <= 0:
         raise DmmError("--learning-rate and --temperature must be above zero")
+    require_precision(precision)
     pupil = resolve_source(student)
     sources = resolve_sources(teachers, stdin=sys.stdin)
     pseudo = resolve_source(str(data))
@@ -78,7 +81,7 @@ def distill(
 
     from ..distillation.refine import Settings
 
-    settings = Settings(steps, batch, learning_rate, temperature, seed=seed)
+    settings = Settings(steps, batch, learning_rate, temperature, seed=seed, precision=precision)
     with joined() as ranks:
         manifest = distill_sources(
             pupil,
@@ -116,10 +119,11 @@ def distill_sources(
     from ..checkpoint import save_like
     from ..distillation.refine import refine
     from ..manifest import DistillManifest, SourceRecord
-    from ..runtime import Host, describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(device)
+    settings = replace(settings, precision=resolve_precision(settings.precision, where))
     model, _ = architectures.load_model(student, arch)
     lessons = _lessons(load_pseudo_data(data), student, teachers, architectures.num_classes(model), where)
     model = model.to(where)

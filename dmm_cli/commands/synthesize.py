@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_sources
@@ -71,6 +72,7 @@ def synthesize(
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -85,6 +87,7 @@ def synthesize(
     """
     ENGINES.check(engine)
     size = options.batch_size(batch)
+    require_precision(precision)
     weights = options.key_values(loss or [], "--loss")
     for name in weights:
         LOSSES.check(name)
@@ -104,7 +107,7 @@ def synthesize(
 
     from ..synthesis.settings import Settings
 
-    settings = Settings(count, steps, size, seed, engine, weights)
+    settings = Settings(count, steps, size, seed, engine, precision, weights)
     prior = options.numbers(class_prior, "--class-prior")
     with joined() as ranks:
         manifest, data = synthesize_sources(
@@ -150,14 +153,16 @@ def synthesize_sources(
     For ``recorded`` see ``load_teachers``.
     """
     from ..manifest import SynthesisManifest
-    from ..runtime import Host, describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.inversion import synthesize as invert
     from ..synthesis.memory import fitting_batch
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
 
     where = resolve_device(device)
+    settings = replace(settings, precision=resolve_precision(settings.precision, where))
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
+    teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
     started = time.monotonic()
     if settings.batch is None:
         fitting = fitting_batch(teachers, spec, settings, where, ranks.local)

@@ -38,6 +38,7 @@ class Settings:
     Attributes:
         cross_entropy, anchor: weights beside the distillation term.
         augment: strength of the random changes of pose and texture, see ``augment.augment``.
+        precision: that networks are run in, see ``runtime.mixed_precision``.
     """
 
     steps: int = 400
@@ -48,6 +49,7 @@ class Settings:
     anchor: float = 1.0
     augment: float = 1.0
     seed: int = 0
+    precision: str = "float32"
 
 
 def refine(
@@ -146,7 +148,7 @@ class Pupil:
         return self._host.ranks.deal(rows), self._host.ranks.deal(images)
 
     def _step(self, rows: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        with mixed_precision(self._host.device):
+        with mixed_precision(self._host.device, self._settings.precision):
             logits = self._model(images)
             with torch.no_grad():
                 first = self._initial(images)

@@ -8,7 +8,7 @@ default, float32, every term is read back at every step, images are stored as PN
 targets' distribution and start are those of dmm. Loops take turns; times are of the loop and the writing, without
 start-up and loading. "Forward" is a bare forward pass of one batch, on a GPU in bf16, channels_last, as a CUDA graph;
 the floor is twice that: forward, and the gradient of the images. "Share of the peak": floating-point operations of
-that floor, over what a large matrix product reaches on the device in the time dmm took.
+that floor, over what a large matrix product (float32 on the CPU, bfloat16 on a GPU) does in the time dmm took.
 Speed: networks as initialised, with statistics of coloured noise. Quality: the five digit sites, whose students are
 judged on held-out digits. Prints Markdown.
 """
@@ -41,6 +41,7 @@ from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, load_pseudo_data, save_pseudo_data
 
 RUNS = 5
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 RATE, BETAS, NORM, CROSS_ENTROPY = 0.1, (0.9, 0.99), 1.0, 0.1
 DIGITS = Path(__file__).parents[2] / "fixtures" / "digits"
 QUALITY = {"count": 256, "batch": 64, "steps": 150}
@@ -67,9 +68,9 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "cpu": {
-        "ResNet of the digits": Network(DIGITS_ARCH, 16, 64, 8, 40),
-        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 4),
-        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 8, 2, 2),
+        "ResNet of the digits": Network(DIGITS_ARCH, 16, 64, 8, 60),
+        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 8),
+        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 8, 2, 4),
     },
     "cuda": {
         "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 256, 2, 500),
@@ -208,33 +209,39 @@ def _median_of(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def speed(name: str, network: Network, device: str, work: Path) -> str:
-    """One row: both loops on one teacher, in turn."""
+def speed(name: str, network: Network, device: str, work: Path) -> list[str]:
+    """A row for every precision of dmm: the loops on one teacher, in turn."""
     checkpoint, images = work / "teacher.safetensors", network.batch * network.batches
     model, spec = teacher(network, checkpoint)
     model = model.to(device)
     classes = num_classes(model)
-    prior = ("--class-prior", ",".join("1" * classes), "--loss", "total_variation=0", "--device", device)
-    plain, fast = [], []
+    prior = ("--class-prior", ",".join("1" * classes), "--device", device)
+    plain: list[float] = []
+    fast: dict[str, list[float]] = {precision: [] for precision in PRECISIONS[device]}
     for seed in range(RUNS):
         begin = time.perf_counter()
         for number in range(network.batches):
             targets = torch.randint(classes, (network.batch,), generator=torch.Generator().manual_seed(seed))
             textbook(model, spec, targets, network.steps, seed * network.batches + number, work)
         plain.append(time.perf_counter() - begin)
-        out = work / "ours.safetensors"
-        fast.append(ours(checkpoint, out, images, network.batch, network.steps, seed, *prior))
-    textbook_s, ours_s = statistics.median(plain), statistics.median(fast)
+        for precision, seconds in fast.items():
+            flags = (*prior, "--precision", precision)
+            out = work / "ours.safetensors"
+            seconds.append(ours(checkpoint, out, images, network.batch, network.steps, seed, *flags))
+    textbook_s = statistics.median(plain)
     batch = torch.randn(network.batch, *spec.size, device=device)
     bare, work_of_one = forward_seconds(model, batch), operations(model, batch[:1])
-    reached = 2 * work_of_one * images * network.steps / ours_s / peak(device)
-    steps = network.batches * network.steps
-    cells = [
-        name, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
-        f"{images / ours_s:.2f}", f"{textbook_s / ours_s:.2f}", f"{textbook_s / steps / bare:.2f}",
-        f"{ours_s / steps / bare:.2f}", f"{work_of_one / 1e9:.2f}", f"{100 * reached:.0f} %",
-    ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    steps, limit, rows = network.batches * network.steps, peak(device), []
+    for precision, seconds in fast.items():
+        ours_s = statistics.median(seconds)
+        reached = 2 * work_of_one * images * network.steps / ours_s / limit
+        cells = [
+            name, precision, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
+            f"{images / ours_s:.2f}", f"{textbook_s / ours_s:.2f}", f"{textbook_s / steps / bare:.2f}",
+            f"{ours_s / steps / bare:.2f}", f"{work_of_one / 1e9:.2f}", f"{100 * reached:.0f} %",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
 
 
 def textbook_pseudo_data(
@@ -323,12 +330,12 @@ def main() -> None:
         work = Path(folder)
         if "speed" in arguments.part:
             print(
-                "| network | images | steps | textbook, images/s | dmm, images/s | times | textbook step / forward "
-                "| dmm step / forward | forward, GFLOP an image | share of the peak |\n|" + "---|" * 10
+                "| network | precision | images | steps | textbook, images/s | dmm, images/s | times | textbook step / forward "
+                "| dmm step / forward | forward, GFLOP an image | share of the peak |\n|" + "---|" * 11
             )
             for name, network in NETWORKS[arguments.device].items():
                 if not arguments.network or name in arguments.network:
-                    print(speed(name, network, arguments.device, work), flush=True)
+                    print("\n".join(speed(name, network, arguments.device, work)), flush=True)
         if "quality" in arguments.part:
             print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
             print(quality(work))
