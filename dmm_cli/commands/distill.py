@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..devices import require_precision
-from ..errors import DmmError
+from ..errors import CheckFailed, DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
@@ -46,6 +47,12 @@ def distill(
     output: options.Output = None,
     steps: Annotated[int, options.option("--steps", help="Optimiser steps; 0 only resets BatchNorm.", min=0)] = STEPS,
     batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = BATCH,
+    fail_under: Annotated[
+        float | None,
+        options.option(
+            "--fail-under", help="Exit 1 when the student retains less than this of a class of a teacher, in per cent."
+        ),
+    ] = None,
     learning_rate: Annotated[float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")] = RATE,
     temperature: Annotated[float, options.option("--temperature", help="Softens both sides' logits.")] = TEMPERATURE,
     arch: options.Arch = None,
@@ -99,6 +106,7 @@ def distill(
             return
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     _report(manifest, quiet, json)
+    _check(manifest, fail_under)
 
 
 def distill_sources(
@@ -142,6 +150,7 @@ def distill_sources(
                 data=data.sha256,
                 device=where.type,
                 seed=str(settings.seed),
+                retention=jsonlib.dumps([asdict(item) for item in retention]),
             )
             inputs = [path for source in (student, data, *teachers) for path in source.files]
             arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
@@ -167,6 +176,7 @@ def _lessons(
     import numpy as np
     import torch
 
+    from ..architectures import class_names
     from ..distillation.lessons import Lessons
     from ..images import InputSpec, PixelSpace
 
@@ -184,6 +194,7 @@ def _lessons(
         logits=torch.from_numpy(data.logits[rows].astype(np.float32)).to(device),
         priors=torch.from_numpy(data.priors()[places]).to(device),
         labels=tuple(teacher.label for teacher in teachers),
+        classes=class_names(student) or tuple(map(str, range(num_classes))),
         inside=torch.tensor([teacher.sha256 in family for teacher in teachers], device=device),
     )
 
@@ -194,6 +205,17 @@ def _require_classes(data: PseudoData, student: Source, num_classes: int) -> Non
             f"{student.path} has {num_classes} classes, the pseudo-data {data.logits.shape[1]}",
             hint="a student needs the classes of its teachers",
         )
+
+
+def _check(manifest: DistillManifest, bound: float | None) -> None:
+    low = sorted(
+        (item.after, f"class {item.name} of {teacher.label}: {item.after:.1f} on {item.images} images")
+        for teacher in manifest.retention
+        for item in teacher.classes
+        if bound is not None and item.after < bound
+    )
+    if low:
+        raise CheckFailed(f"retained agreement below {bound}", evidence=[line for _, line in low])
 
 
 def _report(manifest: DistillManifest, quiet: bool, json: bool) -> None:

@@ -22,6 +22,7 @@ class Lessons:
         images: uint8 (N, C, H, W). space: from them to what the student sees.
         targets, teacher_id: int64 (N,).
         logits: of each image's owner, (N, K). priors: (T, K). labels: names of the T teachers.
+        classes: names of the K classes.
         inside: (T,), whether a teacher's weights are part of the student.
     """
 
@@ -32,6 +33,7 @@ class Lessons:
     logits: torch.Tensor
     priors: torch.Tensor
     labels: tuple[str, ...]
+    classes: tuple[str, ...]
     inside: torch.Tensor
 
     def weights(self) -> torch.Tensor:

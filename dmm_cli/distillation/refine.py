@@ -15,7 +15,7 @@ from torch import nn
 
 from ..curves import Recorder
 from ..errors import DmmError
-from ..manifest import History, Retention
+from ..manifest import ClassRetention, History, Retention
 from ..recalibration import reset_statistics
 from ..runtime import Host, mixed_precision, one_thread, seeded
 from ..runtime import generator as random_stream
@@ -188,9 +188,15 @@ def _agreement(student: nn.Module, lessons: Lessons) -> torch.Tensor:
 
 
 def _retention(lessons: Lessons, before: torch.Tensor, after: torch.Tensor) -> tuple[Retention, ...]:
-    rows = []
+    def measured(rows: torch.Tensor) -> tuple[int, float, float]:
+        return int(rows.sum()), *(100.0 * float(hits[rows].double().mean()) for hits in (before, after))
+
+    found = []
     for number, label in enumerate(lessons.labels):
         mine = lessons.teacher_id == number
-        share = [100.0 * float(hits[mine].double().mean()) for hits in (before, after)]
-        rows.append(Retention(label, int(mine.sum()), *share))
-    return tuple(rows)
+        present = lessons.targets[mine].unique().tolist()
+        classes = tuple(
+            ClassRetention(lessons.classes[target], *measured(mine & (lessons.targets == target))) for target in present
+        )
+        found.append(Retention(label, *measured(mine), classes))
+    return tuple(found)

@@ -330,8 +330,10 @@ def main() -> None:
         work = Path(folder)
         if "speed" in arguments.part:
             print(
-                "| network | precision | images | steps | textbook, images/s | dmm, images/s | times | textbook step / forward "
-                "| dmm step / forward | forward, GFLOP an image | share of the peak |\n|" + "---|" * 11
+                "| network | precision | images | steps | textbook, images/s | dmm, images/s | times "
+                "| textbook step / forward | dmm step / forward | forward, GFLOP an image | share of the peak |\n|"
+                + "---|"
+                * 11
             )
             for name, network in NETWORKS[arguments.device].items():
                 if not arguments.network or name in arguments.network:
