@@ -164,17 +164,29 @@ class Grouping(Record):
 
 
 @dataclass(frozen=True)
+class ClassRetention(Record):
+    """The same of the images of one class; its name where the checkpoints name their classes, else its number."""
+
+    name: str
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Retention(Record):
     """How far a model agrees with one teacher on that teacher's pseudo-data, in per cent.
 
     Attributes:
         before: of the teacher itself for a merge, of the student that was given for a distillation.
+        classes: that there are images of.
     """
 
     label: str
     images: int
     before: float
     after: float
+    classes: tuple[ClassRetention, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..devices import require_device_name
+from ..devices import require_device_name, require_precision
 from ..errors import DmmError
 from ..files import write_text
 from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
@@ -109,6 +109,7 @@ def run(
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -121,6 +122,7 @@ def run(
     report.html shows how it came about. With --data the accuracy of every step is printed.
     """
     _check_arguments(output, method, group, device, data)
+    require_precision(precision)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     origin = resolve_source(base) if base else None
@@ -145,7 +147,7 @@ def run(
         arch=arch,
         flags=flags,
         device=device,
-        synthesis=SynthesisSettings(count, synthesize_steps, seed=seed),
+        synthesis=SynthesisSettings(count, synthesize_steps, seed=seed, precision=precision),
         statistics=recorded,
         distill_steps=distill_steps,
         data=data,
@@ -282,7 +284,7 @@ def _distillation(plan: Plan, files: Layout) -> DistillSettings:
     if steps is None:
         one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
         steps = 0 if one_start else distillation.STEPS
-    return Settings(steps, seed=plan.synthesis.seed)
+    return Settings(steps, seed=plan.synthesis.seed, precision=plan.synthesis.precision)
 
 
 def _distill(plan: Plan, files: Layout, student: Source, settings: DistillSettings) -> None:

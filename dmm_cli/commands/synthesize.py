@@ -6,10 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_sources
@@ -44,7 +45,13 @@ def synthesize(
     output: options.Output = None,
     count: Annotated[int, options.option("--count", help="Images per teacher.", min=1)] = COUNT,
     steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
-    batch: Annotated[int, options.option("--batch", help="Images per teacher and step.", min=2)] = BATCH,
+    batch: Annotated[
+        str,
+        options.option(
+            "--batch",
+            help="Images per teacher and step; auto: as many as the free memory holds, a power of two up to 256.",
+        ),
+    ] = str(BATCH),
     engine: Annotated[
         str, options.option("--engine", help="; ".join(f"{e}: {ENGINES.summary(e)}" for e in ENGINES) + ".")
     ] = "generator",
@@ -65,6 +72,7 @@ def synthesize(
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -78,6 +86,8 @@ def synthesize(
     their teacher does not recognise are dropped. Models with several inputs are inverted through all of them.
     """
     ENGINES.check(engine)
+    size = options.batch_size(batch)
+    require_precision(precision)
     weights = options.key_values(loss or [], "--loss")
     for name in weights:
         LOSSES.check(name)
@@ -97,7 +107,7 @@ def synthesize(
 
     from ..synthesis.settings import Settings
 
-    settings = Settings(count, steps, batch, seed, engine, weights)
+    settings = Settings(count, steps, size, seed, engine, precision, weights)
     prior = options.numbers(class_prior, "--class-prior")
     with joined() as ranks:
         manifest, data = synthesize_sources(
@@ -143,14 +153,20 @@ def synthesize_sources(
     For ``recorded`` see ``load_teachers``.
     """
     from ..manifest import SynthesisManifest
-    from ..runtime import Host, describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.inversion import synthesize as invert
+    from ..synthesis.memory import fitting_batch
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
 
     where = resolve_device(device)
+    settings = replace(settings, precision=resolve_precision(settings.precision, where))
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
+    teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
     started = time.monotonic()
+    if settings.batch is None:
+        fitting = fitting_batch(teachers, spec, settings, where, ranks.local)
+        settings = replace(settings, batch=min(ranks.gather(fitting)))
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
     statistics = [file.sha256 for file in files]

@@ -23,6 +23,7 @@ class Lessons:
         images: uint8 (N, C, H, W), or all inputs. space: from them to what the student sees.
         targets, teacher_id: int64 (N,).
         logits: of each image's owner, (N, K). priors: (T, K). labels: names of the T teachers.
+        classes: names of the K classes.
         inside: (T,), whether a teacher's weights are part of the student.
     """
 
@@ -33,6 +34,7 @@ class Lessons:
     logits: torch.Tensor
     priors: torch.Tensor
     labels: tuple[str, ...]
+    classes: tuple[str, ...]
     inside: torch.Tensor
 
     def weights(self) -> torch.Tensor:

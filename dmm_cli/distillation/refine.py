@@ -16,7 +16,7 @@ from torch import nn
 from ..curves import Recorder
 from ..errors import DmmError
 from ..examples import Inputs, forward
-from ..manifest import History, Retention
+from ..manifest import ClassRetention, History, Retention
 from ..recalibration import reset_statistics
 from ..runtime import Host, mixed_precision, one_thread, seeded
 from ..runtime import generator as random_stream
@@ -39,6 +39,7 @@ class Settings:
     Attributes:
         cross_entropy, anchor: weights beside the distillation term.
         augment: strength of the random changes of pose and texture, see ``augment.augment``.
+        precision: that networks are run in, see ``runtime.mixed_precision``.
     """
 
     steps: int = 400
@@ -49,6 +50,7 @@ class Settings:
     anchor: float = 1.0
     augment: float = 1.0
     seed: int = 0
+    precision: str = "float32"
 
 
 def refine(
@@ -147,7 +149,7 @@ class Pupil:
         return self._host.ranks.deal(rows), self._host.ranks.deal(images)
 
     def _step(self, rows: torch.Tensor, images: Inputs) -> dict[str, torch.Tensor]:
-        with mixed_precision(self._host.device):
+        with mixed_precision(self._host.device, self._settings.precision):
             logits = forward(self._model, images)
             with torch.no_grad():
                 first = forward(self._initial, images)
@@ -187,9 +189,15 @@ def _agreement(student: nn.Module, lessons: Lessons) -> torch.Tensor:
 
 
 def _retention(lessons: Lessons, before: torch.Tensor, after: torch.Tensor) -> tuple[Retention, ...]:
-    rows = []
+    def measured(rows: torch.Tensor) -> tuple[int, float, float]:
+        return int(rows.sum()), *(100.0 * float(hits[rows].double().mean()) for hits in (before, after))
+
+    found = []
     for number, label in enumerate(lessons.labels):
         mine = lessons.teacher_id == number
-        share = [100.0 * float(hits[mine].double().mean()) for hits in (before, after)]
-        rows.append(Retention(label, int(mine.sum()), *share))
-    return tuple(rows)
+        present = lessons.targets[mine].unique().tolist()
+        classes = tuple(
+            ClassRetention(lessons.classes[target], *measured(mine & (lessons.targets == target))) for target in present
+        )
+        found.append(Retention(label, *measured(mine), classes))
+    return tuple(found)

@@ -42,6 +42,8 @@ class GeneratorEngine:
     Processes share the generators.
     """
 
+    TOGETHER = True  # a step shows images to all teachers
+
     def __init__(self, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
         self._settings, self._host = settings, host
         numbers = host.ranks.deal(range(MEMBERS))

@@ -45,6 +45,8 @@ class PixelEngine:
     one matters; processes share the batches.
     """
 
+    TOGETHER = False  # a step shows images to one teacher
+
     def __init__(self, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
         self._teachers, self._spec, self._settings, self._host = teachers, spec, settings, host
         starts = range(0, settings.count, settings.batch)

@@ -27,6 +27,7 @@ class Teacher:
     Attributes:
         layers: its normalisation layers whose statistics are known.
         statistics: the file they were recorded in; empty where they are running statistics.
+        precision: that its forward and backward passes run in.
         prior: class prior (K,), zero outside its support; None until it is known.
     """
 
@@ -38,10 +39,11 @@ class Teacher:
     prior: torch.Tensor | None = None
     prior_from: str = ""
     statistics: str = ""
+    precision: str = "float32"
 
     def observe(self, images: Inputs, targets: torch.Tensor) -> Observation:
         """Forward images (B, C, H, W), or all inputs, and collect what the losses need."""
-        with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device):
+        with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device, self.precision):
             logits = forward(self.model, images)
             return Observation(images, logits, targets, recorder.take())
 

@@ -7,8 +7,10 @@ weights take gradients that nobody reads, every BatchNorm layer has a hook with 
 default, float32, every term is read back at every step, images are stored as PNG files. Losses, weights, schedule,
 targets' distribution and start are those of dmm. Loops take turns; times are of the loop and the writing, without
 start-up and loading. "Forward" is a bare forward pass of one batch, on a GPU in bf16, channels_last, as a CUDA graph;
-the floor is twice that: forward, and the gradient of the images. Speed: networks as initialised, with statistics of
-coloured noise. Quality: the five digit sites, whose students are judged on held-out digits. Prints Markdown.
+the floor is twice that: forward, and the gradient of the images. "Share of the peak": floating-point operations of
+that floor, over what a large matrix product (float32 on the CPU, bfloat16 on a GPU) does in the time dmm took.
+Speed: networks as initialised, with statistics of coloured noise. Quality: the five digit sites, whose students are
+judged on held-out digits. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmm_cli.architectures import build, load_model, num_classes
 from dmm_cli.checkpoint import save_arrays
@@ -38,9 +41,11 @@ from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, load_pseudo_data, save_pseudo_data
 
 RUNS = 5
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 RATE, BETAS, NORM, CROSS_ENTROPY = 0.1, (0.9, 0.99), 1.0, 0.1
 DIGITS = Path(__file__).parents[2] / "fixtures" / "digits"
 QUALITY = {"count": 256, "batch": 64, "steps": 150}
+DIGITS_ARCH = "resnet18,num_classes=10,layers=(1,1,1,1),channels=(16,32,64,64)"
 DIGIT_SPEC = InputSpec((1, 16, 16), (0.3,), (0.38,))
 
 
@@ -63,12 +68,13 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "cpu": {
-        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 4),
-        "ResNet-50 at 224": Network("resnet50", 224, 8, 2, 2),
+        "ResNet of the digits": Network(DIGITS_ARCH, 16, 64, 8, 60),
+        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 8),
+        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 8, 2, 4),
     },
     "cuda": {
         "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 256, 2, 500),
-        "ResNet-50 at 224": Network("resnet50", 224, 64, 2, 100),
+        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 64, 2, 100),
     },
 }
 
@@ -173,6 +179,26 @@ def forward_seconds(model: nn.Module, images: torch.Tensor) -> float:
     return _median_of(replay) / 20
 
 
+def peak(device: str) -> float:
+    """Floating-point operations a second of a large matrix product, in the precision dmm computes in there."""
+    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> None:
+        left @ right
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return 2 * size**3 / _median_of(multiply)
+
+
+def operations(model: nn.Module, image: torch.Tensor) -> int:
+    """Floating-point operations of one forward pass of an image (1, C, H, W)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops()
+
+
 def _median_of(call: Callable[[], object]) -> float:
     call()
     times = []
@@ -183,45 +209,53 @@ def _median_of(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def speed(name: str, network: Network, device: str, work: Path) -> str:
-    """One row: both loops on one teacher, in turn."""
+def speed(name: str, network: Network, device: str, work: Path) -> list[str]:
+    """A row for every precision of dmm: the loops on one teacher, in turn."""
     checkpoint, images = work / "teacher.safetensors", network.batch * network.batches
     model, spec = teacher(network, checkpoint)
     model = model.to(device)
     classes = num_classes(model)
-    prior = ("--class-prior", ",".join("1" * classes), "--loss", "total_variation=0", "--device", device)
-    plain, fast = [], []
+    prior = ("--class-prior", ",".join("1" * classes), "--device", device)
+    plain: list[float] = []
+    fast: dict[str, list[float]] = {precision: [] for precision in PRECISIONS[device]}
     for seed in range(RUNS):
         begin = time.perf_counter()
         for number in range(network.batches):
             targets = torch.randint(classes, (network.batch,), generator=torch.Generator().manual_seed(seed))
             textbook(model, spec, targets, network.steps, seed * network.batches + number, work)
         plain.append(time.perf_counter() - begin)
-        out = work / "ours.safetensors"
-        fast.append(ours(checkpoint, out, images, network.batch, network.steps, seed, *prior))
-    textbook_s, ours_s = statistics.median(plain), statistics.median(fast)
-    bare = forward_seconds(model, torch.randn(network.batch, *spec.size, device=device))
-    steps = network.batches * network.steps
-    cells = [
-        name, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
-        f"{images / ours_s:.2f}", f"{textbook_s / ours_s:.2f}", f"{textbook_s / steps / bare:.2f}",
-        f"{ours_s / steps / bare:.2f}",
-    ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+        for precision, seconds in fast.items():
+            flags = (*prior, "--precision", precision)
+            out = work / "ours.safetensors"
+            seconds.append(ours(checkpoint, out, images, network.batch, network.steps, seed, *flags))
+    textbook_s = statistics.median(plain)
+    batch = torch.randn(network.batch, *spec.size, device=device)
+    bare, work_of_one = forward_seconds(model, batch), operations(model, batch[:1])
+    steps, limit, rows = network.batches * network.steps, peak(device), []
+    for precision, seconds in fast.items():
+        ours_s = statistics.median(seconds)
+        reached = 2 * work_of_one * images * network.steps / ours_s / limit
+        cells = [
+            name, precision, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
+            f"{images / ours_s:.2f}", f"{textbook_s / ours_s:.2f}", f"{textbook_s / steps / bare:.2f}",
+            f"{ours_s / steps / bare:.2f}", f"{work_of_one / 1e9:.2f}", f"{100 * reached:.0f} %",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
 
 
-def textbook_pseudo_data(like: PseudoData, sites: list[Path], seed: int, work: Path) -> tuple[PseudoData, float, dict]:
-    """The textbook loop's images of all sites, with class priors as dmm estimated them; seconds; first norm curve."""
-    images, targets, logits, seconds, curve = [], [], [], 0.0, {}
+def textbook_pseudo_data(
+    like: PseudoData, sites: list[Path], seed: int, work: Path
+) -> tuple[PseudoData, dict[int, float]]:
+    """The textbook loop's images of all sites, with class priors as dmm estimated them; its first norm curve."""
+    images, targets, logits, curve = [], [], [], {}
     for number, site in enumerate(sites):
         model = load_model(resolve_source(str(site)))[0].eval()
         prior = torch.tensor(like.teachers[number].prior)
         for batch in range(QUALITY["count"] // QUALITY["batch"]):
-            draw = torch.Generator().manual_seed(hash((seed, number, batch)))
+            draw = torch.Generator().manual_seed(1000 * seed + 10 * number + batch)
             wanted = torch.multinomial(prior, QUALITY["batch"], replacement=True, generator=draw)
-            begin = time.perf_counter()
-            found = textbook(model, DIGIT_SPEC, wanted, QUALITY["steps"], int(draw.initial_seed()) >> 1, work)
-            seconds += time.perf_counter() - begin
+            found = textbook(model, DIGIT_SPEC, wanted, QUALITY["steps"], draw.initial_seed(), work)
             curve = curve or found
             pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(work.glob("*.png"))])[:, None]
             images.append(pixels)
@@ -239,14 +273,14 @@ def textbook_pseudo_data(like: PseudoData, sites: list[Path], seed: int, work: P
         teachers=tuple(TeacherRecord(t.label, t.sha256, t.prior, QUALITY["count"], 0) for t in like.teachers),
         spec=DIGIT_SPEC,
     )
-    return data, seconds, curve
+    return data, curve
 
 
 def quality(work: Path) -> str:
     """Images of the digit sites by both loops, what students of them know, and the loops' first batches."""
     sites, merged = sorted(DIGITS.glob("site-?.safetensors")), work / "merged"
-    dmm("merge", *sites, "-o", merged, "--force", "-q")
-    columns: dict[str, list[float]] = {"plain s": [], "fast s": [], "plain": [], "fast": []}
+    dmm("merge", *sites, "--group", "auto", "-o", merged, "--force", "-q")
+    columns: dict[str, list[float]] = {"plain": [], "fast": []}
     curves: dict[int, tuple[list[float], list[float]]] = {}
     for seed in range(RUNS):
         ours_file, plain_file = work / "ours.safetensors", work / "plain.safetensors"
@@ -257,10 +291,8 @@ def quality(work: Path) -> str:
             )
         )
         like = load_pseudo_data(resolve_source(str(ours_file)))
-        data, seconds, curve = textbook_pseudo_data(like, sites, seed, work)
+        data, curve = textbook_pseudo_data(like, sites, seed, work)
         save_pseudo_data(plain_file, data, {}, force=True)
-        columns["fast s"].append(made["seconds"])
-        columns["plain s"].append(seconds)
         history = made["history"]
         for step, value in zip(history["step"], history["curves"]["norm"], strict=True):
             curves.setdefault(step, ([], []))[0].append(curve[step])
@@ -272,9 +304,7 @@ def quality(work: Path) -> str:
                 "--force", "-q",
             )  # fmt: skip
             columns[name].append(float(dmm("evaluate", student, "--data", DIGITS / "test.safetensors", "-q")))
-    plain, fast = (statistics.median(columns[name]) for name in ("plain s", "fast s"))
-    students = [_spread(columns[name], 1) for name in ("plain", "fast")]
-    row = f"| {plain:.1f} | {fast:.1f} | {plain / fast:.2f} | {' | '.join(students)} |"
+    row = f"| {_spread(columns['plain'], 1)} | {_spread(columns['fast'], 1)} |"
     chosen = sorted(curves)[:: len(curves) // 6]
     header = "| norm term at step | " + " | ".join(map(str, chosen)) + " |\n|" + "---|" * (1 + len(chosen))
     lines = (
@@ -299,14 +329,16 @@ def main() -> None:
         work = Path(folder)
         if "speed" in arguments.part:
             print(
-                "| network | images | steps | textbook, images/s | dmm, images/s | times | textbook step / forward "
-                "| dmm step / forward |\n|" + "---|" * 8
+                "| network | precision | images | steps | textbook, images/s | dmm, images/s | times "
+                "| textbook step / forward | dmm step / forward | forward, GFLOP an image | share of the peak |\n|"
+                + "---|"
+                * 11
             )
             for name, network in NETWORKS[arguments.device].items():
                 if not arguments.network or name in arguments.network:
-                    print(speed(name, network, arguments.device, work), flush=True)
+                    print("\n".join(speed(name, network, arguments.device, work)), flush=True)
         if "quality" in arguments.part:
-            print("\n| textbook s | dmm s | times | textbook's students, % (sd) | dmm's |\n|" + "---|" * 5)
+            print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
             print(quality(work))
 
 

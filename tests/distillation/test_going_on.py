@@ -48,7 +48,7 @@ def lessons() -> Lessons:
     priors = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
     return Lessons(
         images.to(torch.uint8), PixelSpace(InputSpec((1, 8, 8), (0.5,), (0.3,))), targets, (targets == 2).long(),
-        logits, priors, ("a", "b"), torch.tensor([True, False]),
+        logits, priors, ("a", "b"), ("left", "right", "none"), torch.tensor([True, False]),
     )  # fmt: skip
 
 

@@ -85,7 +85,8 @@ def real_lessons(inside: bool) -> tuple[nn.Module, Lessons]:
     priors = torch.zeros(2, 10)
     priors[0, :5], priors[1, 7] = 0.2, 1.0
     logits = F.one_hot(labels, 10).float() * 10
-    return model, Lessons(images, space, labels, owner, logits, priors, ("a", "d"), torch.tensor([inside, False]))
+    names = ("a", "d"), tuple("0123456789")
+    return model, Lessons(images, space, labels, owner, logits, priors, *names, torch.tensor([inside, False]))
 
 
 def test_a_student_learns_a_new_class_and_keeps_the_old_ones():
@@ -98,6 +99,10 @@ def test_a_student_learns_a_new_class_and_keeps_the_old_ones():
     assert new.before == 0.0 and new.after > 90 and old.before > 95 and old.after > 90
     assert history.curves["distillation"][-1] < history.curves["distillation"][0]
     assert all(len(curve) == len(history.step) for curve in history.curves.values())
+    assert [item.name for item in old.classes] == list("01234") and [item.name for item in new.classes] == ["7"]
+    assert sum(item.images for item in old.classes) == 225
+    mean = sum(item.images * item.after for item in old.classes) / 225
+    assert mean == pytest.approx(old.after) and new.classes[0].after == new.after
     assert not model.training
     assert untouched.keys() <= model.state_dict().keys()
 

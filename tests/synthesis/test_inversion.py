@@ -87,6 +87,17 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
     assert first != other
 
 
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_half_the_bits_tell_the_same_loss_but_for_rounding(engine):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        owners = [replace(teacher, precision=precision, prior=torch.eye(10)[9]) for teacher in teachers("e")[0]]
+        settings = Settings(8, 2, 8, engine=engine, precision=precision)
+        losses[precision] = synthesize(owners, teachers("e")[1], settings, HOST)[1].curves["norm"][0]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+
+
 def test_a_known_prior_is_kept():
     (owner,), spec = teachers("d")
     given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DIGITS, dmm
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -266,11 +267,17 @@ def test_a_fresh_vit_learns_from_the_pseudo_data(drawn, tmp_path):
     out = tmp_path / "out.safetensors"
     result = dmm(
         "distill", tmp_path / "fresh.safetensors", root / "vit.safetensors", "--data", root / "p.safetensors",
-        "-o", out, "--steps", 250, "--batch", 32, "--json",
+        "-o", out, "--steps", 250, "--batch", 32, "--fail-under", 101, "--json",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1 and "retained agreement below 101.0" in result.stderr, result.output
     (retention,) = json.loads(result.stdout)["retention"]
     assert retention["before"] < 60 and retention["after"] > 80
+    targets = load_file(root / "p.safetensors")["targets"]
+    assert [item["images"] for item in retention["classes"]] == np.bincount(targets).tolist()
+    for item in retention["classes"]:
+        assert f"class {item['name']} of vit: {item['after']:.1f} on {item['images']} images" in result.stderr
+    with safe_open(out, "np") as file:
+        assert json.loads(file.metadata()["dmm.retention"]) == [retention]
     judged = dmm("evaluate", tmp_path / "fresh.safetensors", out, "--data", root / "data.safetensors", "--json")
     fresh, taught = (row["accuracy"] for row in json.loads(judged.stdout)["rows"])
     assert fresh < 40 and taught > 50  # on real digits, which neither stage saw
@@ -290,8 +297,6 @@ def test_recorded_statistics_win_over_running_ones(world, tmp_path):
 
 def rewrite(source, target, change=None, **metadata):
     """A copy of a file of statistics with other arrays or metadata."""
-    from safetensors import safe_open
-
     with safe_open(source, "np") as file:
         arrays, known = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     if change:
