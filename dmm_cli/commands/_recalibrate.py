@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..inputs import Source
 from ..merging import METHODS
 from ..names import is_head
-from ._pseudo import balanced_images, owned_images, readable_errors, retention
+from ._pseudo import mixed_images, owned_images, readable_errors, retention
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,13 +138,14 @@ def _set_right(work: _Work) -> tuple[set[str], str]:
     from ..architectures import norm_layers
     from ..recalibration import repair, reset_statistics
 
-    batches = balanced_images(work.data, work.parents, work.settings.seed, "recalibrate", work.device)
+    shares = work.shares()
+    batches = mixed_images(work.data, work.parents, shares, work.settings.seed, "recalibrate", work.device)
     layers = norm_layers(work.model)
     if layers:
         reset_statistics(work.model, [layer for _, layer in layers], batches)
         return {name for name, _ in layers}, f"{len(layers)} BatchNorm layers reset"
     heads = [name for name, _ in work.model.named_modules() if is_head(f"{name}.weight")]
-    names = repair(work.model, work.parent_modules(), work.shares(), list(batches), skip=heads)
+    names = repair(work.model, work.parent_modules(), shares, list(batches), skip=heads)
     return set(names), f"{len(names)} layers rescaled (REPAIR)"
 
 
