@@ -9,7 +9,7 @@ import typer
 
 from . import __version__
 from .commands import _options as options
-from .commands import align, distill, evaluate, inspect, merge, run, similarity, synthesize
+from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
 from .commands._run import guarded
 from .config import load_config
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "similarity": (similarity.similarity, similarity.EPILOG),
     "align": (align.align, align.EPILOG),
     "merge": (merge.merge, merge.EPILOG),
+    "record": (record.record, record.EPILOG),
     "synthesize": (synthesize.synthesize, synthesize.EPILOG),
     "distill": (distill.distill, distill.EPILOG),
     "run": (run.run, run.EPILOG),

@@ -1,4 +1,4 @@
-"""What devices are called. Whether one is there, only torch can tell: see ``runtime``."""
+"""What devices and precisions are called. Whether a device is there, only torch can tell: see ``runtime``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 from .errors import DmmError, printable
 
+PRECISIONS = ("auto", "float32", "bfloat16")
 NAMES = re.compile(r"auto|(cpu|cuda)(:(0|[1-9]\d?))?")
 
 
@@ -16,3 +17,9 @@ def require_device_name(name: str) -> None:
             f"unknown device: {printable(name)}; dmm computes on cpu or cuda",
             hint="one of auto, cpu, cuda, cuda:0, ...",
         )
+
+
+def require_precision(name: str) -> None:
+    """Raise DmmError for what is not a precision that networks are run in."""
+    if name not in PRECISIONS:
+        raise DmmError(f"unknown precision: {printable(name)}", hint=f"one of {', '.join(PRECISIONS)}")

@@ -5,7 +5,7 @@ Legend: N samples, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,19 +30,31 @@ class LabelledData:
 
     Attributes:
         images: uint8 (N, C, H, W), or paths of image files to decode when they are needed.
-        labels: int64 (N,).
+        labels: int64 (N,), or None where the data have none and need none.
         classes: names, or empty where the data have none.
     """
 
     images: torch.Tensor | tuple[Path, ...]
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def batch(self, start: int, stop: int, spec: InputSpec) -> torch.Tensor:
         """Images [start, stop) at the model's size, normalised, float32 (B, C, H, W)."""
         if isinstance(self.images, torch.Tensor):
             return prepare(self.images[start:stop], spec)
         return torch.cat([prepare(_decode(path, spec.size[0]), spec) for path in self.images[start:stop]])
+
+    def batches(
+        self, size: int, spec: InputSpec, on_progress: Callable[[str, int, int], None] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """All images in order, at most ``size`` at a time, see ``batch``."""
+        for start in range(0, len(self), size):
+            yield self.batch(start, start + size, spec)
+            if on_progress:
+                on_progress("images", min(start + size, len(self)), len(self))
 
 
 def prepare(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
@@ -65,20 +77,36 @@ def load_labelled(path: Path) -> LabelledData:
     Raises:
         DmmError: the file lacks an array, or an array has the wrong dtype or shape.
     """
-    if path.is_dir():
-        return _image_folder(path)
+    return _image_folder(path) if path.is_dir() else _arrays(path, ("images", "labels"))
+
+
+def load_images(path: Path) -> LabelledData:
+    """The same where labels may be missing; a directory may also hold the images themselves.
+
+    Raises:
+        DmmError: there are no images, or an array has the wrong dtype or shape.
+    """
+    if not path.is_dir():
+        return _arrays(path, ("images",))
+    loose = tuple(file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES)
+    return LabelledData(loose, None) if loose else _image_folder(path)
+
+
+def _arrays(path: Path, required: Sequence[str]) -> LabelledData:
     arrays, classes = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-    for name in ("images", "labels"):
+    for name in required:
         if name not in arrays:
             raise DmmError(
                 f"{path} has no array named {name}",
                 evidence=[f"it holds {', '.join(map(printable, arrays)) or 'none'}"],
                 hint="images: uint8 [N, C, H, W]; labels: int64 [N]",
             )
-    images, labels = arrays["images"], arrays["labels"]
-    if images.dtype != np.uint8 or images.ndim != 4:
+    images, labels = arrays["images"], arrays.get("labels")
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise DmmError(f"images of {path} must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+    if labels is None:
+        return LabelledData(torch.from_numpy(images), None, classes)
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise DmmError(f"labels of {path} must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}")
     if labels.min() < 0:
         raise DmmError(f"labels of {path} hold a negative class")
@@ -149,18 +177,28 @@ def score(label: str, probabilities: torch.Tensor, labels: torch.Tensor) -> Eval
         DmmError: a label is beyond the model's classes.
     """
     classes = probabilities.shape[1]
-    if int(labels.max()) >= classes:
-        beyond = sorted({int(value) for value in labels[labels >= classes]})
-        raise DmmError(
-            f"the data have classes that {printable(label)} cannot name: it has {classes}",
-            evidence=capped(map(str, beyond)),
-        )
+    class_counts(labels, classes, label)
     hits = probabilities.argmax(1) == labels
     recall: list[float | None] = []
     for value in range(classes):
         members = labels == value
         recall.append(100.0 * float(hits[members].double().mean()) if members.any() else None)
     return EvaluationRow(label, 100.0 * float(hits.double().mean()), tuple(recall))
+
+
+def class_counts(labels: torch.Tensor, classes: int, label: str) -> tuple[int, ...]:
+    """How many of the labels (N,) are of every class.
+
+    Raises:
+        DmmError: a label is beyond the classes of the model that is called ``label``.
+    """
+    if int(labels.max()) >= classes:
+        beyond = sorted({int(value) for value in labels[labels >= classes]})
+        raise DmmError(
+            f"the data have classes that {printable(label)} cannot name: it has {classes}",
+            evidence=capped(map(str, beyond)),
+        )
+    return tuple(torch.bincount(labels, minlength=classes).tolist())
 
 
 def ensemble(probabilities: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -168,17 +168,29 @@ class Grouping(Record):
 
 
 @dataclass(frozen=True)
+class ClassRetention(Record):
+    """The same of the images of one class; its name where the checkpoints name their classes, else its number."""
+
+    name: str
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Retention(Record):
     """How far a model agrees with one teacher on that teacher's pseudo-data, in per cent.
 
     Attributes:
         before: of the teacher itself for a merge, of the student that was given for a distillation.
+        classes: that there are images of.
     """
 
     label: str
     images: int
     before: float
     after: float
+    classes: tuple[ClassRetention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,8 +284,44 @@ class History(Record):
 
 
 @dataclass(frozen=True)
+class RecordedLayer(Record):
+    """Statistics in front of one normalisation layer: its kind, its channels, and the values seen of each."""
+
+    name: str
+    kind: str
+    channels: int
+    count: int
+
+
+@dataclass(frozen=True)
+class RecordManifest(Record):
+    """What a recording of statistics did.
+
+    Attributes:
+        class_counts: images per class; empty where the data have no labels.
+        unused: normalisation layers that the model holds but does not run.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.record/1"
+
+    sources: tuple[SourceRecord, ...]
+    data: str
+    images: int
+    class_counts: tuple[int, ...]
+    layers: tuple[RecordedLayer, ...]
+    unused: tuple[str, ...]
+    device: str
+    seconds: float
+    output: str
+
+
+@dataclass(frozen=True)
 class TeacherReport(Record):
-    """What synthesis drew from one teacher."""
+    """What synthesis drew from one teacher.
+
+    Attributes:
+        statistics: the file they were recorded in, or None where they are running statistics.
+    """
 
     label: str
     sha256: str
@@ -283,6 +331,7 @@ class TeacherReport(Record):
     rejected: int
     bn_loss: float | None
     confidence: float | None
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Legend: N images, B images of a batch, C channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -40,11 +40,6 @@ def owner_weights(owners: torch.Tensor, shares: Sequence[float]) -> torch.Tensor
 def drawn_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch.Tensor]:
     """``BATCHES`` batches of rows (B,) drawn with weights (N,)."""
     return torch.multinomial(weights, BATCHES * BATCH, replacement=True, generator=stream).split(BATCH)
-
-
-def balanced_batches(images: torch.Tensor, weights: torch.Tensor, stream: torch.Generator) -> Iterator[torch.Tensor]:
-    """``BATCHES`` batches (B, C, H, W) of images (N, C, H, W) drawn with weights (N,), on the images' device."""
-    return (images[rows.to(images.device)] for rows in drawn_rows(weights, stream))
 
 
 @torch.no_grad()

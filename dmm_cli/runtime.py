@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .devices import require_device_name
+from .devices import require_device_name, require_precision
 from .errors import DmmError
 from .ranks import Ranks
 from .savepoint import Savepoint
@@ -41,15 +41,17 @@ class Host:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a user named: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
+    """The device a user named: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``; under torchrun each process its own GPU.
 
     Raises:
         DmmError: there is no such device, or not here; it is never replaced by another in silence.
     """
     require_device_name(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DmmError(
             f"no such device: {name}",
@@ -84,10 +86,16 @@ def seeded(seed: int, *salt: int | str) -> Iterator[None]:
         yield
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """The precision a user named; ``auto`` is bfloat16 on CUDA, float32 on the CPU, where few have bfloat16."""
+    require_precision(name)
+    return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
+
+
 @contextmanager
-def mixed_precision(device: torch.device) -> Iterator[None]:
-    """bf16 autocast on CUDA; float32 on the CPU, where bf16 is slower on most machines."""
-    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False):
+def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Products and convolutions in ``float32`` or ``bfloat16``; weights and sums stay float32."""
+    with torch.autocast(device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=False):
         yield
 
 
@@ -107,6 +115,11 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def workers(device: torch.device, local: int) -> int:
+    """Jobs that run at once in each of ``local`` processes on this machine: one a core, or one on a GPU."""
+    return max(1, len(os.sched_getaffinity(0)) // local) if device.type == "cpu" else 1
+
+
 def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -> None:
     """Run jobs that share nothing: one core each on the CPU, one after the other on a GPU.
 
@@ -124,7 +137,7 @@ def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -
         with one_thread(host.device):  # of this worker; other threads keep theirs
             job(stop.is_set)
 
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // host.ranks.local)) as pool:
+    with ThreadPoolExecutor(workers(host.device, host.ranks.local)) as pool:
         try:
             for future in [pool.submit(alone, job) for job in jobs]:
                 future.result()

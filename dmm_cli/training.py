@@ -1,14 +1,20 @@
-"""A module in training that can be put aside at any step, and a step that a GPU replays."""
+"""Modules in training that can be put aside at any step, side by side, and a step that a GPU replays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from .runtime import Host, parallel
+
+SAVE_EVERY = 10.0  # seconds
 EAGER = 3  # steps before a GPU captures one: libraries allocate and choose kernels in the first ones
 
 Result = TypeVar("Result")
@@ -125,3 +131,46 @@ class Replay(Generic[Result]):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._result = self._function(*self._inputs)
+
+
+class Worker(Protocol):
+    """Something that is trained step by step and can be put aside.
+
+    Attributes:
+        done: steps taken.
+    """
+
+    done: int
+
+    def train(self) -> Iterator[dict[str, float]]:
+        """Take the steps that are left, giving the newest point of the curves after each."""
+
+    def save(self) -> None:
+        """Keep what there is, to go on from."""
+
+
+def work_through(jobs: Sequence[Callable[[], Worker]], stage: str, steps: int, host: Host) -> None:
+    """Train every worker, saving it every ``SAVE_EVERY`` seconds, at its end, and when the user interrupts.
+
+    Args:
+        jobs: make the workers, each just before its turn. stage: its name, and steps of each, for the progress.
+    """
+    lock = threading.Lock()
+    done = [0] * len(jobs)
+
+    def work(number: int, stop: Callable[[], bool]) -> None:
+        worker = jobs[number]()
+        saved = time.monotonic()
+        done[number] = worker.done
+        for shown in worker.train():
+            done[number] = worker.done
+            with lock:
+                host.tell(stage, sum(done), len(jobs) * steps, **shown)
+            if stop():
+                break
+            if time.monotonic() - saved > SAVE_EVERY:
+                worker.save()
+                saved = time.monotonic()
+        worker.save()
+
+    parallel([partial(work, number) for number in range(len(jobs))], host)

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from dmm_cli.errors import DmmError
-from dmm_cli.runtime import Host, describe_device, generator, parallel, resolve_device, seeded
+from dmm_cli.runtime import (
+    Host,
+    describe_device,
+    generator,
+    mixed_precision,
+    parallel,
+    resolve_device,
+    resolve_precision,
+    seeded,
+)
 
 CPU = torch.device("cpu")
 
@@ -55,3 +64,12 @@ def test_a_failing_job_stops_the_others():
 
     with pytest.raises(ValueError, match="inside"):
         parallel([fail, wait], Host(CPU))
+
+
+def test_products_are_taken_in_the_precision_that_was_asked_for():
+    left = torch.tensor([[1.0 + 2.0**-9]])  # bfloat16 has 8 bits
+    for name, wanted in (("auto", 1.0 + 2.0**-9), ("float32", 1.0 + 2.0**-9), ("bfloat16", 1.0)):
+        with mixed_precision(CPU, resolve_precision(name, CPU)):
+            assert (left @ torch.eye(1)).item() == wanted
+    with pytest.raises(DmmError, match="unknown precision: half"):
+        resolve_precision("half", CPU)

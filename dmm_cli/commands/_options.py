@@ -36,11 +36,35 @@ Arch = Annotated[
     str | None,
     option("--arch", help="timm name with arguments (resnet18,num_classes=10) or package.module:factory."),
 ]
+Statistics = Annotated[
+    list[str] | None,
+    option("--statistics", help="Statistics that dmm record stored, in place of BatchNorm's. Repeatable."),
+]
 InputSize = Annotated[str | None, option("--input-size", help="Channels, height, width of the input: 3,32,32.")]
 Mean = Annotated[str | None, option("--mean", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
 Std = Annotated[str | None, option("--std", help="Normalisation of pixels in 0..1: one number, or one per channel.")]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[
+    str,
+    option(
+        "--precision",
+        help="float32, bfloat16 (faster where the device computes in it), or auto: bfloat16 on CUDA.",
+    ),
+]
 Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
+
+
+def batch_size(text: str) -> int | None:
+    """Parse ``--batch``: images, or None where they are to be as many as there is room for.
+
+    Raises:
+        DmmError: neither ``auto`` nor a number of 2 or more.
+    """
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 2:
+        raise DmmError(f"--batch takes a number of images, 2 or more, or auto, not {printable(text)}")
+    return int(text)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED, CRASHED = 130, 141, 143, 70
 
+SMALLER = "take a smaller --batch, or --batch auto where it is offered, a smaller --count, or a device with more memory"
+
 EXIT_CODES = "Exit codes: 0 done; 1 a check you asked for failed; 2 could not run; 130 interrupted."
 
 
@@ -60,6 +62,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if _is_typers_own(error):
                 raise
+            if _is_out_of_memory(error):
+                _show(DmmError("out of memory", evidence=str(error).splitlines()[:1], hint=SMALLER))
+                raise typer.Exit(DmmError.exit_code) from None
             _crash(error)
             raise typer.Exit(CRASHED) from None
         finally:
@@ -92,6 +97,12 @@ def _drop_stdout() -> None:
 
 def _is_typers_own(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] == "typer" or isinstance(error, (typer.Exit, typer.Abort))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's and numpy's own, torch's on a GPU, and torch's on the CPU, which has no type."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def _terminate(*_: object) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DmmError
+from ..devices import require_precision
+from ..errors import CheckFailed, DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
+from ..ranks import Ranks, joined
 from . import _options as options
 from ._provenance import ancestors, inherited, lineage, records, stamp
-from ._run import epilog, guarded
+from ._run import epilog, guarded, resumable
 
 if TYPE_CHECKING:
     import torch
 
-    from ..distillation.refine import Lessons, Settings
+    from ..distillation.lessons import Lessons
+    from ..distillation.refine import Settings
     from ..manifest import DistillManifest
     from ..synthesis.pseudodata import PseudoData
 
@@ -43,10 +47,17 @@ def distill(
     output: options.Output = None,
     steps: Annotated[int, options.option("--steps", help="Optimiser steps; 0 only resets BatchNorm.", min=0)] = STEPS,
     batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = BATCH,
+    fail_under: Annotated[
+        float | None,
+        options.option(
+            "--fail-under", help="Exit 1 when the student retains less than this of a class of a teacher, in per cent."
+        ),
+    ] = None,
     learning_rate: Annotated[float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")] = RATE,
     temperature: Annotated[float, options.option("--temperature", help="Softens both sides' logits.")] = TEMPERATURE,
     arch: options.Arch = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -62,6 +73,7 @@ def distill(
         raise DmmError("nowhere to write", hint="name a file with -o model.safetensors")
     if learning_rate <= 0 or temperature <= 0:
         raise DmmError("--learning-rate and --temperature must be above zero")
+    require_precision(precision)
     pupil = resolve_source(student)
     sources = resolve_sources(teachers, stdin=sys.stdin)
     pseudo = resolve_source(str(data))
@@ -76,20 +88,25 @@ def distill(
 
     from ..distillation.refine import Settings
 
-    settings = Settings(steps, batch, learning_rate, temperature, seed=seed)
-    manifest = distill_sources(
-        pupil,
-        sources,
-        pseudo,
-        output,
-        settings,
-        arch=arch,
-        device=device,
-        force=force,
-        on_progress=Progress(quiet),
-    )
+    settings = Settings(steps, batch, learning_rate, temperature, seed=seed, precision=precision)
+    with joined() as ranks:
+        manifest = distill_sources(
+            pupil,
+            sources,
+            pseudo,
+            output,
+            settings,
+            arch=arch,
+            device=device,
+            force=force,
+            ranks=ranks,
+            on_progress=Progress(quiet),
+        )
+        if not ranks.is_first:
+            return
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     _report(manifest, quiet, json)
+    _check(manifest, fail_under)
 
 
 def distill_sources(
@@ -102,37 +119,43 @@ def distill_sources(
     arch: str | None,
     device: str,
     force: bool = False,
+    ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> DistillManifest:
-    """Load the student and its lessons, refine, and write the checkpoint."""
-
+    """Load the student and its lessons, refine, and write the checkpoint; go on from what an interrupted call did."""
     from .. import architectures
     from ..checkpoint import save_like
     from ..distillation.refine import refine
     from ..manifest import DistillManifest, SourceRecord
-    from ..runtime import describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(device)
+    settings = replace(settings, precision=resolve_precision(settings.precision, where))
     model, _ = architectures.load_model(student, arch)
     lessons = _lessons(load_pseudo_data(data), student, teachers, architectures.num_classes(model), where)
     model = model.to(where)
     layers = [layer for _, layer in architectures.norm_layers(model)]
     started = time.monotonic()
-    history, retention = refine(model, layers, lessons, settings, on_progress)
     parameters = asdict(settings)
     parents = records([student, *teachers])
-    metadata = stamp(
-        "distill",
-        parameters,
-        sources=lineage(parents),
-        data=data.sha256,
-        device=where.type,
-        seed=str(settings.seed),
-    )
-    inputs = [path for source in (student, data, *teachers) for path in source.files]
-    arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
-    save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
+    depends = {"sources": [parent.sha256 for parent in parents], "data": data.sha256, "arch": arch, **parameters}
+    with resumable(output, **depends, device=where.type, processes=ranks.count) as reached:
+        history, retention = refine(model, layers, lessons, settings, Host(where, reached, ranks, on_progress))
+        if ranks.is_first:
+            metadata = stamp(
+                "distill",
+                parameters,
+                sources=lineage(parents),
+                data=data.sha256,
+                device=where.type,
+                seed=str(settings.seed),
+                retention=jsonlib.dumps([asdict(item) for item in retention]),
+            )
+            inputs = [path for source in (student, data, *teachers) for path in source.files]
+            arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+            save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
+        ranks.wait()
     return DistillManifest(
         student=parents[0],
         sources=parents[1:],
@@ -153,7 +176,8 @@ def _lessons(
     import numpy as np
     import torch
 
-    from ..distillation.refine import Lessons
+    from ..architectures import class_names
+    from ..distillation.lessons import Lessons
     from ..images import InputSpec, PixelSpace
 
     _require_classes(data, student, num_classes)
@@ -162,14 +186,15 @@ def _lessons(
     rank = np.full(len(data.teachers), -1)
     rank[places] = np.arange(len(places))
     family = ancestors(student)
-    space = PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device)
     return Lessons(
-        images=space.from_bytes(torch.from_numpy(data.images[rows]).to(device)),
+        images=torch.from_numpy(data.images[rows]).to(device),
+        space=PixelSpace(InputSpec(data.images.shape[1:], data.mean, data.std), device),
         targets=torch.from_numpy(data.targets[rows]).to(device),
         teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
         logits=torch.from_numpy(data.logits[rows].astype(np.float32)).to(device),
         priors=torch.from_numpy(data.priors()[places]).to(device),
         labels=tuple(teacher.label for teacher in teachers),
+        classes=class_names(student) or tuple(map(str, range(num_classes))),
         inside=torch.tensor([teacher.sha256 in family for teacher in teachers], device=device),
     )
 
@@ -180,6 +205,17 @@ def _require_classes(data: PseudoData, student: Source, num_classes: int) -> Non
             f"{student.path} has {num_classes} classes, the pseudo-data {data.logits.shape[1]}",
             hint="a student needs the classes of its teachers",
         )
+
+
+def _check(manifest: DistillManifest, bound: float | None) -> None:
+    low = sorted(
+        (item.after, f"class {item.name} of {teacher.label}: {item.after:.1f} on {item.images} images")
+        for teacher in manifest.retention
+        for item in teacher.classes
+        if bound is not None and item.after < bound
+    )
+    if low:
+        raise CheckFailed(f"retained agreement below {bound}", evidence=[line for _, line in low])
 
 
 def _report(manifest: DistillManifest, quiet: bool, json: bool) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..devices import require_device_name
+from ..devices import require_device_name, require_precision
 from ..errors import DmmError
 from ..files import write_text
 from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
@@ -20,6 +20,7 @@ from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
 from ._stages import STATE, Stages, file_hash
+from ._statistics import statistics_of
 from .evaluate import evaluate_sources
 from .merge import grouping_of
 
@@ -70,6 +71,7 @@ class Plan:
     flags: options.InputFlags
     device: str
     synthesis: SynthesisSettings
+    statistics: Mapping[str, Source]
     distill_steps: int | None
     data: Path | None
     quiet: bool
@@ -101,11 +103,13 @@ def run(
             min=0,
         ),
     ] = None,
+    statistics: options.Statistics = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -118,10 +122,12 @@ def run(
     report.html shows how it came about. With --data the accuracy of every step is printed.
     """
     _check_arguments(output, method, group, device, data)
+    require_precision(precision)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     origin = resolve_source(base) if base else None
     require_same_tensors([*sources, *([origin] if origin else [])])
+    recorded = statistics_of(statistics or [], sources)
     _check_directory(output, force)
 
     from ..report.console import emit, status
@@ -141,7 +147,8 @@ def run(
         arch=arch,
         flags=flags,
         device=device,
-        synthesis=SynthesisSettings(count, synthesize_steps, seed=seed),
+        synthesis=SynthesisSettings(count, synthesize_steps, seed=seed, precision=precision),
+        statistics=recorded,
         distill_steps=distill_steps,
         data=data,
         quiet=quiet,
@@ -197,6 +204,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
             "names": names,
             "settings": asdict(plan.synthesis),
             "input": asdict(plan.flags),
+            "statistics": sorted(file.sha256 for file in plan.statistics.values()),
             **where,
         },
         [files.pseudo, files.synthesis, files.images],
@@ -260,8 +268,8 @@ def _synthesize(plan: Plan, files: Layout) -> None:
     from ..report.figures import image_grid
 
     manifest, data = synthesis.synthesize_sources(
-        plan.sources, files.pseudo, plan.synthesis, arch=plan.arch, flags=plan.flags, device=plan.device, force=True,
-        on_progress=Progress(plan.quiet),
+        plan.sources, files.pseudo, plan.synthesis, arch=plan.arch, flags=plan.flags, device=plan.device,
+        recorded=plan.statistics, force=True, on_progress=Progress(plan.quiet),
     )  # fmt: skip
     write_text(files.synthesis, dump(manifest) + "\n", force=True)
     image_grid(data, files.images, force=True)
@@ -276,7 +284,7 @@ def _distillation(plan: Plan, files: Layout) -> DistillSettings:
     if steps is None:
         one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
         steps = 0 if one_start else distillation.STEPS
-    return Settings(steps, seed=plan.synthesis.seed)
+    return Settings(steps, seed=plan.synthesis.seed, precision=plan.synthesis.precision)
 
 
 def _distill(plan: Plan, files: Layout, student: Source, settings: DistillSettings) -> None:

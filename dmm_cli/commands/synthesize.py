@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_sources
@@ -17,14 +19,17 @@ from ..synthesis import ENGINES, LOSSES
 from . import _options as options
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable
+from ._statistics import require_input, statistics_of
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..images import InputSpec
     from ..manifest import SynthesisManifest, TeacherReport
     from ..synthesis.pseudodata import PseudoData
     from ..synthesis.settings import Settings
+    from ..synthesis.statistics import NormLayer
     from ..synthesis.teacher import Teacher
 
 EPILOG = epilog(
@@ -40,7 +45,13 @@ def synthesize(
     output: options.Output = None,
     count: Annotated[int, options.option("--count", help="Images per teacher.", min=1)] = COUNT,
     steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
-    batch: Annotated[int, options.option("--batch", help="Images per teacher and step.", min=2)] = BATCH,
+    batch: Annotated[
+        str,
+        options.option(
+            "--batch",
+            help="Images per teacher and step; auto: as many as the free memory holds, a power of two up to 256.",
+        ),
+    ] = str(BATCH),
     engine: Annotated[
         str, options.option("--engine", help="; ".join(f"{e}: {ENGINES.summary(e)}" for e in ENGINES) + ".")
     ] = "generator",
@@ -55,11 +66,13 @@ def synthesize(
     grid: Annotated[
         Path | None, options.option("--grid", help="Draw the images to a .png or .svg file, a row per class.")
     ] = None,
+    statistics: options.Statistics = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
+    precision: options.Precision = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -68,10 +81,13 @@ def synthesize(
 ) -> None:
     """Invert the BatchNorm statistics of trained checkpoints into labelled pseudo-images.
 
-    The class mix is taken from --class-prior, from dmm.class_counts in the file, or estimated from the
-    statistics. Images that their teacher does not recognise are dropped.
+    With --statistics, those that dmm record stored take their place. The class mix is taken from
+    --class-prior, from dmm.class_counts in the file, or estimated from the statistics. Images that
+    their teacher does not recognise are dropped.
     """
     ENGINES.check(engine)
+    size = options.batch_size(batch)
+    require_precision(precision)
     weights = options.key_values(loss or [], "--loss")
     for name in weights:
         LOSSES.check(name)
@@ -79,7 +95,9 @@ def synthesize(
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
-    check_output(output, inputs=[path for source in sources for path in source.files], force=force)
+    recorded = statistics_of(statistics or [], sources)
+    inputs = [path for source in (*sources, *recorded.values()) for path in source.files]
+    check_output(output, inputs=inputs, force=force)
 
     from ..report.console import Progress, emit, status
 
@@ -89,7 +107,7 @@ def synthesize(
 
     from ..synthesis.settings import Settings
 
-    settings = Settings(count, steps, batch, seed, engine, weights)
+    settings = Settings(count, steps, size, seed, engine, precision, weights)
     prior = options.numbers(class_prior, "--class-prior")
     with joined() as ranks:
         manifest, data = synthesize_sources(
@@ -100,6 +118,7 @@ def synthesize(
             flags=flags,
             device=device,
             prior=prior,
+            recorded=recorded,
             force=force,
             ranks=ranks,
             on_progress=Progress(quiet),
@@ -124,27 +143,46 @@ def synthesize_sources(
     device: str,
     flags: options.InputFlags = options.InputFlags(),
     prior: tuple[float, ...] = (),
+    recorded: Mapping[str, Source] | None = None,
     force: bool = False,
     ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> tuple[SynthesisManifest, PseudoData]:
-    """Load the teachers, synthesise, and write the pseudo-data file; go on from what an interrupted call has done."""
+    """Load the teachers, synthesise, and write the pseudo-data file; go on from what an interrupted call has done.
+
+    For ``recorded`` see ``load_teachers``.
+    """
     from ..manifest import SynthesisManifest
-    from ..runtime import Host, describe_device, resolve_device
+    from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.inversion import synthesize as invert
+    from ..synthesis.memory import fitting_batch
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
 
     where = resolve_device(device)
-    teachers, spec = load_teachers(sources, arch, where, prior, flags)
+    settings = replace(settings, precision=resolve_precision(settings.precision, where))
+    teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
+    teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
     started = time.monotonic()
+    if settings.batch is None:
+        fitting = fitting_batch(teachers, spec, settings, where, ranks.local)
+        settings = replace(settings, batch=min(ranks.gather(fitting)))
     parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
-    depends = {"sources": [source.sha256 for source in sources], "input": asdict(spec), "prior": prior, "arch": arch}
+    files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
+    statistics = [file.sha256 for file in files]
+    depends = {
+        "sources": [source.sha256 for source in sources],
+        "input": asdict(spec),
+        "prior": prior,
+        "arch": arch,
+        "statistics": statistics,
+    }
     with resumable(output, **depends, **parameters, device=where.type) as reached:
         data, history = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress))
         if ranks.is_first:
-            metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed))
-            inputs = [path for source in sources for path in source.files]
+            facts = {"statistics": json.dumps(statistics)} if statistics else {}
+            metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed), **facts)
+            inputs = [path for source in (*sources, *files) for path in source.files]
             save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
         ranks.wait()
     manifest = SynthesisManifest(
@@ -165,8 +203,13 @@ def load_teachers(
     device: torch.device,
     prior: tuple[float, ...] = (),
     flags: options.InputFlags = options.InputFlags(),
+    recorded: Mapping[str, Source] | None = None,
 ) -> tuple[list[Teacher], InputSpec]:
-    """Frozen teachers with the priors that are known, and the input they share."""
+    """Frozen teachers with the priors that are known, and the input they share.
+
+    Args:
+        recorded: files of recorded statistics by the SHA-256 of their teachers.
+    """
     from .. import architectures
     from ..synthesis import prior as priors
     from ..synthesis.teacher import Teacher, freeze, require_statistics
@@ -176,13 +219,16 @@ def load_teachers(
         model, _ = architectures.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
         specs.setdefault(spec, source.label)
-        layers = [layer for _, layer in architectures.norm_layers(model)]
+        file = (recorded or {}).get(source.sha256)
+        model = freeze(model, device)
+        layers = _known_layers(model, file, spec, device)
         require_statistics(str(source.path), layers)
         classes = architectures.num_classes(model)
-        counts = prior or architectures.class_counts(source)
+        counts = prior or (file and architectures.class_counts(file)) or architectures.class_counts(source)
         known = priors.from_counts(list(counts), classes, source.label) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
-        teachers.append(Teacher(source.label, source.sha256, freeze(model, device), layers, classes, known, origin))
+        path = str(file.path) if file else ""
+        teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
     if len(specs) > 1:
         raise DmmError(
             "the teachers take different inputs",
@@ -190,6 +236,22 @@ def load_teachers(
             hint="synthesize them apart, one file for each kind of input",
         )
     return teachers, next(iter(specs))
+
+
+def _known_layers(
+    model: nn.Module, statistics: Source | None, spec: InputSpec, device: torch.device
+) -> list[NormLayer]:
+    """Layers with running statistics, and those with recorded ones, which win; in module order."""
+    from .. import architectures
+    from ..synthesis.recorded import load_recorded
+    from ..synthesis.statistics import NormLayer
+
+    running = architectures.norm_layers(model)
+    known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
+    if statistics is not None:
+        require_input(statistics, spec)
+        known |= load_recorded(statistics, architectures.norm_inputs(model), device)
+    return [known[name] for name, _ in model.named_modules() if name in known]
 
 
 def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:
@@ -206,6 +268,7 @@ def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> T
         record.rejected,
         float(data.bn_loss[-1]) if len(data.bn_loss) else None,
         float(mine.astype(float).mean()),
+        teachers[number].statistics or None,
     )
 
 

@@ -6,7 +6,7 @@ Legend: N images, B images of a batch, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,35 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..curves import Recorder
-from ..manifest import History, Retention
-from ..recalibration import balanced_batches, balanced_weights, reset_statistics
+from ..errors import DmmError
+from ..manifest import ClassRetention, History, Retention
+from ..recalibration import reset_statistics
+from ..runtime import Host, mixed_precision, one_thread, seeded
 from ..runtime import generator as random_stream
-from ..runtime import mixed_precision, one_thread, seeded
+from ..savepoint import Savepoint, State
+from ..training import Replay, Trainer, work_through
 from . import losses
 from .augment import augment
+from .lessons import Lessons
 from .routing import soft_labels
 
-Progress = Callable[..., None]
-WARM_UP = 0.1
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """Pseudo-data as the loop needs it, on its device.
-
-    Attributes:
-        images: normalised float32 (N, C, H, W). targets, teacher_id: int64 (N,).
-        logits: of each image's owner, (N, K). priors: (T, K). labels: names of the T teachers.
-        inside: (T,), whether a teacher's weights are part of the student.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    teacher_id: torch.Tensor
-    logits: torch.Tensor
-    priors: torch.Tensor
-    labels: tuple[str, ...]
-    inside: torch.Tensor
+BETAS, WARM_UP = (0.9, 0.999), 0.1
+STATE = "student"
+JUDGED = 512  # images at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,7 @@ class Settings:
     Attributes:
         cross_entropy, anchor: weights beside the distillation term.
         augment: strength of the random changes of pose and texture, see ``augment.augment``.
+        precision: that networks are run in, see ``runtime.mixed_precision``.
     """
 
     steps: int = 400
@@ -62,108 +49,154 @@ class Settings:
     anchor: float = 1.0
     augment: float = 1.0
     seed: int = 0
+    precision: str = "float32"
 
 
 def refine(
-    student: nn.Module,
-    layers: list[nn.Module],
-    lessons: Lessons,
-    settings: Settings,
-    on_progress: Progress | None = None,
+    student: nn.Module, layers: list[nn.Module], lessons: Lessons, settings: Settings, host: Host
 ) -> tuple[History, tuple[Retention, ...]]:
     """Distil pseudo-data into the student, in place; the last step is the result.
 
-    Statistics of ``layers`` are reset on class-balanced pseudo-data before and after.
+    Statistics of ``layers`` are reset on class-balanced pseudo-data before and after. Processes share each batch:
+    they average their gradients, and each normalises by the statistics of its own part, so that the result depends
+    on how many there are.
+
+    Args:
+        student: on the host's device, as the lessons are.
 
     Returns:
         Curves of the loss terms and of the agreement with the targets, and agreement per teacher.
+
+    Raises:
+        DmmError: the batch cannot be shared evenly.
     """
-    device = lessons.images.device
-    with one_thread(device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
+    if settings.batch % host.ranks.count:
+        raise DmmError(
+            f"a batch of {settings.batch} images cannot be shared by {host.ranks.count} processes",
+            hint=f"--batch must be a multiple of {host.ranks.count}",
+        )
+    with one_thread(host.device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
         before = _agreement(student, lessons)
         _reset(student, layers, lessons, settings.seed, "before")
-        history = _train(student, lessons, settings, on_progress) if settings.steps else History((), {})
+        recorder = Recorder(settings.steps)
+        if settings.steps:
+            pupil = Pupil(student, lessons, settings, host, recorder)
+            work_through([lambda: pupil], "distill", settings.steps, host)
+        student.requires_grad_(False)
         _reset(student, layers, lessons, settings.seed, "after")
         after = _agreement(student, lessons)
-    return history, _retention(lessons, before, after)
+    return recorder.history(), _retention(lessons, before, after)
 
 
-def _train(student: nn.Module, lessons: Lessons, settings: Settings, on_progress: Progress | None) -> History:
-    device = lessons.images.device
-    initial = copy.deepcopy(student).eval().requires_grad_(False)
-    labels = soft_labels(lessons.logits, lessons.teacher_id, lessons.priors, settings.temperature)
-    student.train().requires_grad_(True)
-    rate = settings.learning_rate
-    optimiser = torch.optim.AdamW(student.parameters(), rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, rate, total_steps=settings.steps + 1, pct_start=WARM_UP, cycle_momentum=False
-    )
-    recorder = Recorder(settings.steps)
-    for step, (index, images) in enumerate(_batches(lessons, settings)):
-        with mixed_precision(device):
-            logits = student(images)
+class Pupil:
+    """A student in training; begins where its savepoint ends."""
+
+    def __init__(
+        self, student: nn.Module, lessons: Lessons, settings: Settings, host: Host, recorder: Recorder
+    ) -> None:
+        self._lessons, self._settings, self._host, self._recorder = lessons, settings, host, recorder
+        self._savepoint = host.savepoint or Savepoint()
+        self._initial = copy.deepcopy(student).eval().requires_grad_(False)
+        self._labels = soft_labels(lessons.logits, lessons.teacher_id, lessons.priors, settings.temperature)
+        student.train().requires_grad_(True)
+        self._model = _shared(student) if host.ranks.count > 1 else student
+        stream = random_stream(settings.seed, "batches")
+        self._trainer = Trainer(student, settings.learning_rate, settings.steps, stream, BETAS, WARM_UP)
+        state = host.ranks.fetch(0, lambda: self._savepoint.load(STATE))
+        if state is not None:
+            self._restore(state)
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return self._trainer.done
+
+    def train(self) -> Iterator[dict[str, float]]:
+        """Take the steps that are left, giving the newest point of the curves after each."""
+        # processes exchange gradients, which a graph does not hold
+        step = self._step if self._host.ranks.count > 1 else Replay(self._step, self._host.device)
+        shown: dict[str, float] = {}
+        weights = self._lessons.weights()
+        while self.done < self._settings.steps:
+            terms = step(*self._batch(weights))
+            self._trainer.advance()
+            if self._recorder.wants(self.done - 1):
+                shown = self._recorder.add(self.done - 1, terms)
+            yield {name: shown[name] for name in ("loss", "agreement")}
+
+    def save(self) -> None:
+        """Keep all it takes to go on; processes are in step, so the first keeps it for all."""
+        if self._host.ranks.is_first:
+            arrays = {**self._trainer.state(), "dropout": torch.get_rng_state().numpy()}
+            if self._host.device.type == "cuda":
+                arrays["dropout_cuda"] = torch.cuda.get_rng_state(self._host.device).numpy()
+            self._savepoint.save(STATE, arrays, {"curves": self._recorder.state()})
+
+    def _restore(self, state: State) -> None:
+        self._trainer.restore(state.arrays)
+        self._recorder.restore(state.notes["curves"])
+        torch.set_rng_state(torch.from_numpy(state.arrays["dropout"]))
+        if self._host.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.from_numpy(state.arrays["dropout_cuda"]), self._host.device)
+
+    def _batch(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's part of a class-balanced batch: rows (B,) and augmented images (B, C, H, W)."""
+        stream, device = self._trainer.stream, self._lessons.images.device
+        drawn = torch.multinomial(weights, self._settings.batch, replacement=True, generator=stream)
+        rows = drawn.to(device)
+        images = augment(self._lessons.show(rows), self._settings.augment, stream)
+        return self._host.ranks.deal(rows), self._host.ranks.deal(images)
+
+    def _step(self, rows: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        with mixed_precision(self._host.device, self._settings.precision):
+            logits = self._model(images)
             with torch.no_grad():
-                first = initial(images)
-        terms = _terms(logits.float(), first.float(), labels[index], lessons, index, settings)
-        loss = terms["distillation"] + settings.cross_entropy * terms["cross_entropy"]
-        loss = loss + settings.anchor * terms["anchor"]
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        if recorder.wants(step):
-            agreement = 100.0 * (logits.argmax(1) == lessons.targets[index]).float().mean()
-            shown = recorder.add(step, {**terms, "loss": loss, "agreement": agreement})
-            if on_progress:
-                on_progress("distill", step + 1, settings.steps, loss=shown["loss"], agreement=shown["agreement"])
-    student.requires_grad_(False)
-    return recorder.history()
+                first = self._initial(images)
+        terms = self._terms(logits.float(), first.float(), rows)
+        loss = terms["distillation"] + self._settings.cross_entropy * terms["cross_entropy"]
+        loss = loss + self._settings.anchor * terms["anchor"]
+        self._trainer.descend(loss)
+        agreement = 100.0 * (logits.argmax(1) == self._lessons.targets[rows]).float().mean()
+        return {name: term.detach() for name, term in {**terms, "loss": loss, "agreement": agreement}.items()}
+
+    def _terms(self, logits: torch.Tensor, first: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        lessons, temperature = self._lessons, self._settings.temperature
+        mask = lessons.inside[lessons.teacher_id[rows]].float()  # (B,)
+        return {
+            "distillation": losses.distillation(logits, self._labels[rows], temperature),
+            "cross_entropy": F.cross_entropy(logits, lessons.targets[rows]),
+            "anchor": losses.anchor(logits, first, mask, temperature),
+        }
 
 
-def _terms(
-    logits: torch.Tensor,
-    first: torch.Tensor,
-    labels: torch.Tensor,
-    lessons: Lessons,
-    index: torch.Tensor,
-    settings: Settings,
-) -> dict[str, torch.Tensor]:
-    mask = lessons.inside[lessons.teacher_id[index]].float()  # (B,)
-    return {
-        "distillation": losses.distillation(logits, labels, settings.temperature),
-        "cross_entropy": F.cross_entropy(logits, lessons.targets[index]),
-        "anchor": losses.anchor(logits, first, mask, settings.temperature),
-    }
+def _shared(student: nn.Module) -> nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
 
-
-def _batches(lessons: Lessons, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Class-balanced batches: indices (B,) and augmented images (B, C, H, W)."""
-    stream = random_stream(settings.seed, "batches")
-    weights = balanced_weights(lessons.targets.cpu(), lessons.logits.shape[1])
-    for _ in range(settings.steps):
-        index = torch.multinomial(weights, settings.batch, replacement=True, generator=stream)
-        index = index.to(lessons.images.device)
-        yield index, augment(lessons.images[index], settings.augment, stream)
+    return DistributedDataParallel(student)
 
 
 def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: int, when: str) -> None:
-    stream = random_stream(seed, "reset", when)
-    weights = balanced_weights(lessons.targets.cpu(), lessons.logits.shape[1])
-    reset_statistics(student, layers, balanced_batches(lessons.images, weights, stream))
+    reset_statistics(student, layers, lessons.balanced(random_stream(seed, "reset", when)))
 
 
 @torch.no_grad()
 def _agreement(student: nn.Module, lessons: Lessons) -> torch.Tensor:
     """Whether the student names the target, bool (N,)."""
     student.eval()
-    answers = torch.cat([student(part).argmax(1) for part in lessons.images.split(512)])
+    answers = torch.cat([student(part).argmax(1) for part in lessons.in_order(JUDGED)])
     return answers == lessons.targets
 
 
 def _retention(lessons: Lessons, before: torch.Tensor, after: torch.Tensor) -> tuple[Retention, ...]:
-    rows = []
+    def measured(rows: torch.Tensor) -> tuple[int, float, float]:
+        return int(rows.sum()), *(100.0 * float(hits[rows].double().mean()) for hits in (before, after))
+
+    found = []
     for number, label in enumerate(lessons.labels):
         mine = lessons.teacher_id == number
-        share = [100.0 * float(hits[mine].double().mean()) for hits in (before, after)]
-        rows.append(Retention(label, int(mine.sum()), *share))
-    return tuple(rows)
+        present = lessons.targets[mine].unique().tolist()
+        classes = tuple(
+            ClassRetention(lessons.classes[target], *measured(mine & (lessons.targets == target))) for target in present
+        )
+        found.append(Retention(label, *measured(mine), classes))
+    return tuple(found)

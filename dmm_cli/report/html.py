@@ -58,6 +58,7 @@ def write_report(
         _picture(figures.draw_curves(synthesis.history, "synthesis"), "losses of the synthesis"),
         "<h2>Distillation</h2>",
         _table(tables.retention_table(distillation)),
+        _table(tables.class_retention_table(distillation)),
         _picture(figures.draw_curves(distillation.history, "distillation"), "losses of the distillation")
         if distillation.history.step
         else "<p>No step of distillation: only the BatchNorm statistics were reset on the pseudo-data.</p>",

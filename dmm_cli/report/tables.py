@@ -14,6 +14,8 @@ from ..manifest import (
     Inspection,
     Matrix,
     MergeManifest,
+    RecordManifest,
+    Retention,
     SimilarityReport,
     SourceRecord,
     SynthesisManifest,
@@ -106,6 +108,13 @@ def accuracy_table(evaluation: Evaluation) -> Table:
     return Table(f"accuracy on {evaluation.samples} samples of {evaluation.data}", columns, rows)
 
 
+def recorded_table(manifest: RecordManifest) -> Table:
+    """The layers whose statistics were recorded."""
+    rows = [[layer.name, layer.kind, str(layer.channels), str(layer.count)] for layer in manifest.layers]
+    title = f"statistics of {manifest.images} images in {manifest.output}"
+    return Table(title, ["layer", "kind", "channels", "values per channel"], rows)
+
+
 def teacher_table(manifest: SynthesisManifest) -> Table:
     """What synthesis drew from each teacher."""
     rows = [
@@ -126,13 +135,29 @@ def teacher_table(manifest: SynthesisManifest) -> Table:
 def retention_table(manifest: DistillManifest) -> Table:
     """The student's agreement with each teacher on that teacher's pseudo-data, in per cent."""
     rows = [
-        [item.label, str(item.images), number(item.before, 1), number(item.after, 1)] for item in manifest.retention
+        [item.label, str(item.images), number(item.before, 1), number(item.after, 1), _least(item)]
+        for item in manifest.retention
     ]
     return Table(
         "agreement with each teacher on its own pseudo-data, %",
-        ["teacher", "images", "before", "after"],
+        ["teacher", "images", "before", "after", "least retained class"],
         rows,
     )
+
+
+def _least(item: Retention) -> str:
+    worst = min(item.classes, key=lambda one: one.after)
+    return f"{worst.name}: {number(worst.after, 1)}"
+
+
+def class_retention_table(manifest: DistillManifest) -> Table:
+    """The same of every class of every teacher."""
+    rows = [
+        [item.label, one.name, str(one.images), number(one.before, 1), number(one.after, 1)]
+        for item in manifest.retention
+        for one in item.classes
+    ]
+    return Table("agreement by class, %", ["teacher", "class", "images", "before", "after"], rows)
 
 
 def retained_tables(manifest: MergeManifest) -> list[Table]:

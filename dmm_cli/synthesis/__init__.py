@@ -10,7 +10,7 @@ from ..registry import Registry
 LOSSES = Registry(
     "inversion loss",
     {
-        "batchnorm": ("dmm_cli.synthesis.losses.batchnorm:batchnorm", "running against batch statistics"),
+        "norm": ("dmm_cli.synthesis.losses.norm:norm", "stored against batch statistics"),
         "cross_entropy": (
             "dmm_cli.synthesis.losses.cross_entropy:cross_entropy",
             "the teacher sees the wanted class",

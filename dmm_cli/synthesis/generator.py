@@ -21,13 +21,13 @@ from ..images import InputSpec
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
+from ..training import work_through
 from .member import Member
 from .network import LATENT
 from .objective import Objective
 from .prior import draw_targets
 from .settings import Settings
 from .teacher import Teacher
-from .work import work_through
 
 MEMBERS = 4  # generators
 EXPLORE = 0.25  # share of the steps that fit the statistics alone, where a class prior is to be estimated
@@ -40,6 +40,8 @@ class GeneratorEngine:
     Each step draws ``settings.batch`` images of every teacher and sums the teachers' losses.
     Processes share the generators.
     """
+
+    TOGETHER = True  # a step shows images to all teachers
 
     def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host) -> None:
         self._settings, self._host = settings, host
@@ -78,4 +80,4 @@ class GeneratorEngine:
         """Train every member until it has taken so many steps."""
         for member in self._members:
             member.plan(objective, until, priors)
-        work_through([lambda m=member: m for member in self._members], self._settings.steps, self._host)
+        work_through([lambda m=member: m for member in self._members], "synthesize", self._settings.steps, self._host)

@@ -117,7 +117,7 @@ class Harvest:
         """All that was kept."""
         return PseudoData(
             **{name: array[: self._rows] for name, array in self._arrays.items()},
-            bn_loss=np.array(history.curves.get("batchnorm", ()), dtype=np.float32),
+            bn_loss=np.array(history.curves.get("norm", ()), dtype=np.float32),
             teachers=tuple(self._records),
             mean=self._spec.mean,
             std=self._spec.std,

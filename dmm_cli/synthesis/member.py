@@ -122,6 +122,6 @@ class Member:
         return torch.cat([self._paint(z.to(self._host.device), c.to(self._host.device)) for z, c in blocks])
 
     def _paint(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        with mixed_precision(self._host.device):
+        with mixed_precision(self._host.device, self._settings.precision):
             parameters = self._network(latent, condition)
         return self._space.normalise(parameters.float().sigmoid())

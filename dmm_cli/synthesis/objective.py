@@ -9,7 +9,7 @@ import torch
 from . import LOSSES
 from .teacher import Teacher
 
-DEFAULT_WEIGHTS = {"batchnorm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
+DEFAULT_WEIGHTS = {"norm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
 
 
 class Objective:

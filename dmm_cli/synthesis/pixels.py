@@ -15,12 +15,12 @@ from ..images import InputSpec, PixelSpace
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
+from ..training import work_through
 from .batch import Batch, finished
 from .objective import Objective
 from .prior import draw_targets
 from .settings import Settings
 from .teacher import Teacher
-from .work import work_through
 
 EXPLORED = 128  # images that a class prior is estimated from
 
@@ -43,6 +43,8 @@ class PixelEngine:
     Every batch is drawn from a random stream of its own, so that neither their order nor the process that makes
     one matters; processes share the batches.
     """
+
+    TOGETHER = False  # a step shows images to one teacher
 
     def __init__(self, teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, host: Host) -> None:
         self._teachers, self._spec, self._settings, self._host = teachers, spec, settings, host
@@ -90,7 +92,7 @@ class PixelEngine:
             return Batch(name, teacher, draw(stream), objective, self._spec, self._settings, self._host, stream)
 
         left = [partial(begin, *job) for job in jobs if finished(self._host, job[0]) is None]
-        work_through(left, self._settings.steps, self._host)
+        work_through(left, "synthesize", self._settings.steps, self._host)
 
     def _logits(self, teacher: Teacher, name: str) -> torch.Tensor:
         space = PixelSpace(self._spec, self._host.device)

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+DEFAULT_EPS = 1e-5  # BatchNorm's, where a layer has none or leaves it to the dtype (RMSNorm)
+
 
 class ShiftedMoments(torch.autograd.Function):
-    """Mean and variance per channel around a given centre, in one fused backward pass.
+    """Mean and variance per channel around a given centre (C,), in one fused backward pass.
+
+    ``axis`` is the dimension of the channels, the other dimensions are samples.
 
     Centring on the running mean keeps the single-pass variance accurate when a channel's mean is
     large against its spread, and the gradient of both moments is one affine map of the input,
@@ -20,11 +24,12 @@ class ShiftedMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (1, -1) + (1,) * (features.dim() - 2)
-        dims = [0, *range(2, features.dim())]
-        count = features.numel() // features.shape[1]
-        centred = features.float() - centre.float().view(shape)  # (B, C, ...)
+    def forward(ctx, features: torch.Tensor, centre: torch.Tensor, axis: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        axis %= features.dim()
+        dims = [dim for dim in range(features.dim()) if dim != axis]
+        shape = [-1 if dim == axis else 1 for dim in range(features.dim())]
+        count = features.numel() // features.shape[axis]
+        centred = features.float() - centre.float().view(shape)  # (B, C, ...) or (B, ..., C)
         shift = centred.mean(dims)  # (C,)
         variance = torch.linalg.vector_norm(centred, dim=dims).square() / count - shift.square()  # (C,)
         ctx.save_for_backward(centred, shift)
@@ -36,20 +41,35 @@ class ShiftedMoments(torch.autograd.Function):
         centred, shift = ctx.saved_tensors
         slope = 2.0 * grad_variance / ctx.count  # (C,)
         offset = grad_shift / ctx.count - slope * shift  # (C,)
-        grad = torch.addcmul(offset.view(ctx.shape), centred, slope.view(ctx.shape))  # (B, C, ...)
-        return grad.to(ctx.dtype), None
+        grad = torch.addcmul(offset.view(ctx.shape), centred, slope.view(ctx.shape))  # (B, C, ...) or (B, ..., C)
+        return grad.to(ctx.dtype), None, None
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """A normalisation layer and what is known of its input.
+
+    Attributes:
+        mean, variance: of the data, per channel (C,): running statistics, or recorded ones.
+        axis: dimension of the channels.
+    """
+
+    module: nn.Module
+    mean: torch.Tensor
+    variance: torch.Tensor
+    axis: int = 1
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one normalisation layer stored and what the current batch shows there, each of shape (C,).
+    """What is stored of one normalisation layer and what the current batch shows there, each of shape (C,).
 
-    ``shift`` is the batch mean minus the running mean.
+    ``shift`` is the batch mean minus the stored mean.
     """
 
     shift: torch.Tensor
     variance: torch.Tensor
-    running_variance: torch.Tensor
+    stored_variance: torch.Tensor
     eps: float
 
 
@@ -57,28 +77,31 @@ class StatisticsRecorder:
     """Records the input statistics of normalisation layers while it is open; leaves no hook behind.
 
     Args:
-        layers: modules with ``running_mean`` and ``running_var`` of shape (C,). Their *input* is
-            measured, since timm's BatchNormAct2d already includes the activation in its output.
+        layers: their modules' *input* is measured, since timm's BatchNormAct2d already includes the
+            activation in its output. Of a module that is used several times in a pass the last use counts.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[NormLayer]) -> None:
         self._layers = layers
         self._seen: dict[int, LayerStatistics] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> StatisticsRecorder:
-        self._hooks = [layer.register_forward_pre_hook(self._hook(index)) for index, layer in enumerate(self._layers)]
+        self._hooks = [
+            layer.module.register_forward_pre_hook(self._hook(index, layer)) for index, layer in enumerate(self._layers)
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, index: int):
-        def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            shift, variance = ShiftedMoments.apply(inputs[0], layer.running_mean)
-            running = layer.running_var.float()
-            self._seen[index] = LayerStatistics(shift, variance, running, getattr(layer, "eps", 1e-5))
+    def _hook(self, index: int, layer: NormLayer):
+        def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            shift, variance = ShiftedMoments.apply(inputs[0], layer.mean, layer.axis)
+            self._seen[index] = LayerStatistics(
+                shift, variance, layer.variance.float(), getattr(module, "eps", None) or DEFAULT_EPS
+            )
 
         return record
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import DmmError
 from ..runtime import mixed_precision
 from .losses import Observation
-from .statistics import StatisticsRecorder
+from .statistics import NormLayer, StatisticsRecorder
 from .thinconv import fold_stems
 
 
@@ -23,31 +23,35 @@ class Teacher:
     """One teacher, on its device, frozen and in eval mode.
 
     Attributes:
-        layers: its normalisation layers with running statistics.
+        layers: its normalisation layers whose statistics are known.
+        statistics: the file they were recorded in; empty where they are running statistics.
+        precision: that its forward and backward passes run in.
         prior: class prior (K,), zero outside its support; None until it is known.
     """
 
     label: str
     sha256: str
     model: nn.Module
-    layers: list[nn.Module]
+    layers: list[NormLayer]
     num_classes: int
     prior: torch.Tensor | None = None
     prior_from: str = ""
+    statistics: str = ""
+    precision: str = "float32"
 
     def observe(self, images: torch.Tensor, targets: torch.Tensor) -> Observation:
         """Forward images (B, C, H, W) and collect what the losses need."""
-        with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device):
+        with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device, self.precision):
             logits = self.model(images)
             return Observation(images, logits, targets, recorder.take())
 
     def view(self) -> Teacher:
         """The same weights in modules of their own, so that two threads can record statistics at once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        modules = {name: module for name, module in self.model.named_modules()}
-        places = [next(name for name, module in modules.items() if module is layer) for layer in self.layers]
+        names = {module: name for name, module in self.model.named_modules()}
         model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-        return replace(self, model=model, layers=[model.get_submodule(name) for name in places])
+        layers = [replace(layer, module=model.get_submodule(names[layer.module])) for layer in self.layers]
+        return replace(self, model=model, layers=layers)
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
@@ -61,14 +65,15 @@ def freeze(model: nn.Module, device: torch.device) -> nn.Module:
     return fold_stems(model) if device.type == "cpu" else model
 
 
-def require_statistics(label: str, layers: list[nn.Module]) -> None:
-    """Raise DmmError for a model without running statistics, or with ones that were never updated."""
+def require_statistics(label: str, layers: list[NormLayer]) -> None:
+    """Raise DmmError for a model without known statistics, or with running ones that were never updated."""
     if not layers:
         raise DmmError(
             f"{label} has 0 BatchNorm layers, so it stores no statistics to invert",
-            hint="leave it out of synthesize; dmm similarity and dmm merge do not need them",
+            hint=f"whoever has its data can record some: dmm record {label} --data DATA -o stats.safetensors; "
+            "then add --statistics stats.safetensors",
         )
-    fresh = all(bool((layer.running_mean == 0).all() and (layer.running_var == 1).all()) for layer in layers)
+    fresh = all(bool((layer.mean == 0).all() and (layer.variance == 1).all()) for layer in layers)
     if fresh:
         raise DmmError(
             f"the BatchNorm statistics of {label} were never updated (all means 0, all variances 1)",

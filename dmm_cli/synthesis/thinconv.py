@@ -29,7 +29,7 @@ class _FoldedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         conv, size = ctx.conv, ctx.shape[2:]
-        kernel = conv.weight.flatten(1).t()  # (C * K, F)
+        kernel = conv.weight.flatten(1).t().to(grad.dtype)  # (C * K, F)
         grad = grad.reshape(*grad.shape[:2], -1)  # (B, F, P)
         images = max(1, BLOCK // (kernel.shape[0] * grad.shape[2]))
         parts = [

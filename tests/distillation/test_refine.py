@@ -11,9 +11,15 @@ from torch import nn
 from dmm_cli.architectures import load_model, norm_layers
 from dmm_cli.distillation import losses
 from dmm_cli.distillation.augment import NOISE, add_noise, augment, deform
-from dmm_cli.distillation.refine import Lessons, Settings, refine
+from dmm_cli.distillation.lessons import Lessons
+from dmm_cli.distillation.refine import Settings, refine
 from dmm_cli.distillation.routing import soft_labels
+from dmm_cli.evaluation import load_labelled
+from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.runtime import Host
+
+CPU = Host(torch.device("cpu"))
 
 
 def test_soft_labels_are_the_owners_inside_its_support():
@@ -69,31 +75,34 @@ def test_every_image_gets_noise_of_its_own_level():
 
 def real_lessons(inside: bool) -> tuple[nn.Module, Lessons]:
     """Site a as a student, and real 7s and 8s as its lessons."""
-    from dmm_cli.evaluation import load_labelled
-    from dmm_cli.images import InputSpec
-
     model, _ = load_model(resolve_source(str(DIGITS / "site-a.safetensors")))
     data = load_labelled(DIGITS / "test.safetensors")
-    images = data.batch(0, 450, InputSpec((1, 16, 16), (0.3,), (0.38,)))
+    space = PixelSpace(InputSpec((1, 16, 16), (0.3,), (0.38,)))
+    images = space.to_bytes(data.batch(0, 450, InputSpec((1, 16, 16), (0.3,), (0.38,))))
     keep = (data.labels < 5) | (data.labels == 7)
     images, labels = images[keep], data.labels[keep]
     owner = (labels == 7).long()
     priors = torch.zeros(2, 10)
     priors[0, :5], priors[1, 7] = 0.2, 1.0
     logits = F.one_hot(labels, 10).float() * 10
-    return model, Lessons(images, labels, owner, logits, priors, ("a", "d"), torch.tensor([inside, False]))
+    names = ("a", "d"), tuple("0123456789")
+    return model, Lessons(images, space, labels, owner, logits, priors, *names, torch.tensor([inside, False]))
 
 
 def test_a_student_learns_a_new_class_and_keeps_the_old_ones():
     model, lessons = real_lessons(inside=True)
     untouched = {name: value.clone() for name, value in model.state_dict().items() if "num_batches" in name}
     layers = [layer for _, layer in norm_layers(model)]
-    history, retention = refine(model, layers, lessons, Settings(steps=100, batch=64, augment=0.0))
+    history, retention = refine(model, layers, lessons, Settings(steps=100, batch=64, augment=0.0), CPU)
     old, new = retention
     assert (old.label, new.label) == ("a", "d") and (old.images, new.images) == (225, 45)
     assert new.before == 0.0 and new.after > 90 and old.before > 95 and old.after > 90
     assert history.curves["distillation"][-1] < history.curves["distillation"][0]
     assert all(len(curve) == len(history.step) for curve in history.curves.values())
+    assert [item.name for item in old.classes] == list("01234") and [item.name for item in new.classes] == ["7"]
+    assert sum(item.images for item in old.classes) == 225
+    mean = sum(item.images * item.after for item in old.classes) / 225
+    assert mean == pytest.approx(old.after) and new.classes[0].after == new.after
     assert not model.training
     assert untouched.keys() <= model.state_dict().keys()
 
@@ -102,6 +111,6 @@ def test_the_same_seed_gives_the_same_weights():
     weights = []
     for _ in range(2):
         model, lessons = real_lessons(inside=False)
-        refine(model, [layer for _, layer in norm_layers(model)], lessons, Settings(steps=5, batch=32))
+        refine(model, [layer for _, layer in norm_layers(model)], lessons, Settings(steps=5, batch=32), CPU)
         weights.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

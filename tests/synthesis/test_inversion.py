@@ -18,6 +18,7 @@ from dmm_cli.synthesis.inversion import synthesize
 from dmm_cli.synthesis.objective import Objective
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 from dmm_cli.synthesis.settings import Settings
+from dmm_cli.synthesis.statistics import NormLayer
 from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_the_images_match_the_statistics_better_than_noise(drawn, engine):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     losses = [float(only(owner, batch, torch.zeros(len(batch), dtype=torch.int64))[0]) for batch in (images, noise)]
     assert losses[0] < 0.3 * losses[1]
-    assert history.curves["batchnorm"][-1] < history.curves["batchnorm"][0]
+    assert history.curves["norm"][-1] < history.curves["norm"][0]
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())
@@ -84,6 +85,17 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
     first, second, other = (file.read_bytes() for file in files)
     assert first == second, "whatever the number of threads"
     assert first != other
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_half_the_bits_tell_the_same_loss_but_for_rounding(engine):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        owners = [replace(teacher, precision=precision, prior=torch.eye(10)[9]) for teacher in teachers("e")[0]]
+        settings = Settings(8, 2, 8, engine=engine, precision=precision)
+        losses[precision] = synthesize(owners, teachers("e")[1], settings, HOST)[1].curves["norm"][0]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
 
 
 def test_a_known_prior_is_kept():
@@ -119,4 +131,4 @@ def test_teachers_without_statistics_are_refused():
     with pytest.raises(DmmError, match="0 BatchNorm layers"):
         require_statistics("vit", [])
     with pytest.raises(DmmError, match="never updated"):
-        require_statistics("fresh", [torch.nn.BatchNorm2d(3)])
+        require_statistics("fresh", [NormLayer(torch.nn.BatchNorm2d(3), torch.zeros(3), torch.ones(3))])

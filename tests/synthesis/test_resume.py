@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import DIGITS, ROOT
 
+from dmm_cli import training
 from dmm_cli.commands.synthesize import synthesize_sources
 from dmm_cli.inputs import resolve_sources
-from dmm_cli.synthesis import ENGINES, work
+from dmm_cli.synthesis import ENGINES
 from dmm_cli.synthesis.settings import Settings
 
 SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "de"]
@@ -70,7 +71,7 @@ def test_a_state_saved_in_the_midst_counts_after_a_kill(tmp_path, whole, monkeyp
     """As after SIGKILL: only what was saved at an interval is there."""
     out, settings = tmp_path / "p.safetensors", SHORT["generator"]
     directory = tmp_path / "p.safetensors.partial"
-    monkeypatch.setattr(work, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     states = {}
 
     def keep(stage, done, total, **numbers):

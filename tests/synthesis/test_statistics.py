@@ -5,23 +5,25 @@ import torch
 from torch import nn
 
 from dmm_cli.synthesis.losses import Observation
-from dmm_cli.synthesis.losses.batchnorm import batchnorm
+from dmm_cli.synthesis.losses.norm import norm
 from dmm_cli.synthesis.losses.total_variation import total_variation
-from dmm_cli.synthesis.statistics import LayerStatistics, ShiftedMoments, StatisticsRecorder
+from dmm_cli.synthesis.statistics import LayerStatistics, NormLayer, ShiftedMoments, StatisticsRecorder
 
 
-@pytest.mark.parametrize("shape", [(6, 3, 4, 5), (8, 3)])
-def test_moments_and_their_gradient_are_autograds(shape):
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((6, 3, 4, 5), 1), ((8, 3), 1), ((6, 7, 3), -1), ((2, 4, 5, 3), -1), ((6, 3, 4, 5), -3)]
+)
+def test_moments_and_their_gradient_are_autograds(shape, axis):
     torch.manual_seed(0)
     features = torch.randn(shape, dtype=torch.float64).float().requires_grad_(True)
-    centre = torch.randn(shape[1])
-    shift, variance = ShiftedMoments.apply(features, centre)
-    dims = [0, *range(2, len(shape))]
+    centre = torch.randn(shape[axis])
+    shift, variance = ShiftedMoments.apply(features, centre, axis)
+    dims = [dim for dim in range(len(shape)) if dim != axis % len(shape)]
     reference = features.detach().clone().requires_grad_(True)
     expected_variance, mean = torch.var_mean(reference, dims, correction=0)
     assert torch.allclose(shift, mean - centre, atol=1e-6)
     assert torch.allclose(variance, expected_variance, atol=1e-5)
-    weights = torch.randn(2, shape[1])
+    weights = torch.randn(2, shape[axis])
     (weights[0] * shift + weights[1] * variance).sum().backward()
     (weights[0] * mean + weights[1] * expected_variance).sum().backward()
     assert torch.allclose(features.grad, reference.grad, atol=1e-6)
@@ -37,7 +39,7 @@ def test_a_large_mean_does_not_drown_the_variance():
 def test_the_recorder_sees_inputs_and_leaves_no_hook():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2)).eval()
-    layers = [model[1], model[3]]
+    layers = [NormLayer(layer, layer.running_mean, layer.running_var) for layer in (model[1], model[3])]
     images = torch.randn(5, 1, 6, 6)
     with StatisticsRecorder(layers) as recorder:
         model(images)
@@ -46,7 +48,7 @@ def test_the_recorder_sees_inputs_and_leaves_no_hook():
     first = model[0](images)
     assert torch.allclose(seen[0].shift, first.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(seen[1].variance, model[:3](images).var((0, 2, 3), correction=0), atol=1e-5)
-    assert all(not layer._forward_pre_hooks for layer in layers)
+    assert all(not layer.module._forward_pre_hooks for layer in layers)
 
 
 def observed(features: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> Observation:
@@ -62,9 +64,9 @@ def test_the_statistics_loss_is_twice_the_gaussian_divergence():
     batch = torch.distributions.Normal(features.mean(0), features.var(0, correction=0).sqrt())
     stored = torch.distributions.Normal(mean, variance.sqrt())
     expected = 2 * torch.distributions.kl_divergence(batch, stored).mean()
-    assert batchnorm(observed(features, mean, variance)).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert norm(observed(features, mean, variance)).item() == pytest.approx(expected.item(), rel=1e-4)
     perfect = observed(features, features.mean(0), features.var(0, correction=0))
-    assert batchnorm(perfect).item() == pytest.approx(0, abs=1e-6)
+    assert norm(perfect).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_total_variation_of_a_ramp():

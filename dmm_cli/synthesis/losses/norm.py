@@ -1,4 +1,4 @@
-"""How far a batch is from the statistics a teacher stored."""
+"""How far a batch is from the statistics that are stored of a teacher."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from . import Observation
 
 
-def batchnorm(seen: Observation) -> torch.Tensor:
-    """Gaussian Kullback-Leibler divergence from running to batch statistics, mean over channels, then layers.
+def norm(seen: Observation) -> torch.Tensor:
+    """Gaussian Kullback-Leibler divergence from stored to batch statistics, mean over channels, then layers.
 
-    ``KL = (shift^2 + variance) / running - 1 - log(variance / running)`` (twice the divergence of two
+    ``KL = (shift^2 + variance) / stored - 1 - log(variance / stored)`` (twice the divergence of two
     one-dimensional Gaussians). DeepInversion (Yin et al., CVPR 2020) uses the norm of the raw
     differences, in which channels of large variance drown the others; the divergence is scale free.
 
@@ -18,10 +18,10 @@ def batchnorm(seen: Observation) -> torch.Tensor:
         A scalar, 0 when every channel matches.
     """
     # all layers in one row of channels: a dozen operations instead of a dozen per layer
-    running = torch.cat([layer.running_variance + layer.eps for layer in seen.layers])  # (sum of C,)
+    stored = torch.cat([layer.stored_variance + layer.eps for layer in seen.layers])  # (sum of C,)
     variance = torch.cat([layer.variance + layer.eps for layer in seen.layers])
     shift = torch.cat([layer.shift for layer in seen.layers])
-    ratio = variance / running
-    divergence = shift.square() / running + ratio - 1.0 - torch.log(ratio)
+    ratio = variance / stored
+    divergence = shift.square() / stored + ratio - 1.0 - torch.log(ratio)
     widths = [len(layer.shift) for layer in seen.layers]
     return torch.stack([part.mean() for part in divergence.split(widths)]).mean()

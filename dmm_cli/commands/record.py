@@ -1,0 +1,138 @@
+"""dmm record: the statistics that BatchNorm would have stored, of any normalisation layer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..devices import require_device_name
+from ..errors import DmmError
+from ..files import check_output
+from ..inputs import Source, resolve_source
+from . import _options as options
+from ._provenance import records, stamp
+from ._run import epilog, guarded
+from ._statistics import describe
+
+if TYPE_CHECKING:
+    from ..manifest import RecordManifest
+
+EPILOG = epilog(
+    "dmm record vit.safetensors --data train.safetensors -o stats.safetensors",
+    "dmm record convnext.safetensors --data photos/ --device cuda -o stats.safetensors --json",
+)
+BATCH = 64
+
+
+@guarded
+def record(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The checkpoint; it is not changed.")],
+    data: Annotated[
+        Path,
+        options.option(
+            "--data", help="Its training data: .safetensors or .npz (images, and labels if any), or a folder of images."
+        ),
+    ],
+    output: options.Output = None,
+    arch: options.Arch = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    device: options.Device = "auto",
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Store mean and variance of the data in front of every normalisation layer.
+
+    For whoever has the data of a model without BatchNorm (ViT, ConvNeXt), so that dmm synthesize can
+    invert it: one mean and one variance per channel, no images. Labels, if any, are stored as counts.
+    """
+    if output is None:
+        raise DmmError("nowhere to write", hint="name a file with -o stats.safetensors")
+    require_device_name(device)
+    flags = options.input_flags(input_size, mean, std)
+    source = resolve_source(model)
+    if not data.exists():
+        raise DmmError(f"no such file: {data}")
+    check_output(output, inputs=[*source.files, data], force=force)
+
+    from ..report.console import Progress, emit, status
+
+    if dry_run:
+        emit(f"record statistics of {source.label} on {data} -> {output}")
+        return
+
+    manifest = record_source(
+        source, data, output, arch=arch, flags=flags, device=device, force=force, on_progress=Progress(quiet)
+    )
+    status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
+    for name in manifest.unused:
+        status(f"not recorded, since the model does not use it: {name}", quiet=quiet)
+    _report(manifest, quiet, json)
+
+
+def record_source(
+    source: Source,
+    data: Path,
+    output: Path,
+    *,
+    arch: str | None,
+    flags: options.InputFlags,
+    device: str,
+    force: bool = False,
+    on_progress=None,
+) -> RecordManifest:
+    """Run the model over the data and write the file of statistics."""
+    from .. import architectures, evaluation
+    from ..checkpoint import save_arrays
+    from ..manifest import RecordedLayer, RecordManifest
+    from ..runtime import describe_device, resolve_device
+    from ..synthesis.recorded import measure, to_arrays
+
+    where = resolve_device(device)
+    images = evaluation.load_images(data)
+    module, _ = architectures.load_model(source, arch)
+    layers = architectures.norm_inputs(module)
+    if not layers:
+        raise DmmError(f"{source.path} has no normalisation layers", hint="there is nothing to record, or to invert")
+    counts = ()
+    if images.labels is not None:
+        counts = evaluation.class_counts(images.labels, architectures.num_classes(module), source.label)
+    spec = architectures.input_spec(source, module, **asdict(flags))
+    started = time.monotonic()
+    found = measure(module, layers, images.batches(BATCH, spec, on_progress), where)
+    metadata = stamp("record", {}, device=where.type, **describe(source, spec, len(images), counts))
+    save_arrays(output, to_arrays(found), metadata, inputs=[*source.files, data], force=force)
+    return RecordManifest(
+        sources=records([source]),
+        data=str(data),
+        images=len(images),
+        class_counts=counts,
+        layers=tuple(
+            RecordedLayer(name, type(layers[name].module).__name__, layers[name].channels, moments.count)
+            for name, moments in found.items()
+        ),
+        unused=tuple(name for name in layers if name not in found),
+        device=describe_device(where),
+        seconds=time.monotonic() - started,
+        output=str(output),
+    )
+
+
+def _report(manifest: RecordManifest, quiet: bool, json: bool) -> None:
+    from ..manifest import dump
+    from ..report.console import emit
+    from ..report.tables import recorded_table, render
+
+    if json:
+        emit(dump(manifest))
+    elif quiet:
+        emit(manifest.output)
+    else:
+        emit(render([recorded_table(manifest)], "table"))

@@ -1,0 +1,77 @@
+"""How many images a step has room for.
+
+Legend: B images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..images import InputSpec
+from ..runtime import one_thread, workers
+from . import ENGINES
+from .objective import Objective
+from .settings import Settings
+from .teacher import Teacher
+
+LARGEST = 256  # images; more fill no device better
+SHARE = 0.5  # of the free memory; the rest is for gradients, kernels' workspace, and others
+PROBES = (2, 4)  # images
+
+
+def fitting_batch(
+    teachers: Sequence[Teacher], spec: InputSpec, settings: Settings, device: torch.device, local: int
+) -> int:
+    """The largest power of two up to ``LARGEST`` and the count whose step has room.
+
+    What a step needs is what autograd keeps for the backward pass, which grows with the batch by the same number of
+    bytes for every image.
+
+    Args:
+        local: processes on this machine.
+    """
+    objective = Objective(settings.weights)
+    with one_thread(device):
+        small, large = ([_kept(t, spec, objective, batch, device) for t in teachers] for batch in PROBES)
+    slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]
+    together = ENGINES.load(settings.engine).TOGETHER
+    per_image = (sum(slopes) if together else max(slopes)) * workers(device, local)
+    room = SHARE * free_memory(device) / local / max(per_image, 1.0)
+    largest = max(2, min(LARGEST, settings.count, int(room)))
+    return 1 << (largest.bit_length() - 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of the main memory, what this process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # pages of the file cache are free too, where the system says so
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = [int(lines["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in lines else free
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        free.append(int(limit) - int((group / "memory.current").read_text()))
+    return max(0, min(free))
+
+
+def _kept(teacher: Teacher, spec: InputSpec, objective: Objective, batch: int, device: torch.device) -> int:
+    """Bytes that autograd keeps between forward and backward of so many images, weights left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images = torch.zeros(batch, *spec.size, device=device, requires_grad=True)
+    targets = torch.zeros(batch, dtype=torch.int64, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _graph, _ = objective(teacher, images, targets)  # held, so that no address is used twice
+    for tensor in (*teacher.model.parameters(), *teacher.model.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())

@@ -1,0 +1,347 @@
+"""Speed of ``dmm synthesize --engine pixels`` next to the textbook loop, at equal steps, in one run.
+
+    python tests/benchmarks/synthesis_speed.py [--device cpu|cuda] [--network NAME ...] [--part speed|quality ...]
+
+The textbook loop is the algorithm as published (DeepInversion, Yin et al., CVPR 2020) in plain PyTorch: the teacher's
+weights take gradients that nobody reads, every BatchNorm layer has a hook with operations of its own, Adam is torch's
+default, float32, every term is read back at every step, images are stored as PNG files. Losses, weights, schedule,
+targets' distribution and start are those of dmm. Loops take turns; times are of the loop and the writing, without
+start-up and loading. "Forward" is a bare forward pass of one batch, on a GPU in bf16, channels_last, as a CUDA graph;
+the floor is twice that: forward, and the gradient of the images. "Share of the peak": floating-point operations of
+that floor, over what a large matrix product (float32 on the CPU, bfloat16 on a GPU) does in the time dmm took.
+Speed: networks as initialised, with statistics of coloured noise. Quality: the five digit sites, whose students are
+judged on held-out digits. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmm_cli.architectures import build, load_model, num_classes
+from dmm_cli.checkpoint import save_arrays
+from dmm_cli.images import InputSpec, PixelSpace
+from dmm_cli.inputs import resolve_source
+from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, load_pseudo_data, save_pseudo_data
+
+RUNS = 5
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+RATE, BETAS, NORM, CROSS_ENTROPY = 0.1, (0.9, 0.99), 1.0, 0.1
+DIGITS = Path(__file__).parents[2] / "fixtures" / "digits"
+QUALITY = {"count": 256, "batch": 64, "steps": 150}
+DIGITS_ARCH = "resnet18,num_classes=10,layers=(1,1,1,1),channels=(16,32,64,64)"
+DIGIT_SPEC = InputSpec((1, 16, 16), (0.3,), (0.38,))
+
+
+def cifar_resnet18() -> nn.Module:
+    """ResNet-18 with the stem that CIFAR calls for: 3 x 3 at full resolution, no pooling."""
+    model = build("resnet18,num_classes=10")
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
+
+
+class Network(NamedTuple):
+    """A teacher to time: its architecture, side of its images, and images a batch, batches and steps of a run."""
+
+    arch: str
+    side: int
+    batch: int
+    batches: int
+    steps: int
+
+
+NETWORKS = {
+    "cpu": {
+        "ResNet of the digits": Network(DIGITS_ARCH, 16, 64, 8, 60),
+        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 8),
+        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 8, 2, 4),
+    },
+    "cuda": {
+        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 256, 2, 500),
+        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 64, 2, 100),
+    },
+}
+
+
+def textbook(
+    model: nn.Module, spec: InputSpec, targets: torch.Tensor, steps: int, seed: int, folder: Path
+) -> dict[int, float]:
+    """Optimise images for targets (B,) and store them as PNG files; gives the norm term by step."""
+    device = next(model.parameters()).device
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    terms: list[torch.Tensor] = []
+
+    def hook(layer: nn.BatchNorm2d, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
+        mean = inputs[0].mean((0, 2, 3))
+        variance = inputs[0].var((0, 2, 3), unbiased=False)
+        ratio = (variance + layer.eps) / (layer.running_var + layer.eps)
+        shift = (mean - layer.running_mean).square() / (layer.running_var + layer.eps)
+        terms.append((shift + ratio - 1 - ratio.log()).mean())
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    start = torch.randn(len(targets), *spec.size, generator=torch.Generator().manual_seed(seed))
+    raw = start.to(device).requires_grad_(True)
+    space = PixelSpace(spec, device)
+    optimiser = torch.optim.Adam([raw], lr=RATE, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, steps + 1, pct_start=0.0, cycle_momentum=False)
+    targets, curve = targets.to(device), {}
+    for step in range(steps):
+        terms.clear()
+        optimiser.zero_grad()
+        logits = model(space.normalise(raw.sigmoid()))
+        norm, cross_entropy = torch.stack(terms).mean(), F.cross_entropy(logits, targets)
+        (NORM * norm + CROSS_ENTROPY * cross_entropy).backward()
+        optimiser.step()
+        schedule.step()
+        curve[step] = norm.item()
+        cross_entropy.item()
+    for handle in handles:
+        handle.remove()
+    pixels = (raw.detach().sigmoid() * 255).round().to(torch.uint8).cpu().numpy()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(folder / f"{number:05d}.png")
+    return curve
+
+
+def dmm(*words: object) -> str:
+    """What a command prints."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "dmm_cli", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    if done.returncode:
+        raise SystemExit(f"dmm {' '.join(map(str, words))}\n{done.stderr}")
+    return done.stdout
+
+
+def ours(checkpoint: Path, out: Path, count: int, batch: int, steps: int, seed: int, *flags: object) -> float:
+    """Seconds of the same by ``dmm synthesize``."""
+    loss = ("--loss", f"norm={NORM}", "--loss", f"cross_entropy={CROSS_ENTROPY}")
+    sizes = ("--count", count, "--batch", batch, "--steps", steps, "--seed", seed)
+    manifest = json.loads(
+        dmm("synthesize", checkpoint, "--engine", "pixels", *loss, *sizes, *flags, "-o", out, "--force", "--json")
+    )
+    return manifest["seconds"]
+
+
+def teacher(network: Network, path: Path) -> tuple[nn.Module, InputSpec]:
+    """The network as initialised, with statistics of coloured noise, which the command finds in a file."""
+    spec = InputSpec((3, network.side, network.side), (0.5,) * 3, (0.25,) * 3)
+    torch.manual_seed(0)
+    factory = cifar_resnet18 if ":" in network.arch else lambda: build(network.arch)
+    model = factory().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        for _ in range(2):
+            model(F.interpolate(torch.randn(16, 3, network.side // 4, network.side // 4), scale_factor=4))
+    metadata = {"dmm.arch": network.arch, "dmm.input": json.dumps(spec.__dict__)}
+    save_arrays(path, {name: value.numpy() for name, value in model.state_dict().items()}, metadata, force=True)
+    return model.eval(), spec
+
+
+def forward_seconds(model: nn.Module, images: torch.Tensor) -> float:
+    """Median of a bare forward pass; on a GPU bf16, channels_last, replayed from a graph."""
+    if images.device.type == "cpu":
+        with torch.no_grad():
+            return _median_of(lambda: model(images))
+    model, images = (value.to(torch.bfloat16, memory_format=torch.channels_last) for value in (model, images))
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(images)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            model(images)
+
+    def replay() -> None:
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+
+    return _median_of(replay) / 20
+
+
+def peak(device: str) -> float:
+    """Floating-point operations a second of a large matrix product, in the precision dmm computes in there."""
+    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> None:
+        left @ right
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return 2 * size**3 / _median_of(multiply)
+
+
+def operations(model: nn.Module, image: torch.Tensor) -> int:
+    """Floating-point operations of one forward pass of an image (1, C, H, W)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops()
+
+
+def _median_of(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def speed(name: str, network: Network, device: str, work: Path) -> list[str]:
+    """A row for every precision of dmm: the loops on one teacher, in turn."""
+    checkpoint, images = work / "teacher.safetensors", network.batch * network.batches
+    model, spec = teacher(network, checkpoint)
+    model = model.to(device)
+    classes = num_classes(model)
+    prior = ("--class-prior", ",".join("1" * classes), "--device", device)
+    plain: list[float] = []
+    fast: dict[str, list[float]] = {precision: [] for precision in PRECISIONS[device]}
+    for seed in range(RUNS):
+        begin = time.perf_counter()
+        for number in range(network.batches):
+            targets = torch.randint(classes, (network.batch,), generator=torch.Generator().manual_seed(seed))
+            textbook(model, spec, targets, network.steps, seed * network.batches + number, work)
+        plain.append(time.perf_counter() - begin)
+        for precision, seconds in fast.items():
+            flags = (*prior, "--precision", precision)
+            out = work / "ours.safetensors"
+            seconds.append(ours(checkpoint, out, images, network.batch, network.steps, seed, *flags))
+    textbook_s = statistics.median(plain)
+    batch = torch.randn(network.batch, *spec.size, device=device)
+    bare, work_of_one = forward_seconds(model, batch), operations(model, batch[:1])
+    steps, limit, rows = network.batches * network.steps, peak(device), []
+    for precision, seconds in fast.items():
+        ours_s = statistics.median(seconds)
+        reached = 2 * work_of_one * images * network.steps / ours_s / limit
+        cells = [
+            name, precision, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
+            f"{images / ours_s:.2f}", f"{textbook_s / ours_s:.2f}", f"{textbook_s / steps / bare:.2f}",
+            f"{ours_s / steps / bare:.2f}", f"{work_of_one / 1e9:.2f}", f"{100 * reached:.0f} %",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
+
+
+def textbook_pseudo_data(
+    like: PseudoData, sites: list[Path], seed: int, work: Path
+) -> tuple[PseudoData, dict[int, float]]:
+    """The textbook loop's images of all sites, with class priors as dmm estimated them; its first norm curve."""
+    images, targets, logits, curve = [], [], [], {}
+    for number, site in enumerate(sites):
+        model = load_model(resolve_source(str(site)))[0].eval()
+        prior = torch.tensor(like.teachers[number].prior)
+        for batch in range(QUALITY["count"] // QUALITY["batch"]):
+            draw = torch.Generator().manual_seed(1000 * seed + 10 * number + batch)
+            wanted = torch.multinomial(prior, QUALITY["batch"], replacement=True, generator=draw)
+            found = textbook(model, DIGIT_SPEC, wanted, QUALITY["steps"], draw.initial_seed(), work)
+            curve = curve or found
+            pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(work.glob("*.png"))])[:, None]
+            images.append(pixels)
+            targets.append(wanted.numpy())
+            with torch.no_grad():
+                logits.append(model(PixelSpace(DIGIT_SPEC).from_bytes(torch.from_numpy(pixels))).numpy())
+    count = len(np.concatenate(targets))
+    data = PseudoData(
+        images=np.concatenate(images),
+        targets=np.concatenate(targets),
+        teacher_id=np.repeat(np.arange(len(sites)), QUALITY["count"]).astype(np.int16),
+        logits=np.concatenate(logits).astype(np.float16),
+        confidence=np.ones(count, np.float16),
+        bn_loss=np.zeros(1, np.float32),
+        teachers=tuple(TeacherRecord(t.label, t.sha256, t.prior, QUALITY["count"], 0) for t in like.teachers),
+        mean=DIGIT_SPEC.mean,
+        std=DIGIT_SPEC.std,
+    )
+    return data, curve
+
+
+def quality(work: Path) -> str:
+    """Images of the digit sites by both loops, what students of them know, and the loops' first batches."""
+    sites, merged = sorted(DIGITS.glob("site-?.safetensors")), work / "merged"
+    dmm("merge", *sites, "--group", "auto", "-o", merged, "--force", "-q")
+    columns: dict[str, list[float]] = {"plain": [], "fast": []}
+    curves: dict[int, tuple[list[float], list[float]]] = {}
+    for seed in range(RUNS):
+        ours_file, plain_file = work / "ours.safetensors", work / "plain.safetensors"
+        sizes = [word for name, value in QUALITY.items() for word in (f"--{name}", value)]
+        made = json.loads(
+            dmm(
+                "synthesize", *sites, "--engine", "pixels", *sizes, "--seed", seed, "-o", ours_file, "--force", "--json"
+            )
+        )
+        like = load_pseudo_data(resolve_source(str(ours_file)))
+        data, curve = textbook_pseudo_data(like, sites, seed, work)
+        save_pseudo_data(plain_file, data, {}, force=True)
+        history = made["history"]
+        for step, value in zip(history["step"], history["curves"]["norm"], strict=True):
+            curves.setdefault(step, ([], []))[0].append(curve[step])
+            curves[step][1].append(value)
+        for name, file in (("plain", plain_file), ("fast", ours_file)):
+            student = work / "student.safetensors"
+            dmm(
+                "distill", merged / "group-0.safetensors", *sites, "--data", file, "--seed", seed, "-o", student,
+                "--force", "-q",
+            )  # fmt: skip
+            columns[name].append(float(dmm("evaluate", student, "--data", DIGITS / "test.safetensors", "-q")))
+    row = f"| {_spread(columns['plain'], 1)} | {_spread(columns['fast'], 1)} |"
+    chosen = sorted(curves)[:: len(curves) // 6]
+    header = "| norm term at step | " + " | ".join(map(str, chosen)) + " |\n|" + "---|" * (1 + len(chosen))
+    lines = (
+        f"| {name} | " + " | ".join(_spread(curves[step][number], 3) for step in chosen) + " |"
+        for number, name in enumerate(("textbook", "dmm"))
+    )
+    return "\n".join([row, "", header, *lines])
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ({statistics.stdev(values):.{digits}f})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=list(NETWORKS))
+    parser.add_argument("--network", nargs="*", help="default: all")
+    parser.add_argument("--part", nargs="*", choices=("speed", "quality"), default=["speed", "quality"])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if "speed" in arguments.part:
+            print(
+                "| network | precision | images | steps | textbook, images/s | dmm, images/s | times "
+                "| textbook step / forward | dmm step / forward | forward, GFLOP an image | share of the peak |\n|"
+                + "---|"
+                * 11
+            )
+            for name, network in NETWORKS[arguments.device].items():
+                if not arguments.network or name in arguments.network:
+                    print("\n".join(speed(name, network, arguments.device, work)), flush=True)
+        if "quality" in arguments.part:
+            print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
+            print(quality(work))
+
+
+if __name__ == "__main__":
+    main()

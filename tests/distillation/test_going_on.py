@@ -1,0 +1,120 @@
+"""Interrupted, the distillation goes on to the same bytes; shared, it learns what one process learns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from torch import nn
+
+from dmm_cli.architectures import norm_layers
+from dmm_cli.distillation.lessons import Lessons
+from dmm_cli.distillation.refine import Settings, refine
+from dmm_cli.errors import DmmError
+from dmm_cli.images import InputSpec, PixelSpace
+from dmm_cli.manifest import History
+from dmm_cli.ranks import Ranks
+from dmm_cli.runtime import Host
+from dmm_cli.savepoint import Savepoint
+
+CPU = torch.device("cpu")
+STEPS = 12
+
+
+def student(norm: bool) -> nn.Module:
+    """A network with dropout, and with BatchNorm or not."""
+    torch.manual_seed(0)
+    between = [nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3)] if norm else [nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), *between, nn.Linear(12, 3))
+
+
+def lessons() -> Lessons:
+    """Three classes of two teachers: bright left halves, right halves, and neither."""
+    stream = torch.Generator().manual_seed(0)
+    targets = torch.arange(90) % 3
+    images = torch.randint(0, 120, (90, 1, 8, 8), generator=stream)
+    images[targets == 0, :, :, :4] += 120
+    images[targets == 1, :, :, 4:] += 120
+    logits = 6.0 * nn.functional.one_hot(targets, 3).float()
+    priors = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    return Lessons(
+        images.to(torch.uint8), PixelSpace(InputSpec((1, 8, 8), (0.5,), (0.3,))), targets, (targets == 2).long(),
+        logits, priors, ("a", "b"), ("left", "right", "none"), torch.tensor([True, False]),
+    )  # fmt: skip
+
+
+def taught(norm: bool, host: Host, augment: float = 1.0) -> tuple[dict[str, torch.Tensor], History]:
+    """Weights and curves after refinement."""
+    model = student(norm)
+    layers = [layer for _, layer in norm_layers(model)]
+    history, _ = refine(model, layers, lessons(), Settings(steps=STEPS, batch=8, augment=augment), host)
+    return model.state_dict(), history
+
+
+class Interrupt:
+    """Interrupts after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self._after, self.first = after, 0
+
+    def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        assert stage == "distill" and total == STEPS
+        self.first = self.first or done
+        if done == self._after:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.3)  # no step until the main thread has asked to stop
+
+
+def test_an_interrupted_distillation_goes_on_to_the_same_bytes(tmp_path):
+    """Weights, moments, statistics, schedule, batches and dropout are those of one that ran through."""
+    weights, history = taught(True, Host(CPU))
+    for after in (4, 9):
+        with pytest.raises(KeyboardInterrupt):
+            taught(True, Host(CPU, Savepoint(tmp_path / "states"), on_progress=Interrupt(after)))
+    rest = Interrupt(99)
+    again, curves = taught(True, Host(CPU, Savepoint(tmp_path / "states"), on_progress=rest))
+    assert rest.first == 10 and curves == history
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(DmmError, match="a batch of 8 images cannot be shared by 3 processes"):
+        taught(False, Host(CPU, ranks=Ranks(0, 3)))
+
+
+PROGRAM = """
+import sys
+sys.path.append({tests!r})
+from safetensors.torch import save_file
+from test_going_on import CPU, Host, taught
+from dmm_cli.ranks import joined
+with joined() as ranks:
+    weights, _ = taught(False, Host(CPU, ranks=ranks))
+    save_file(weights, {folder!r} + "/" + str(ranks.rank) + ".safetensors")
+"""
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Where no layer looks at the whole batch, the mean of two gradients is the gradient; only rounding differs."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    one, _ = taught(False, Host(CPU))
+    start = student(False).state_dict()
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, atol=1e-5), name
+        assert not torch.allclose(start[name], value, atol=1e-3), name
