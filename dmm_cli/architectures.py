@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -104,9 +105,12 @@ def build(spec: str) -> nn.Module:
             hint=f"did you mean {near}?" if near else "list them with: python -m timm.models",
         )
     try:
-        return timm.create_model(name, pretrained=False, **arguments)
+        model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DmmError(f"timm cannot build {printable(spec)}: {printable(str(error))}") from error
+    if "in_chans" in arguments:
+        model.in_chans = arguments["in_chans"]  # its pretrained_cfg tells of three channels all the same
+    return model
 
 
 def _factory(name: str) -> Any:
@@ -307,7 +311,9 @@ def input_spec(
 ) -> Spec:
     """Size and normalisation: the arguments > config.json > ``dmm.input`` metadata > timm's defaults.
 
-    Of a model with example inputs, they tell the sizes, and ``dmm.input`` has mean and std by name.
+    Where the last three tell another number of channels than the module takes, the module is right, and every channel
+    gets their mean normalisation. Of a model with example inputs, they tell the sizes, and ``dmm.input`` has mean and
+    std by name.
 
     Raises:
         DmmError: mean and std do not fit the number of channels.
@@ -322,11 +328,24 @@ def input_spec(
     if given:
         known |= {"input_size": given["size"], "mean": given["mean"], "std": given["std"]}
     known |= dict((source.config or {}).get("pretrained_cfg") or {})
+    told = tuple(known.get("input_size", (3, 224, 224)))
+    channels = _input_channels(model) or told[0]
+    if channels != told[0]:
+        known |= {key: (statistics.fmean(known[key]),) for key in ("mean", "std") if key in known}
     return single_spec(
-        size or known.get("input_size", (3, 224, 224)),
+        size or (channels, *told[1:]),
         mean or known.get("mean", (0.0,)),
         std or known.get("std", (1.0,)),
     )
+
+
+def _input_channels(model: nn.Module) -> int | None:
+    """How many channels a module takes: what it was built with, or its first convolution's; timm's, as they tell."""
+    if isinstance(getattr(model, "in_chans", None), int):
+        return model.in_chans
+    if getattr(model, "pretrained_cfg", None):
+        return None  # a first convolution may follow a rearrangement of pixels into channels
+    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
 
 
 def num_classes(model: nn.Module) -> int:

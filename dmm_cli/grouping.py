@@ -3,32 +3,68 @@
 Steps (notation: cos is the cosine of the weights, heads and one-dimensional tensors left out):
 
 0. checkpoints of different architectures are never together;
-1. basins: an edge where the raw cosine is at least ``BASIN``; connected components. Models of one
-   start measure .81 to .99 there, models of different starts below .005, so any value between
-   parts them, and averaging across basins destroys both models. Where cosines with all units in one order
-   are known, an edge is also where that is at least ``ALIGNED``: such models can be aligned, then merged;
+1. basins: an edge where the raw cosine is ``BASIN`` of the way from what unrelated units give (see ``chance``)
+   to 1; connected components. Models of one start measure .81 to .99, models of different starts what
+   unrelated units do, mostly below .005, so any value between parts them, and averaging across basins
+   destroys both models. Where cosines with all units in one order are known, an edge is also where that is
+   ``ALIGNED`` of the way: such models can be aligned, then merged;
 2. inside a basin, average linkage on 1 - cos; the tree is cut at its largest gap if that gap is
-   ``GAP`` times the height below it, else the basin stays whole;
+   ``GAP`` times the height below it, and no smaller than in trees of the same layers, shuffled (see ``chance``);
+   else the basin stays whole. Shuffled trees of real checkpoints have gaps of up to 3.0;
 3. where there are pseudo-data, a merge that makes a member forget parts its group (``split_group``);
 4. what stays alone while others form groups is divergent: its knowledge must be distilled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .chance import shuffled_cosines
 from .errors import DmmError, printable
-from .manifest import Group, Grouping, PairReason, SimilarityReport
+from .manifest import Group, Grouping, LayerSimilarity, PairReason, SimilarityReport
 
 BASIN = 0.3
-ALIGNED = (
-    0.5  # networks trained from different starts reach .1 to .3 once aligned, a permuted copy what its noise leaves
-)
+ALIGNED = 0.5  # trained networks of different starts reach .1 to .3 once aligned, a permuted copy what noise leaves
 GAP = 4.0
 NOISE = 0.02  # heights below this are one cluster whatever their ratios
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where a tree is cut: the cosine, the relative gap there, and the largest in trees of shuffled layers."""
+
+    threshold: float
+    gap: float
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What pairs are judged by: matrices (N, N), the basin of every checkpoint, and of each basin where it was cut."""
+
+    cosine: np.ndarray
+    raw: np.ndarray
+    unrelated: np.ndarray
+    reordered: np.ndarray
+    basins: np.ndarray | None = None
+    cuts: Mapping[int, _Cut] = field(default_factory=dict)
+
+    def reason(self, a: int, b: int, together: bool) -> str:
+        """Why the rule "auto" has put two checkpoints together, or not."""
+        raw, bound, cut = self.raw[a, b], start_bounds(self.unrelated[a, b]), self.cuts.get(int(self.basins[a]))
+        beyond = f", where unrelated units reach {self.unrelated[a, b]:.3f}"
+        if self.basins[a] != self.basins[b]:
+            return f"different starts: cosine {raw:.3f} is below {bound:.3f}{beyond}"
+        if cut and not together:
+            shuffled = "" if cut.chance is None else f", with layers shuffled {cut.chance:.1f} at most"
+            return f"{_side(self.cosine[a, b], cut.threshold, together)}; the gap there is {cut.gap:.1f}{shuffled}"
+        if raw >= bound:
+            return f"one start: cosine {raw:.3f} is {bound:.3f} or more{beyond}"
+        return f"one start, through others; cosine {raw:.3f}"
 
 
 def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> Grouping:
@@ -39,19 +75,34 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
         rule: "auto" (the steps above), "all" (one group), or a cosine at which to cut the tree.
     """
     cosine = _matrix(report.measures["cosine"])
-    raw = _matrix(report.raw_cosine) if report.raw_cosine else cosine
-    aligned = _matrix(report.measures["aligned"]) if "aligned" in report.measures else raw
-    reordered = (raw < BASIN) & (aligned >= ALIGNED)
+    raw, unrelated = _starts(report)
+    aligned = _matrix(report.measures["aligned"]) if "aligned" in report.measures else np.zeros_like(raw)
+    reordered = (raw < start_bounds(unrelated)) & (aligned >= start_bounds(unrelated, ALIGNED))
     cosine, raw = np.where(reordered, aligned, cosine), np.where(reordered, aligned, raw)
     tree = _tree(cosine)
+    known = _Known(cosine, raw, unrelated, reordered)
     if rule == "all":
         labels, threshold = np.zeros(len(cosine), dtype=int), None
     elif rule == "auto":
-        labels, threshold = _auto(cosine, raw)
+        basins = components((raw >= start_bounds(unrelated)) | reordered)
+        labels, cuts = _auto(report, cosine, basins, reordered)
+        threshold = min((cut.threshold for cut in cuts.values()), default=BASIN)
+        known = replace(known, basins=basins, cuts=cuts)
     else:
         labels, threshold = _cut(tree, float(rule)), float(rule)
-    pairs = _pairs(cosine, raw, reordered, labels, rule, threshold)
+    pairs = _pairs(known, labels, rule, threshold)
     return _grouping(report.labels, labels, pairs, str(rule), threshold, tree)
+
+
+def start_bounds(unrelated: np.ndarray, share: float = BASIN) -> np.ndarray:
+    """Cosines at which two checkpoints share a start: this share of the way from what unrelated units have to 1."""
+    return unrelated + share * (1.0 - unrelated) - ROUNDING
+
+
+def same_start(report: SimilarityReport) -> np.ndarray:
+    """Which checkpoints of a report share a start with their units in the order they have, (N, N)."""
+    raw, unrelated = _starts(report)
+    return raw >= start_bounds(unrelated)
 
 
 def given_groups(labels: Sequence[str], groups: Sequence[Sequence[str]], origin: str) -> Grouping:
@@ -142,19 +193,35 @@ def _cut(tree: np.ndarray, threshold: float) -> np.ndarray:
     return fcluster(tree, 1.0 - threshold + 1e-12, criterion="distance")
 
 
-def _auto(cosine: np.ndarray, raw: np.ndarray) -> tuple[np.ndarray, float]:
-    basins = components(raw >= BASIN)
-    labels = np.zeros(len(cosine), dtype=int)
-    thresholds = []
+def _starts(report: SimilarityReport) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of the weights, and those that unrelated units have."""
+    raw = _matrix(report.raw_cosine or report.measures["cosine"])
+    return raw, _matrix(report.unrelated) if report.unrelated else np.zeros_like(raw)
+
+
+def _auto(
+    report: SimilarityReport, cosine: np.ndarray, basins: np.ndarray, reordered: np.ndarray
+) -> tuple[np.ndarray, dict[int, _Cut]]:
+    """A label for every checkpoint, and of every basin that was cut where."""
+    labels, cuts = np.zeros(len(cosine), dtype=int), {}
     for basin in np.unique(basins):
-        members = np.flatnonzero(basins == basin)
-        tree = _tree(cosine[np.ix_(members, members)])
-        threshold = _largest_gap(tree)
-        if threshold is not None:
-            thresholds.append(threshold)
-        inner = _cut(tree, threshold) if threshold is not None else np.zeros(len(members), dtype=int)
+        members = sorted(np.flatnonzero(basins == basin), key=lambda i: report.labels[i])
+        inside = np.ix_(members, members)
+        tree = _tree(cosine[inside])
+        inner = np.zeros(len(members), dtype=int)
+        cut = _largest_gap(tree)
+        if cut and cut.gap >= GAP:
+            usable = not reordered[inside].any() and all(_complete(layer, members) for layer in report.layers)
+            shuffled = shuffled_cosines(report.layers, members) if usable and report.layers else []
+            cut = replace(cut, chance=max((_largest_gap(_tree(one)).gap for one in shuffled), default=None))
+            if cut.gap >= (cut.chance or 0.0) * (1.0 - ROUNDING):
+                cuts[int(basin)], inner = cut, _cut(tree, cut.threshold)
         labels[members] = labels.max() + 1 + inner
-    return labels, min(thresholds, default=BASIN)
+    return labels, cuts
+
+
+def _complete(layer: LayerSimilarity, members: Sequence[int]) -> bool:
+    return bool(layer.norms) and all(layer.norms[i] is not None for i in members)
 
 
 def components(edges: np.ndarray) -> np.ndarray:
@@ -165,49 +232,42 @@ def components(edges: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _largest_gap(tree: np.ndarray) -> float | None:
-    """Cosine in the middle of the largest relative gap between merge heights, None when no gap stands out."""
+def _largest_gap(tree: np.ndarray) -> _Cut | None:
+    """The largest relative gap between merge heights, and the cosine in its middle; None of fewer than three leaves."""
     heights = np.maximum(tree[:, 2], NOISE) if len(tree) else np.empty(0)
     if len(heights) < 2:
         return None
     ratios = heights[1:] / heights[:-1]
     best = int(ratios.argmax())
-    return None if ratios[best] < GAP else 1.0 - float(np.sqrt(heights[best] * heights[best + 1]))
+    return _Cut(1.0 - float(np.sqrt(heights[best] * heights[best + 1])), float(ratios[best]))
 
 
-def _pairs(
-    cosine: np.ndarray,
-    raw: np.ndarray,
-    reordered: np.ndarray,
-    labels: np.ndarray,
-    rule: str | float,
-    threshold: float | None,
-) -> tuple[PairReason, ...]:
+def _pairs(known: _Known, labels: np.ndarray, rule: str | float, threshold: float | None) -> tuple[PairReason, ...]:
     pairs = []
-    for a in range(len(cosine)):
+    for a in range(len(labels)):
         for b in range(a):
-            together = bool(labels[a] == labels[b])
-            reason = _reason(cosine[a, b], raw[a, b], together, rule, threshold)
-            if reordered[a, b]:
+            together, cosine = bool(labels[a] == labels[b]), float(known.cosine[a, b])
+            if np.isnan(cosine):
+                reason = "different architectures"
+            elif rule == "all":
+                reason = "one group was asked for"
+            elif rule == "auto":
+                reason = known.reason(a, b, together)
+            else:
+                reason = _side(cosine, threshold, together)
+            if known.reordered[a, b]:
                 reason += ", with the units in one order"
-            value = None if np.isnan(cosine[a, b]) else float(cosine[a, b])
-            pairs.append(PairReason(a, b, together, value, reason))
+            pairs.append(PairReason(a, b, together, None if np.isnan(cosine) else cosine, reason))
     return tuple(pairs)
 
 
-def _reason(cosine: float, raw: float, together: bool, rule: str | float, threshold: float | None) -> str:
-    if np.isnan(cosine):
-        return "different architectures"
-    if rule == "all":
-        return "one group was asked for"
-    if rule == "auto" and not together and raw < BASIN:
-        return f"different starts: cosine {raw:.3f} is below {BASIN}"
-    if rule == "auto" and together and cosine >= (threshold or BASIN):
-        return f"one start: cosine {raw:.3f} is {BASIN} or more"
-    bound = BASIN if threshold is None else threshold
+def _side(cosine: float, threshold: float, together: bool) -> str:
+    """On which side of a cut two checkpoints are."""
+    if together and cosine >= threshold:
+        return f"cosine {cosine:.3f}, cut at {threshold:.3f}"
     if together:
-        return f"joined through others on average; cosine {cosine:.3f}, cut at {bound:.3f}"
-    return f"cut at {bound:.3f}: cosine {cosine:.3f}" + ("" if cosine < bound else ", apart on average")
+        return f"joined through others on average; cosine {cosine:.3f}, cut at {threshold:.3f}"
+    return f"cut at {threshold:.3f}: cosine {cosine:.3f}" + ("" if cosine < threshold else ", apart on average")
 
 
 def _grouping(

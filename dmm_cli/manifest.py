@@ -88,12 +88,13 @@ class SourceRecord(Record):
 
 @dataclass(frozen=True)
 class LayerSimilarity(Record):
-    """One tensor: its N x N cosine matrix and the least similar pair's value."""
+    """One tensor: its N x N cosine matrix, the least similar pair's value, and its norm in each checkpoint."""
 
     name: str
     shape: tuple[int, ...]
     cosine: Matrix
     minimum: float | None
+    norms: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class SimilarityReport(Record):
         measures: measure name to its N x N matrix.
         on: "weights", or "task vectors" when there is a base.
         against: cosine of each checkpoint with a reference, by label, or None.
+        raw_cosine: of the weights themselves.
+        unrelated: what that would be at most, were the units of one checkpoint in random order.
     """
 
     SCHEMA: ClassVar[str] = "dmm.similarity/1"
@@ -116,6 +119,7 @@ class SimilarityReport(Record):
     reference: SourceRecord | None = None
     against: dict[str, float] | None = None
     raw_cosine: Matrix = ()
+    unrelated: Matrix = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -26,7 +26,20 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     return 1.0 / counts[targets].float()
 
 
-def balanced_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch.Tensor]:
+def owner_weights(owners: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
+    """Sampling weights (N,) under which owner n has its share of the images, and each of its own is equally likely.
+
+    Images that were drawn together reproduce their teacher's statistics together; in another mix of classes, such as
+    a balanced one, they do not.
+
+    Args:
+        owners: (N,), numbers of shares.
+    """
+    counts = torch.bincount(owners, minlength=len(shares)).clamp_min(1)
+    return (torch.tensor(shares, dtype=torch.float64) / counts)[owners].float()
+
+
+def drawn_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch.Tensor]:
     """``BATCHES`` batches of rows (B,) drawn with weights (N,)."""
     return torch.multinomial(weights, BATCHES * BATCH, replacement=True, generator=stream).split(BATCH)
 

@@ -118,6 +118,19 @@ def test_the_fixture_says_what_it_is():
     assert arch.class_counts(source) is None
 
 
+def test_the_network_tells_how_many_channels_it_takes(write):
+    source = resolve_source(str(write("a", w=np.zeros(1, np.float32))))
+    model = arch.build("resnet18,num_classes=5,in_chans=1,layers=(1,1,1,1)")
+    mean, std = np.mean(model.pretrained_cfg["mean"]), np.mean(model.pretrained_cfg["std"])
+    assert arch.input_spec(source, model) == InputSpec((1, 224, 224), (mean,), (std,))
+    assert arch.input_spec(source, model, size=(2, 8, 8)).mean == (mean, mean)
+    own = torch.nn.Sequential(torch.nn.Conv2d(4, 2, 3))
+    assert arch.input_spec(source, own) == InputSpec((4, 224, 224), (0.0,) * 4, (1.0,) * 4)
+    with torch.device("meta"):
+        rearranged = arch.build("tresnet_m,num_classes=5")  # its first convolution takes 48
+    assert arch.input_spec(source, rearranged).size[0] == 3
+
+
 def test_input_and_class_mistakes(tmp_path, write):
     source = resolve_source(str(write("a", w=np.zeros(1, np.float32))))
     with pytest.raises(DmmError, match="2 means and 1 deviations for 1 channels"):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from dmm_cli.recalibration import BATCH, BATCHES, balanced_rows, balanced_weights, repair, reset_statistics
+from dmm_cli.recalibration import (
+    BATCH,
+    BATCHES,
+    balanced_weights,
+    drawn_rows,
+    owner_weights,
+    repair,
+    reset_statistics,
+)
 
 
 def test_every_class_present_is_equally_likely():
@@ -14,9 +22,15 @@ def test_every_class_present_is_equally_likely():
     weights = balanced_weights(targets, 3)
     assert weights[targets == 0].sum() == pytest.approx(weights[targets == 2].sum())
     images = targets.float().view(-1, 1, 1, 1)
-    batches = [images[rows] for rows in balanced_rows(weights, torch.Generator().manual_seed(0))]
+    batches = [images[rows] for rows in drawn_rows(weights, torch.Generator().manual_seed(0))]
     assert [len(batch) for batch in batches] == [BATCH] * BATCHES
     assert torch.cat(batches).eq(2).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_every_owner_has_its_share_and_no_image_of_it_is_likelier():
+    weights = owner_weights(torch.tensor([2] * 30 + [0] * 10), [0.25, 0.0, 0.75])
+    assert torch.allclose(weights, torch.tensor(0.025))
+    assert owner_weights(torch.tensor([1, 0, 1]), [1.0, 0.0]).tolist() == [0.0, 1.0, 0.0]
 
 
 def test_reset_statistics_are_the_mean_over_batches():

@@ -126,7 +126,7 @@ def test_a_copy_in_another_order_is_known_once_units_are_put_in_order(zoo, reord
         a, b = merged[name].flatten(), first[name].flatten()
         assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
     seen = dmm("similarity", *paths, "--measure", "cosine", "--measure", "aligned", "--json")
-    piped = dmm("merge", "--group", "-", "--align", "always", "-o", tmp_path / "piped", "--json", text=seen.stdout)
+    piped = dmm("merge", "--group", "-", "--align", "never", "-o", tmp_path / "piped", "--json", text=seen.stdout)
     assert groups(json.loads(piped.stdout)["grouping"]) == groups(record["grouping"])
 
 

@@ -11,18 +11,17 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from ..chance import SAMPLE, unrelated_cosine
 from ..checkpoint import Checkpoint
-from ..grouping import BASIN, components
+from ..grouping import components, start_bounds
 from ..inputs import Source
 from ..names import is_weight
-
-SAMPLE = 1 << 13  # first elements of every weight
 
 
 def basins(sources: Sequence[Source]) -> list[list[int]]:
     """Numbers of the checkpoints of each start, in order of first appearance.
 
-    Two share a start where the cosine of their weights is ``BASIN`` or more; heads and vectors are left out.
+    Two share a start where the cosine of their weights says so (``start_bounds``); heads and vectors are left out.
     """
     first, *others = sources
     infos = [
@@ -36,6 +35,8 @@ def basins(sources: Sequence[Source]) -> list[list[int]]:
         for info in infos:
             rows = np.stack([file.floats(info.name, 0, min(info.numel, SAMPLE)) for file in files]).astype(np.float64)
             gram += rows @ rows.T  # (N, N)
+        unrelated = unrelated_cosine(files, infos)
     norms = np.sqrt(np.diag(gram))
-    labels = components(gram >= BASIN * np.outer(norms, norms))
+    norms[norms == 0] = 1.0
+    labels = components(gram / np.outer(norms, norms) >= start_bounds(unrelated))
     return [np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels.tolist())]

@@ -54,12 +54,12 @@ def with_aligned(
     report: SimilarityReport, sources: Sequence[Source], *, arch: str | None, seed: int, on_progress: Progress
 ) -> SimilarityReport:
     """The report with the cosine of the weights, those of different starts once their units are in one order."""
-    from ..grouping import BASIN
+    from ..grouping import same_start
 
     measure = MEASURES.load("aligned")
-    whole = [list(row) for row in report.raw_cosine]
+    whole, known = [list(row) for row in report.raw_cosine], same_start(report)
     for kind in kinds_of(sources):
-        pairs = [(a, b) for a, b in combinations(range(len(kind)), 2) if whole[kind[a]][kind[b]] < BASIN]
+        pairs = [(a, b) for a, b in combinations(range(len(kind)), 2) if not known[kind[a], kind[b]]]
         own = [sources[i] for i in kind]
         found = measure(own, pairs, arch=arch, seed=seed, restarts=RESTARTS, on_progress=on_progress) if pairs else {}
         for (a, b), value in found.items():

@@ -40,14 +40,35 @@ def owned_images(
     """
     import torch
 
-    from ..recalibration import balanced_rows, balanced_weights
+    from ..recalibration import balanced_weights, drawn_rows
     from ..runtime import generator
 
     images, rows = images_of(data, parents, device)
     weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
     owners = torch.from_numpy(data.teacher_id[rows]).to(device)
-    drawn = (part.to(device) for part in balanced_rows(weights, generator(seed, salt)))
+    drawn = (part.to(device) for part in drawn_rows(weights, generator(seed, salt)))
     return ((images[part], owners[part]) for part in drawn)
+
+
+def mixed_images(
+    data: PseudoData, parents: Sequence[Source], shares: Sequence[float], seed: int, salt: str, device: torch.device
+) -> Iterator[Inputs]:
+    """Batches (B, ...) of the parents' inputs by their shares, normalised, each parent's in its own class mix.
+
+    Raises:
+        DmmError: nothing was made from a parent.
+    """
+    import numpy as np
+    import torch
+
+    from ..recalibration import drawn_rows, owner_weights
+    from ..runtime import generator
+
+    images, rows = images_of(data, parents, device)
+    places = [data.place_of(parent) for parent in parents]
+    by_place = np.bincount(places, shares, minlength=len(data.teachers))
+    weights = owner_weights(torch.from_numpy(data.teacher_id[rows]).long(), by_place.tolist())
+    return (images[part.to(device)] for part in drawn_rows(weights, generator(seed, salt)))
 
 
 def images_of(data: PseudoData, parents: Sequence[Source], device: torch.device) -> tuple[Inputs, np.ndarray]:

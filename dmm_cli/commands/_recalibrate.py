@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..inputs import Source
 from ..merging import METHODS
 from ..names import is_head
-from ._pseudo import balanced_images, owned_images, readable_errors, retention
+from ._pseudo import mixed_images, owned_images, readable_errors, retention
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,13 +83,13 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
     where = resolve_device(settings.device)
     data = load_pseudo_data(settings.data)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
+    work = _Work(model, data, parents, recipe, settings, where)
     with one_thread(where), readable_errors(settings.data, merged.label):
-        needed = "features" in METHODS.traits(recipe.method)
-        lengths = _solve(model, data, parents, recipe, settings, where) if needed else {}
+        lengths = _solve(work) if "features" in METHODS.traits(recipe.method) else {}
         done = [f"{len(lengths)} layers solved ({recipe.method})"] if lengths else []
         changed = set(lengths)
         if not lengths or architectures.norm_layers(model):
-            layers, words = _set_right(model, data, parents, recipe, settings, where)
+            layers, words = _set_right(work)
             changed |= {name for name in model.state_dict() if name.rpartition(".")[0] in layers}
             done.append(words)
         retained = retention(model, data, parents, where)
@@ -97,47 +97,55 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
     return Recalibrated(merged, tensors, lengths, ", ".join(done), retained)
 
 
-def _solve(
-    model: nn.Module,
-    data: PseudoData,
-    parents: Sequence[Source],
-    recipe: Recipe,
-    settings: Recalibration,
-    device: torch.device,
-) -> dict[str, float]:
-    """Solve the layers of the model in place; of each weight, its norm over the weighted mean of the parents'."""
-    from .. import architectures
+@dataclass(frozen=True)
+class _Work:
+    """The module of a merge, to be changed in place, with its parents and their pseudo-data."""
+
+    model: nn.Module
+    data: PseudoData
+    parents: Sequence[Source]
+    recipe: Recipe
+    settings: Recalibration
+    device: torch.device
+
+    def parent_modules(self) -> Iterator[nn.Module]:
+        """The parents' own modules, one after the other."""
+        from ..architectures import load_model
+
+        return (load_model(parent, self.settings.arch)[0].to(self.device) for parent in self.parents)
+
+    def shares(self) -> list[float]:
+        """The parents' weights, summing to 1."""
+        weights = self.recipe.weights or [1.0] * len(self.parents)
+        return [weight / sum(weights) for weight in weights]
+
+
+def _solve(work: _Work) -> dict[str, float]:
+    """Solve the layers of the model; of each weight, its norm over the weighted mean of the parents'."""
+    from ..architectures import norm_layers
     from ..merging.features import Batch, solve_layers
 
-    batches = [Batch(*drawn) for drawn in owned_images(data, parents, settings.seed, "features", device)]
-    owners = [data.place_of(parent) for parent in parents]
-    norms = [layer for _, layer in architectures.norm_layers(model)]
-    answering = parents if "outputs" in METHODS.traits(recipe.method) else []
-    modules = [architectures.load_model(parent, settings.arch)[0].to(device) for parent in answering]
-    return solve_layers(model, parents, recipe, batches, owners, norms, modules)
+    drawn = owned_images(work.data, work.parents, work.settings.seed, "features", work.device)
+    batches = [Batch(*pair) for pair in drawn]
+    owners = [work.data.place_of(parent) for parent in work.parents]
+    norms = [layer for _, layer in norm_layers(work.model)]
+    modules = list(work.parent_modules()) if "outputs" in METHODS.traits(work.recipe.method) else []
+    return solve_layers(work.model, work.parents, work.recipe, batches, owners, norms, modules)
 
 
-def _set_right(
-    model: nn.Module,
-    data: PseudoData,
-    parents: Sequence[Source],
-    recipe: Recipe,
-    settings: Recalibration,
-    device: torch.device,
-) -> tuple[set[str], str]:
-    """Change the model in place; the names of the layers that changed, and what was done to them in words."""
-    from .. import architectures
+def _set_right(work: _Work) -> tuple[set[str], str]:
+    """Reset statistics or rescale layers; the names of the layers that changed, and in words what was done to them."""
+    from ..architectures import norm_layers
     from ..recalibration import repair, reset_statistics
 
-    batches = balanced_images(data, parents, settings.seed, "recalibrate", device)
-    layers = architectures.norm_layers(model)
+    shares = work.shares()
+    batches = mixed_images(work.data, work.parents, shares, work.settings.seed, "recalibrate", work.device)
+    layers = norm_layers(work.model)
     if layers:
-        reset_statistics(model, [layer for _, layer in layers], batches)
+        reset_statistics(work.model, [layer for _, layer in layers], batches)
         return {name for name, _ in layers}, f"{len(layers)} BatchNorm layers reset"
-    modules = (architectures.load_model(parent, settings.arch)[0].to(device) for parent in parents)
-    shares = recipe.weights or [1.0] * len(parents)
-    heads = [name for name, _ in model.named_modules() if is_head(f"{name}.weight")]
-    names = repair(model, modules, [share / sum(shares) for share in shares], list(batches), skip=heads)
+    heads = [name for name, _ in work.model.named_modules() if is_head(f"{name}.weight")]
+    names = repair(work.model, work.parent_modules(), shares, list(batches), skip=heads)
     return set(names), f"{len(names)} layers rescaled (REPAIR)"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..examples import Inputs
-from ..recalibration import balanced_rows, balanced_weights
+from ..recalibration import balanced_weights, drawn_rows
 from ..spaces import Space
 
 
@@ -47,7 +47,7 @@ class Lessons:
 
     def balanced(self, stream: torch.Generator) -> Iterator[Inputs]:
         """Batches (B, C, H, W) in which every class is equally likely."""
-        return (self.show(rows.to(self.images.device)) for rows in balanced_rows(self.weights(), stream))
+        return (self.show(rows.to(self.images.device)) for rows in drawn_rows(self.weights(), stream))
 
     def in_order(self, batch: int) -> Iterator[Inputs]:
         """All images, in batches (B, C, H, W)."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..chance import unrelated_cosine
 from ..checkpoint import Checkpoint
 from ..errors import DmmError
 from ..header import TensorInfo
@@ -77,6 +78,7 @@ def _compare(
         files = [stack.enter_context(Checkpoint(source)) for source in everything]
         origin = stack.enter_context(Checkpoint(base)) if base else None
         _scan(files, origin, tools, raw, on_progress)
+        unrelated = unrelated_cosine(files[: len(sources)], filter(is_weight, sources[0].tensors.values()))
     count = len(sources)
     return SimilarityReport(
         sources=tuple(_record(source) for source in sources),
@@ -87,6 +89,7 @@ def _compare(
         reference=_record(reference) if reference else None,
         against=_against(tools["cosine"], sources) if reference else None,
         raw_cosine=_plain((raw if base else tools["cosine"]).matrix()[:count, :count]),
+        unrelated=_plain(unrelated),
     )
 
 
@@ -105,6 +108,7 @@ def _joined(
         return tuple(map(tuple, whole))
 
     largest = max(range(len(kinds)), key=lambda number: len(kinds[number]))
+    where = dict(zip(kinds[largest], range(count), strict=False))
     return SimilarityReport(
         sources=tuple(_record(source) for source in sources),
         measures={
@@ -112,9 +116,15 @@ def _joined(
             for name in parts[0].measures
         },
         layers=tuple(
-            replace(layer, cosine=spread([(kinds[largest], layer.cosine)])) for layer in parts[largest].layers
+            replace(
+                layer,
+                cosine=spread([(kinds[largest], layer.cosine)]),
+                norms=tuple(layer.norms[where[i]] if i in where else None for i in range(count)),
+            )
+            for layer in parts[largest].layers
         ),
         raw_cosine=spread((kind, part.raw_cosine) for kind, part in zip(kinds, parts, strict=True)),
+        unrelated=spread((kind, part.unrelated) for kind, part in zip(kinds, parts, strict=True)),
     )
 
 
@@ -162,7 +172,8 @@ def _layers(cosine: Cosine, source: Source, count: int) -> tuple[LayerSimilarity
         matrix = full[:count, :count]
         pairs = matrix[np.triu_indices(count, 1)]
         lowest = float(pairs.min()) if pairs.size else None
-        layers.append(LayerSimilarity(name, source.tensors[name].shape, _plain(matrix), lowest))
+        norms = tuple(float(value) for value in np.sqrt(np.diag(cosine.grams[name])[:count]))
+        layers.append(LayerSimilarity(name, source.tensors[name].shape, _plain(matrix), lowest, norms))
     return tuple(layers)
 
 

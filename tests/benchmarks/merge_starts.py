@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -101,25 +102,27 @@ def with_mean_variance(merged: Path, parents: list[Path], path: Path) -> Path:
     return path
 
 
-def measure(parents: list[Path], pseudo: Path, real: Path, test: Path, work: Path) -> dict[str, float]:
-    """Accuracy in per cent of the parents and of every way to merge them."""
-    merged = work / "merged.safetensors"
+def merges(parents: list[Path], pseudo: Path, real: Path, work: Path, align: str) -> dict[str, Path]:
+    """The average of two networks by the name of what was done about its statistics."""
+    ways = {
+        "variances averaged like weights": [],
+        "analytic variances": [],
+        "statistics reset on pseudo-data": ["--recalibrate", pseudo],
+        "statistics reset on real images": ["--recalibrate", real],
+    }
+    paths = {}
+    for number, (name, flags) in enumerate(ways.items()):
+        paths[name] = work / f"merged-{number}.safetensors"
+        dmm("merge", *parents, "--align", align, "-o", paths[name], "--force", "-q", *flags)
+    first = next(iter(paths))
+    paths[first] = with_mean_variance(paths[first], parents, work / "plain.safetensors")
+    return paths
 
-    def merge(*flags: object) -> Path:
-        dmm("merge", *parents, "-o", merged, "--force", "-q", *flags)
-        return merged
 
-    def accuracy(path: Path) -> float:
-        return float(dmm("evaluate", path, "--data", test, "-q"))
-
-    rows = {f"parent {number + 1}": accuracy(path) for number, path in enumerate(parents)}
-    for name, flags in {"as they are": ["--align", "never"], "aligned": ["--align", "always"]}.items():
-        plain = work / "plain.safetensors"
-        rows[f"{name}, mean of variances"] = accuracy(with_mean_variance(merge(*flags), parents, plain))
-        rows[f"{name}, analytic variances"] = accuracy(merge(*flags))
-        rows[f"{name}, reset data-free"] = accuracy(merge(*flags, "--recalibrate", pseudo))
-        rows[f"{name}, reset on real images"] = accuracy(merge(*flags, "--recalibrate", real))
-    return rows
+def accuracies(parents: list[Path], merged: dict[str, Path], test: Path) -> dict[str, list[float]]:
+    """Accuracy in per cent of the parents, and of their merges."""
+    scores = [float(score) for score in dmm("evaluate", *parents, *merged.values(), "--data", test, "-q").split()]
+    return {"the two networks": scores[:2], **{name: [score] for name, score in zip(merged, scores[2:], strict=True)}}
 
 
 def main() -> None:
@@ -135,20 +138,33 @@ def main() -> None:
     if not test.exists():
         held_out, answers = unpack(options.cifar10 / "test.npz")
         np.savez(test, images=held_out, labels=answers)
-    columns: dict[str, list[dict[str, float]]] = {}
-    kinds: dict[str, Callable] = {"two starts": two_starts, "one start, skewed": one_start}
-    for kind, make in kinds.items():
+    columns: dict[str, list[dict[str, list[float]]]] = {}
+    kinds: dict[str, tuple[Callable, list[str]]] = {
+        "two starts": (two_starts, ["never", "always"]),
+        "one start, skewed": (one_start, ["never"]),
+    }
+    for kind, (make, policies) in kinds.items():
         for seed in range(options.seeds):
             parents, parts = make(images, labels, options.work, seed)
             pseudo = options.work / f"pseudo-{make.__name__}-{seed}.safetensors"
             if not pseudo.exists():
                 dmm("synthesize", *parents, "-o", pseudo, "-q", "--seed", seed)
             real = real_images(options.work / "real.safetensors", parents, parts, images, labels)
-            columns.setdefault(kind, []).append(measure(parents, pseudo, real, test, options.work))
-    print(f"| accuracy, % | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+            for align in policies:
+                merged = merges(parents, pseudo, real, options.work, align)
+                found = accuracies(parents, merged, test)
+                print(f"{kind}, --align {align}, seed {seed}: {found}", file=sys.stderr)
+                columns.setdefault(f"{kind}, --align {align}", []).append(found)
+    print(f"| accuracy, %, n = {options.seeds} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for row in next(iter(columns.values()))[0]:
-        cells = [f"{statistics.mean(found[row] for found in column):.1f}" for column in columns.values()]
-        print(f"| {row} | {' | '.join(cells)} |")
+        print(f"| {row} | {' | '.join(summary([found[row] for found in column]) for column in columns.values())} |")
+
+
+def summary(seeds: list[list[float]]) -> str:
+    """Means over seeds, and of one number the lowest and the highest."""
+    means = ", ".join(f"{statistics.mean(values):.1f}" for values in zip(*seeds, strict=True))
+    one = [values[0] for values in seeds]
+    return means if len(seeds[0]) > 1 or len(one) < 2 else f"{means} ({min(one):.1f} to {max(one):.1f})"
 
 
 if __name__ == "__main__":

@@ -140,12 +140,18 @@ def test_eight_files_are_merged_on_one_core(write, tmp_path, monkeypatch):
     assert (load_file(tmp_path / "out.safetensors")["w"] == 3.5).all()
 
 
-@pytest.mark.parametrize("flags", [["--max-shard-size", "200KB"], ["--method", "tsv", "--base", str(BASE)]])
-def test_two_processes_write_the_bytes_of_one(tmp_path, flags):
+@pytest.mark.parametrize(
+    ("sources", "flags", "files"),
+    [
+        ([SITES[0], DIGITS / "site-d.safetensors"], ["--max-shard-size", "200KB"], 6),  # of two starts: aligned
+        (SITES, ["--method", "tsv", "--base", str(BASE)], 1),
+    ],
+)
+def test_two_processes_write_the_bytes_of_one(tmp_path, sources, flags, files):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    arguments = [["merge", *map(str, SITES), *flags, "-o", str(folder / "model.safetensors")] for folder in folders]
+    arguments = [["merge", *map(str, sources), *flags, "-o", str(folder / "model.safetensors")] for folder in folders]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmm_cli"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, *arguments[1]]
@@ -154,4 +160,6 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, flags):
     assert dmm(*arguments[0]).exit_code == 0
     assert done.stdout.count("written") == 1
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
-    assert one == two and len(one) == (1 if "tsv" in flags else 6)
+    assert one == two and len(one) == files
+    merged = metadata(next(folders[0].glob("*.safetensors")))
+    assert ("dmm.aligned" in merged) == ("--max-shard-size" in flags)
