@@ -88,9 +88,7 @@ def synthesize(
     ENGINES.check(engine)
     size = options.batch_size(batch)
     require_precision(precision)
-    weights = options.key_values(loss or [], "--loss")
-    for name in weights:
-        LOSSES.check(name)
+    weights = {LOSSES.check(name): value for name, value in options.key_values(loss or [], "--loss").items()}
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
     flags = options.input_flags(input_size, mean, std)
@@ -111,27 +109,22 @@ def synthesize(
     prior = options.numbers(class_prior, "--class-prior")
     with joined() as ranks:
         manifest, data = synthesize_sources(
-            sources,
-            output,
-            settings,
-            arch=arch,
-            flags=flags,
-            device=device,
-            prior=prior,
-            recorded=recorded,
-            force=force,
-            ranks=ranks,
-            on_progress=Progress(quiet),
-        )
-        if not ranks.is_first:
-            return
-    status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
-    if grid:
-        from ..report.figures import image_grid
+            sources, output, settings, arch=arch, flags=flags, device=device, prior=prior, recorded=recorded,
+            force=force, ranks=ranks, on_progress=Progress(quiet),
+        )  # fmt: skip
+    if ranks.is_first:
+        status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
+        if grid:
+            _draw(data, grid, force, quiet)
+        _report(manifest, quiet, json)
 
-        image_grid(data, grid, force=force)
-        status(f"wrote {grid}", quiet=quiet)
-    _report(manifest, quiet, json)
+
+def _draw(data: PseudoData, path: Path, force: bool, quiet: bool) -> None:
+    from ..report.console import status
+    from ..report.figures import image_grid
+
+    image_grid(data, path, force=force)
+    status(f"wrote {path}", quiet=quiet)
 
 
 def synthesize_sources(
