@@ -29,6 +29,7 @@ from .routing import soft_labels
 
 BETAS, WARM_UP = (0.9, 0.999), 0.1
 STATE = "student"
+SHOWN = ("loss", "agreement")  # while it learns
 JUDGED = 512  # images at once
 
 
@@ -123,7 +124,7 @@ class Pupil:
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
                 shown = self._recorder.add(self.done - 1, terms)
-            yield {name: shown[name] for name in ("loss", "agreement")}
+            yield {name: value for name, value in shown.items() if name in SHOWN}
 
     def save(self) -> None:
         """Keep all it takes to go on; processes are in step, so the first keeps it for all."""
