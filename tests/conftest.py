@@ -189,3 +189,13 @@ def shell(*arguments: object, code: str | None = None, **options) -> subprocess.
         timeout=240,
         **options,
     )
+
+
+def in_two_processes(*arguments: object) -> str:
+    """What torchrun's two processes print together, given a program of Python or ``-m module`` with its arguments."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

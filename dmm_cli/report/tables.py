@@ -146,8 +146,8 @@ def retention_table(manifest: DistillManifest) -> Table:
 
 
 def _least(item: Retention) -> str:
-    worst = min(item.classes, key=lambda one: one.after)
-    return f"{worst.name}: {number(worst.after, 1)}"
+    worst = min(item.classes, key=lambda one: one.after, default=None)
+    return f"{worst.name}: {number(worst.after, 1)}" if worst else "-"
 
 
 def class_retention_table(manifest: DistillManifest) -> Table:

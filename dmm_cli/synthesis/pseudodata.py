@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import Checkpoint, save_arrays
-from ..errors import DmmError
+from ..errors import DmmError, printable
 from ..examples import Examples, joined, named
 from ..images import InputSpec
 from ..inputs import Source
@@ -132,7 +132,14 @@ def load_pseudo_data(source: Source) -> PseudoData:
             evidence=[f"its metadata says {source.metadata.get('dmm.kind', 'nothing about its kind')}"],
             hint="make one with: dmm synthesize CKPT... -o pseudo.safetensors",
         )
-    spec = _spec(json.loads(source.metadata["dmm.input"]))
+    try:
+        spec, teachers = _spec(json.loads(source.metadata["dmm.input"])), _teachers(source.metadata["dmm.teachers"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DmmError(
+            f"the metadata of pseudo-data file {path} are damaged",
+            evidence=[f"dmm.input, or dmm.teachers: {type(error).__name__}: {printable(str(error))}"],
+            hint="make it again with: dmm synthesize CKPT... -o pseudo.safetensors",
+        ) from error
     inputs = tuple(named(spec))
     with Checkpoint(source) as file:
         missing = [name for name in (*inputs, *REQUIRED, "bn_loss") if name not in source.tensors]
@@ -141,9 +148,6 @@ def load_pseudo_data(source: Source) -> PseudoData:
         images = {name: file.array(name) for name in inputs}
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
     _require_rows(path, spec, images, arrays)
-    teachers = tuple(
-        TeacherRecord(**{**item, "prior": tuple(item["prior"])}) for item in json.loads(source.metadata["dmm.teachers"])
-    )
     return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec)
 
 
@@ -152,7 +156,13 @@ def _spec(record: dict[str, Any]) -> Spec:
         return TokenSpec(tuple(record["size"]), record["vocabulary"])
     if "size" in record and isinstance(record["size"], list):
         return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
+    if not record:
+        raise ValueError("no input")
     return JointSpec(tuple(record), tuple(_spec(part) for part in record.values()))
+
+
+def _teachers(text: str) -> tuple[TeacherRecord, ...]:
+    return tuple(TeacherRecord(**{**item, "prior": tuple(item["prior"])}) for item in json.loads(text))
 
 
 def _require_rows(path: Path, spec: Spec, images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from commands import dmm
 from PIL import Image
 
 from dmm_cli.architectures import build
@@ -118,14 +118,6 @@ def train_clients(data: Path, work: Path, seed: int = 0) -> None:
         train(model, images[own], labels[own], CLIENT_EPOCHS, CLIENT_RATE, seed + 1 + number)
         save(work / f"client-{number}.safetensors", model)
         print(f"client {number}: {np.bincount(labels[own], minlength=10).tolist()} images a class", file=sys.stderr)
-
-
-def dmm(*words: object) -> str:
-    """What a command prints."""
-    done = subprocess.run([sys.executable, "-m", "dmm_cli", *map(str, words)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"dmm {' '.join(map(str, words))}\n{done.stderr}")
-    return done.stdout
 
 
 def accuracies(parents: list[Path], base: Path, data: Path, work: Path) -> dict[str, float | None]:

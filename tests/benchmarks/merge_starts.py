@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from merge_quality import ARCH, BASE_EPOCHS, BASE_RATE, CLIENT_RATE, MEAN, STD, dmm, save, train, unpack
+from commands import dmm
+from merge_quality import ARCH, BASE_EPOCHS, BASE_RATE, CLIENT_RATE, MEAN, STD, save, train, unpack
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli.architectures import build

@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from commands import dmm
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,16 +115,6 @@ def textbook(
     for number, image in enumerate(pixels):
         Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(folder / f"{number:05d}.png")
     return curve
-
-
-def dmm(*words: object) -> str:
-    """What a command prints."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "dmm_cli", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
-    if done.returncode:
-        raise SystemExit(f"dmm {' '.join(map(str, words))}\n{done.stderr}")
-    return done.stdout
 
 
 def ours(checkpoint: Path, out: Path, count: int, batch: int, steps: int, seed: int, *flags: object) -> float:

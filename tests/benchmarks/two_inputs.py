@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from commands import dmm
 from safetensors.torch import save_file
 
 TESTS = Path(__file__).parents[1]
@@ -28,16 +27,6 @@ sys.path.insert(0, str(TESTS))
 import halves  # noqa: E402
 
 EPOCHS = 15
-
-
-def dmm(*arguments: object) -> str:
-    """Standard output of a command."""
-    command = [sys.executable, "-m", "dmm_cli", *map(str, arguments)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    return done.stdout
 
 
 def measure(work: Path, seed: int) -> dict[str, float]:

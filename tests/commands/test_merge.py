@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, dmm, small_net
+from conftest import DIGITS, dmm, in_two_processes, small_net
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -152,13 +150,9 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, sources, flags, files):
     for folder in folders:
         folder.mkdir()
     arguments = [["merge", *map(str, sources), *flags, "-o", str(folder / "model.safetensors")] for folder in folders]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmm_cli"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, *arguments[1]]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    shown = in_two_processes("-m", "dmm_cli", *arguments[1])
     assert dmm(*arguments[0]).exit_code == 0
-    assert done.stdout.count("written") == 1
+    assert shown.count("written") == 1
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert one == two and len(one) == files
     merged = metadata(next(folders[0].glob("*.safetensors")))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import in_two_processes
 from safetensors.torch import load_file
 from torch import nn
 
@@ -27,7 +24,7 @@ from dmm_cli.runtime import Host
 from dmm_cli.savepoint import Savepoint
 
 CPU = torch.device("cpu")
-STEPS = 130  # more than the curves have points
+STEPS, NEVER = 130, 0  # more steps than the curves have points
 
 
 def student(norm: bool) -> nn.Module:
@@ -80,7 +77,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_bytes(tmp_path):
     for after in (40, 91):
         with pytest.raises(KeyboardInterrupt):
             taught(True, Host(CPU, Savepoint(tmp_path / "states"), on_progress=Interrupt(after)))
-    rest = Interrupt(99)
+    rest = Interrupt(NEVER)
     again, curves = taught(True, Host(CPU, Savepoint(tmp_path / "states"), on_progress=rest))
     assert rest.first == 92 and curves == history
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
@@ -107,10 +104,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     """Where no layer looks at the whole batch, the mean of two gradients is the gradient; only rounding differs."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(program)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     one, _ = taught(False, Host(CPU))
     start = student(False).state_dict()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DIGITS
+from safetensors.numpy import load_file, save_file
 
 from dmm_cli.commands.synthesize import load_teachers
 from dmm_cli.errors import DmmError
@@ -120,6 +121,27 @@ def test_the_file_comes_back(tmp_path, drawn):
 def test_files_that_are_not_pseudo_data():
     with pytest.raises(DmmError, match="not a pseudo-data file"):
         load_pseudo_data(resolve_source(str(DIGITS / "test.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("input", None),
+        ("input", "{}"),
+        ("input", "[1]"),
+        ("input", '{"size": [1, 16, 16]}'),
+        ("input", '{"image": {"size": "x"}}'),
+        ("teachers", "{"),
+        ("teachers", '[{"label": "a"}]'),
+    ],
+)
+def test_damaged_metadata_are_an_error(tmp_path, drawn, key, value):
+    path = tmp_path / "p.safetensors"
+    save_pseudo_data(path, drawn["pixels"][0], {})
+    metadata = {**resolve_source(str(path)).metadata, f"dmm.{key}": value}
+    save_file(load_file(path), path, {name: text for name, text in metadata.items() if text is not None})
+    with pytest.raises(DmmError, match=r"metadata of pseudo-data file .* are damaged"):
+        load_pseudo_data(resolve_source(str(path)))
 
 
 def test_losses_are_named():

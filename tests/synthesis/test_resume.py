@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS, ROOT
+from conftest import DIGITS, in_two_processes
 
 from dmm_cli import training
 from dmm_cli.commands.synthesize import synthesize_sources
@@ -104,9 +101,6 @@ with joined() as ranks:
 def test_two_processes_write_the_bytes_of_one(tmp_path, whole):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(program)
     program.unlink()
     assert {path.stem: path.read_bytes() for path in tmp_path.iterdir()} == whole
