@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -18,6 +18,13 @@ class Recorder:
         self._last, self._every = steps - 1, max(1, steps // POINTS)
         self._steps: list[int] = []
         self._points: list[dict[str, float]] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def totals(self, total: Callable[[dict[str, float]], float], start: int = 0) -> list[float]:
+        """A number for each point from a step on, of its scalars by name."""
+        return [total(point) for step, point in zip(self._steps, self._points, strict=True) if step >= start]
 
     def wants(self, step: int) -> bool:
         """Whether the point at a step is kept: reading a value waits for the device, so ask first."""

@@ -335,8 +335,21 @@ class TeacherReport(Record):
 
 
 @dataclass(frozen=True)
+class Steps(Record):
+    """Optimiser steps of all batches or generators together: taken, and planned."""
+
+    taken: int
+    planned: int
+
+
+@dataclass(frozen=True)
 class SynthesisManifest(Record):
-    """What a synthesis did."""
+    """What a synthesis did.
+
+    Attributes:
+        student: that images were made against, or None.
+        warnings: what was asked for and could not be done, and why.
+    """
 
     SCHEMA: ClassVar[str] = "dmm.synthesis/1"
 
@@ -347,6 +360,9 @@ class SynthesisManifest(Record):
     seconds: float
     history: History
     output: str
+    steps: Steps | None = None
+    student: SourceRecord | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -404,6 +420,7 @@ class Inspection(Record):
         kinds: last part of the tensor name to (tensors, values).
         norm_layers: layers with running statistics.
         provenance: the ``dmm.*`` metadata as stored.
+        inputs: of a model of several inputs what ``dmm.input`` states of each, by name.
     """
 
     SCHEMA: ClassVar[str] = "dmm.inspection/1"
@@ -419,3 +436,4 @@ class Inspection(Record):
     norm_layers: int
     classes: tuple[str, ...]
     provenance: dict[str, str]
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)

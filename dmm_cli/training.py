@@ -138,10 +138,11 @@ class Worker(Protocol):
     """Something that is trained step by step and can be put aside.
 
     Attributes:
-        done: steps taken.
+        done: steps taken. total: and how many it will have been in the end, as far as is known.
     """
 
     done: int
+    total: int
 
     def train(self) -> Iterator[dict[str, float]]:
         """Take the steps that are left, giving the newest point of the curves after each."""
@@ -157,16 +158,16 @@ def work_through(jobs: Sequence[Callable[[], Worker]], stage: str, steps: int, h
         jobs: make the workers, each just before its turn. stage: its name, and steps of each, for the progress.
     """
     lock = threading.Lock()
-    done = [0] * len(jobs)
+    done, totals = [0] * len(jobs), [steps] * len(jobs)
 
     def work(number: int, stop: Callable[[], bool]) -> None:
         worker = jobs[number]()
         saved = time.monotonic()
         done[number] = worker.done
         for shown in worker.train():
-            done[number] = worker.done
+            done[number], totals[number] = worker.done, worker.total
             with lock:
-                host.tell(stage, sum(done), len(jobs) * steps, **shown)
+                host.tell(stage, sum(done), sum(totals), **shown)
             if stop():
                 break
             if time.monotonic() - saved > SAVE_EVERY:

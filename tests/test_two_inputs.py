@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from dataclasses import replace
 
 import halves
 import numpy as np
 import pytest
 import torch
-from conftest import dmm
+from conftest import DIGITS, ROOT, dmm, in_two_processes, shell
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -39,6 +42,46 @@ def drawn(request, sites):
     result = dmm("synthesize", *sites, "--engine", request.param, *FEW, "-o", path)
     assert result.exit_code == 0, result.stderr
     return path
+
+
+def test_two_processes_make_the_pseudo_data_of_one(sites, drawn, tmp_path):
+    out = tmp_path / "pseudo.safetensors"
+    in_two_processes("-m", "dmm_cli", "synthesize", *sites, "--engine", drawn.stem, *FEW, "-o", out, "-q")
+    assert out.read_bytes() == drawn.read_bytes()
+
+
+KILLED = """
+import os, signal
+from dmm_cli import runtime, training
+from dmm_cli.app import main
+
+def tell(self, stage, done, total, **_):
+    if done > 0.6 * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+training.SAVE_EVERY = 0.0
+runtime.Host.tell = tell
+main()
+"""
+
+
+def test_after_a_kill_they_are_made_to_the_end(sites, drawn, tmp_path):
+    out = tmp_path / "pseudo.safetensors"
+    command = ["synthesize", *sites, "--engine", drawn.stem, *FEW, "-o", out]
+    killed = shell(*command, code=KILLED, env={"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))})
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert list((tmp_path / "pseudo.safetensors.partial").iterdir())
+    assert dmm(*command).exit_code == 0
+    assert out.read_bytes() == drawn.read_bytes()
+
+
+def test_inspect_lists_the_inputs(sites):
+    told = dmm("inspect", sites[0]).stdout
+    for line in (r"input image +mean 0.3; std 0.4\n", r"input vector +mean 5.0; std 5.0\n"):
+        assert re.search(line, told), told
+    assert json.loads(dmm("inspect", sites[0], "--json").stdout)["inputs"] == halves.INPUT
+    alone = dmm("inspect", DIGITS / "site-a.safetensors")
+    assert "input image" not in alone.stdout and "architecture" in alone.stdout
 
 
 def gap(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, float]:

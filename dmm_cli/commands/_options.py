@@ -10,6 +10,7 @@ import typer
 
 from ..errors import DmmError, printable
 from ..registry import mistyped
+from ..synthesis import presets
 
 FORMATS = ("table", "json", "tsv", "md")
 
@@ -51,7 +52,20 @@ Precision = Annotated[
         help="float32, bfloat16 (faster where the device computes in it), or auto: bfloat16 on CUDA.",
     ),
 ]
+Preset = Annotated[str, option("--preset", help=f"How much to synthesize. {presets.in_words()}.")]
 Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
+
+
+def preset(name: str, count: int | None, steps: int | None) -> presets.Preset:
+    """What a preset stands for, but for what is given.
+
+    Raises:
+        DmmError: there is no such preset.
+    """
+    if name not in presets.PRESETS:
+        raise mistyped(f"unknown preset: {printable(name)}", name, presets.PRESETS)
+    given = {key: value for key, value in (("count", count), ("steps", steps)) if value is not None}
+    return presets.PRESETS[name]._replace(**given)
 
 
 def batch_size(text: str) -> int | None:

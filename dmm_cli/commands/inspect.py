@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json as jsonlib
-from typing import TYPE_CHECKING, Annotated
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +15,6 @@ from ._run import epilog, guarded
 
 if TYPE_CHECKING:
     from ..manifest import ArchitectureGuess, Inspection
-
-    pass
 
 EPILOG = epilog("dmm inspect model.safetensors", "dmm inspect sites/a/ --json")
 
@@ -30,7 +29,7 @@ def inspect(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show a checkpoint's architecture, tensors, BatchNorm layers, classes and provenance."""
+    """Show a checkpoint's architecture, inputs, tensors, BatchNorm layers, classes and provenance."""
 
     from ..manifest import dump
 
@@ -73,7 +72,17 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         norm_layers=kinds.get("running_var", [0])[0],
         classes=tuple(map(str, jsonlib.loads(own.get("dmm.classes", "[]")))),
         provenance=own,
+        inputs=_inputs(own.get("dmm.input", "{}")),
     )
+
+
+def _inputs(text: str) -> dict[str, dict[str, Any]]:
+    """What metadata state of each of several named inputs; nothing where they describe one."""
+    with suppress(ValueError, RecursionError):  # damaged ones are shown as they are, among the provenance
+        stated = jsonlib.loads(text)
+        if isinstance(stated, dict) and all(isinstance(part, dict) for part in stated.values()):
+            return stated
+    return {}
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:

@@ -14,6 +14,7 @@ from ..files import write_text
 from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe
+from ..synthesis import presets
 from . import _options as options
 from . import distill as distillation
 from . import synthesize as synthesis
@@ -90,10 +91,14 @@ def run(
     ] = None,
     group: Annotated[str, options.option("--group", help="auto, all or a cosine threshold.")] = "auto",
     method: Annotated[str, options.option("--method", help=f"Merge method: {', '.join(STATIC)}.")] = "linear",
-    count: Annotated[int, options.option("--count", help="Pseudo-images per teacher.", min=1)] = synthesis.COUNT,
+    preset: options.Preset = presets.DEFAULT,
+    count: Annotated[
+        int | None, options.option("--count", help="Pseudo-images per teacher, in place of the preset's.", min=1)
+    ] = None,
     synthesize_steps: Annotated[
-        int, options.option("--synthesize-steps", help="Optimiser steps of the synthesis.", min=1)
-    ] = synthesis.STEPS,
+        int | None,
+        options.option("--synthesize-steps", help="Optimiser steps of the synthesis, in place of the preset's.", min=1),
+    ] = None,
     distill_steps: Annotated[
         int | None,
         options.option(
@@ -123,6 +128,7 @@ def run(
     """
     _check_arguments(output, method, group, device, data)
     require_precision(precision)
+    chosen = options.preset(preset, count, synthesize_steps)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     origin = resolve_source(base) if base else None
@@ -133,7 +139,7 @@ def run(
     from ..report.console import emit, status
 
     if dry_run:
-        emit(f"similarity, merge --method {method} --group {group}, synthesize {count} images from each of "
+        emit(f"similarity, merge --method {method} --group {group}, synthesize {chosen.count} images from each of "
              f"{len(sources)} teachers, distill -> {output}")  # fmt: skip
         return
 
@@ -147,7 +153,7 @@ def run(
         arch=arch,
         flags=flags,
         device=device,
-        synthesis=SynthesisSettings(count, synthesize_steps, seed=seed, precision=precision),
+        synthesis=SynthesisSettings(chosen.count, chosen.steps, seed=seed, precision=precision),
         statistics=recorded,
         distill_steps=distill_steps,
         data=data,
@@ -202,7 +208,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         {
             "sources": hashes,
             "names": names,
-            "settings": asdict(plan.synthesis),
+            "settings": plan.synthesis.record(),
             "input": asdict(plan.flags),
             "statistics": sorted(file.sha256 for file in plan.statistics.values()),
             **where,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,38 +13,39 @@ from typing import TYPE_CHECKING, Annotated
 from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
-from ..inputs import Source, resolve_sources
+from ..inputs import Source, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
-from ..synthesis import ENGINES, LOSSES
+from ..synthesis import ENGINES, LOSSES, presets
+from ..synthesis.settings import Settings
 from . import _options as options
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable
-from ._statistics import require_input, statistics_of
+from ._statistics import statistics_of
+from ._teachers import load_student, load_teachers, require_other
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from ..manifest import SynthesisManifest, TeacherReport
-    from ..spaces import Spec
     from ..synthesis.pseudodata import PseudoData
-    from ..synthesis.settings import Settings
-    from ..synthesis.statistics import NormLayer
     from ..synthesis.teacher import Teacher
 
 EPILOG = epilog(
     "dmm synthesize site-*.safetensors -o pseudo.safetensors --grid pseudo.png",
     "dmm synthesize merged/merge.json --count 2048 --steps 800 --seed 1 -o pseudo.safetensors",
 )
-COUNT, STEPS, BATCH = 1024, 300, 64
+BATCH = 64
 
 
 @guarded
 def synthesize(
     checkpoints: options.Checkpoints,
     output: options.Output = None,
-    count: Annotated[int, options.option("--count", help="Images per teacher.", min=1)] = COUNT,
-    steps: Annotated[int, options.option("--steps", help="Optimiser steps.", min=1)] = STEPS,
+    preset: options.Preset = presets.DEFAULT,
+    count: Annotated[
+        int | None, options.option("--count", help="Images per teacher, in place of the preset's.", min=1)
+    ] = None,
+    steps: Annotated[
+        int | None, options.option("--steps", help="Optimiser steps, in place of the preset's.", min=1)
+    ] = None,
     batch: Annotated[
         str,
         options.option(
@@ -59,6 +60,33 @@ def synthesize(
         list[str] | None,
         options.option("--loss", help=f"Weight of a loss ({', '.join(LOSSES)}): total_variation=0.1. Repeatable."),
     ] = None,
+    student: Annotated[
+        str | None,
+        options.option("--student", help="Seek images on which this checkpoint and the teacher disagree."),
+    ] = None,
+    jitter: Annotated[
+        int, options.option("--jitter", help="Roll images by up to so many pixels before a teacher sees them.", min=0)
+    ] = 0,
+    flip: Annotated[bool, options.option("--flip", help="Mirror half of them too.")] = False,
+    keep_best: Annotated[
+        bool, options.option("--keep-best", help="pixels: keep the images of the lowest loss, not the last.")
+    ] = False,
+    plateau: Annotated[
+        float,
+        options.option("--plateau", help="Stop when the loss falls by less than this, in per cent.", min=0, max=100),
+    ] = 0.0,
+    coarse: Annotated[
+        float,
+        options.option(
+            "--coarse", help="pixels: per cent of the steps at half the resolution, of 128 pixels up.", min=0, max=90
+        ),
+    ] = 0.0,
+    norm_average: Annotated[
+        float,
+        options.option(
+            "--norm-average", help="generator: compare an average over batches, of this momentum.", min=0, max=0.999
+        ),
+    ] = 0.0,
     class_prior: Annotated[
         str | None,
         options.option("--class-prior", help="Class mix of every teacher: 10,10,1. Else it is estimated."),
@@ -85,38 +113,61 @@ def synthesize(
     --class-prior, from dmm.class_counts in the file, or estimated from the statistics. Images that
     their teacher does not recognise are dropped. Models with several inputs are inverted through all of them.
     """
-    ENGINES.check(engine)
+    chosen = options.preset(preset, count, steps)
     size = options.batch_size(batch)
     require_precision(precision)
     weights = {LOSSES.check(name): value for name, value in options.key_values(loss or [], "--loss").items()}
+    settings = Settings(
+        chosen.count, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
+        norm_average, coarse / 100,
+    )  # fmt: skip
+    _require_engine(settings)
+    if "adversarial" in weights and student is None:
+        raise DmmError("the adversarial loss compares the teacher with a student", hint="name one with --student")
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
     recorded = statistics_of(statistics or [], sources)
-    inputs = [path for source in (*sources, *recorded.values()) for path in source.files]
+    rival = resolve_source(student) if student else None
+    inputs = [path for source in (*sources, *recorded.values(), *([rival] if rival else [])) for path in source.files]
     check_output(output, inputs=inputs, force=force)
+    if rival:
+        require_other(rival, sources)
 
     from ..report.console import Progress, emit, status
 
     if dry_run:
-        emit(f"synthesize {count} images from each of {len(sources)} teachers, {steps} steps -> {output}")
+        emit(
+            f"synthesize {settings.count} images from each of {len(sources)} teachers, "
+            f"{settings.steps} steps -> {output}"
+        )
         return
 
-    from ..synthesis.settings import Settings
-
-    settings = Settings(count, steps, size, seed, engine, precision, weights)
     prior = options.numbers(class_prior, "--class-prior")
     with joined() as ranks:
         manifest, data = synthesize_sources(
             sources, output, settings, arch=arch, flags=flags, device=device, prior=prior, recorded=recorded,
-            force=force, ranks=ranks, on_progress=Progress(quiet),
+            student=rival, force=force, ranks=ranks, on_progress=Progress(quiet),
+            on_warning=lambda text: status(f"warning: {text}", quiet=quiet or not ranks.is_first),
         )  # fmt: skip
     if ranks.is_first:
-        status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
+        fewer = f", {manifest.steps.taken} of {manifest.steps.planned} steps" if settings.plateau else ""
+        status(f"computed on {manifest.device} in {manifest.seconds:.0f} s{fewer}", quiet=quiet)
         if grid:
             _draw(data, grid, force, quiet)
         _report(manifest, quiet, json)
+
+
+def _require_engine(settings: Settings) -> None:
+    """Refuse options that the engine has no use for."""
+    of = {"keep_best": "pixels", "coarse": "pixels", "norm_average": "generator"}
+    idle = [name for name, engine in of.items() if getattr(settings, name) and engine != settings.engine]
+    if idle:
+        raise DmmError(
+            f"--{idle[0].replace('_', '-')} is of the other engine",
+            hint=f"add --engine {of[idle[0]]}, or leave it out",
+        )
 
 
 def _draw(data: PseudoData, path: Path, force: bool, quiet: bool) -> None:
@@ -137,13 +188,15 @@ def synthesize_sources(
     flags: options.InputFlags = options.InputFlags(),
     prior: tuple[float, ...] = (),
     recorded: Mapping[str, Source] | None = None,
+    student: Source | None = None,
     force: bool = False,
     ranks: Ranks = Ranks(),
     on_progress=None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> tuple[SynthesisManifest, PseudoData]:
     """Load the teachers, synthesise, and write the pseudo-data file; go on from what an interrupted call has done.
 
-    For ``recorded`` see ``load_teachers``.
+    For ``recorded`` see ``load_teachers``, for ``student`` ``synthesis.task``.
     """
     from ..manifest import SynthesisManifest
     from ..runtime import Host, describe_device, resolve_device, resolve_precision
@@ -151,16 +204,23 @@ def synthesize_sources(
     from ..synthesis.memory import fitting_batch
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
+    from ..synthesis.resolution import why_whole
 
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
     teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
+    rival = student and load_student(student, sources, teachers[0].num_classes, spec, where, flags)
     started = time.monotonic()
+    whole = why_whole(teachers, spec, where) if settings.coarse else ""
+    warnings = (f"no steps at half the resolution: {whole}",) if whole else ()
+    if whole:
+        settings = replace(settings, coarse=0.0)
+        on_warning(warnings[0])
     if settings.batch is None:
-        fitting = fitting_batch(teachers, spec, settings, where, ranks.local)
+        fitting = fitting_batch(teachers, spec, settings, where, ranks.local, rival)
         settings = replace(settings, batch=min(ranks.gather(fitting)))
-    parameters = {**asdict(settings), "weights": Objective(settings.weights).weights}
+    parameters = {**settings.record(), "weights": Objective(settings.weights, rival).weights}
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
     statistics = [file.sha256 for file in files]
     depends = {
@@ -169,83 +229,31 @@ def synthesize_sources(
         "prior": prior,
         "arch": arch,
         "statistics": statistics,
+        "student": student and student.sha256,
     }
     with resumable(output, **depends, **parameters, device=where.type) as reached:
-        data, history = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress))
+        made = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress), rival)
         if ranks.is_first:
             facts = {"statistics": json.dumps(statistics)} if statistics else {}
+            facts |= {"student": json.dumps({"label": student.label, "sha256": student.sha256})} if student else {}
             metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed), **facts)
-            inputs = [path for source in (*sources, *files) for path in source.files]
-            save_pseudo_data(output, data, metadata, inputs=inputs, force=force)
+            read = [*sources, *files, *([student] if student else [])]
+            inputs = [path for source in read for path in source.files]
+            save_pseudo_data(output, made.data, metadata, inputs=inputs, force=force)
         ranks.wait()
     manifest = SynthesisManifest(
         sources=records(sources),
-        teachers=tuple(_teacher_report(number, teachers, data) for number in range(len(teachers))),
+        teachers=tuple(_teacher_report(number, teachers, made.data) for number in range(len(teachers))),
         parameters=parameters,
         device=describe_device(where),
         seconds=time.monotonic() - started,
-        history=history,
+        history=made.history,
         output=str(output),
+        steps=made.steps,
+        student=records([student])[0] if student else None,
+        warnings=warnings,
     )
-    return manifest, data
-
-
-def load_teachers(
-    sources: Sequence[Source],
-    arch: str | None,
-    device: torch.device,
-    prior: tuple[float, ...] = (),
-    flags: options.InputFlags = options.InputFlags(),
-    recorded: Mapping[str, Source] | None = None,
-) -> tuple[list[Teacher], Spec]:
-    """Frozen teachers with the priors that are known, and the input they share.
-
-    Args:
-        recorded: files of recorded statistics by the SHA-256 of their teachers.
-    """
-    from .. import architectures
-    from ..spaces import in_words
-    from ..synthesis import prior as priors
-    from ..synthesis.soft import require_soft
-    from ..synthesis.teacher import Teacher, freeze, require_statistics
-
-    teachers, specs = [], {}
-    for source in sources:
-        model, _ = architectures.load_model(source, arch)
-        spec = architectures.input_spec(source, model, **asdict(flags))
-        specs.setdefault(spec, source.label)
-        file = (recorded or {}).get(source.sha256)
-        model = freeze(model, device)
-        require_soft(str(source.path), model, spec, device)
-        layers = _known_layers(model, file, spec, device)
-        require_statistics(str(source.path), layers)
-        classes = architectures.num_classes(model)
-        counts = prior or (file and architectures.class_counts(file)) or architectures.class_counts(source)
-        known = priors.from_counts(list(counts), classes, source.label) if counts else None
-        origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
-        path = str(file.path) if file else ""
-        teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
-    if len(specs) > 1:
-        raise DmmError(
-            "the teachers take different inputs",
-            evidence=[f"{label}: {in_words(s)}" for s, label in specs.items()],
-            hint="synthesize them apart, one file for each kind of input",
-        )
-    return teachers, next(iter(specs))
-
-
-def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:
-    """Layers with running statistics, and those with recorded ones, which win; in module order."""
-    from .. import architectures
-    from ..synthesis.recorded import load_recorded
-    from ..synthesis.statistics import NormLayer
-
-    running = architectures.norm_layers(model)
-    known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
-    if statistics is not None:
-        require_input(statistics, spec)
-        known |= load_recorded(statistics, architectures.norm_inputs(model), device)
-    return [known[name] for name, _ in model.named_modules() if name in known]
+    return manifest, made.data
 
 
 def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:

@@ -113,6 +113,11 @@ class Pupil:
         """Steps taken."""
         return self._trainer.done
 
+    @property
+    def total(self) -> int:
+        """Steps there will be."""
+        return self._settings.steps
+
     def train(self) -> Iterator[dict[str, float]]:
         """Take the steps that are left, giving the newest point of the curves after each."""
         # processes exchange gradients, which a graph does not hold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import printable
 from ..manifest import (
@@ -217,6 +218,7 @@ def inspection_tables(record: Inspection) -> list[Table]:
         ["parameters", str(record.parameters)],
         ["architecture", record.architecture.spec or "unknown"],
         ["known from", record.architecture.evidence],
+        *([f"input {name}", _stated(part)] for name, part in record.inputs.items()),
         ["BatchNorm layers", str(record.norm_layers)],
         ["dtypes", ", ".join(f"{count} {dtype}" for dtype, count in sorted(record.dtypes.items()))],
         ["classes", ", ".join(record.classes) or "not named"],
@@ -227,6 +229,10 @@ def inspection_tables(record: Inspection) -> list[Table]:
         Table(record.label, ["fact", "value"], facts),
         Table("tensors", ["kind", "tensors", "values"], kinds),
     ]
+
+
+def _stated(part: dict[str, Any]) -> str:
+    return "; ".join(f"{key} {str(value).strip('[]')}" for key, value in part.items()) or "as example_inputs say"
 
 
 def _clean(table: Table) -> list[list[str]]:

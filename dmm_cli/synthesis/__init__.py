@@ -19,6 +19,10 @@ LOSSES = Registry(
             "dmm_cli.synthesis.losses.total_variation:total_variation",
             "smoothness of the images",
         ),
+        "adversarial": (
+            "dmm_cli.synthesis.losses.adversarial:adversarial",
+            "a student disagrees with the teacher",
+        ),
     },
 )
 

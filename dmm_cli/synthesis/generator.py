@@ -13,22 +13,20 @@ Legend: K classes, B images per teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from ..examples import Inputs, cat
-from ..manifest import History
-from ..runtime import Host
+from ..manifest import History, Steps
 from ..runtime import generator as random_stream
-from ..spaces import Spec
 from ..training import work_through
 from .member import Member
 from .network import LATENT
 from .objective import Objective
 from .prior import draw_targets
-from .settings import Settings
-from .teacher import Teacher
+from .task import Task
 
 MEMBERS = 4  # generators
 EXPLORE = 0.25  # share of the steps that fit the statistics alone, where a class prior is to be estimated
@@ -40,27 +38,31 @@ class GeneratorEngine:
 
     Each step draws ``settings.batch`` images of every teacher and sums the teachers' losses.
     Processes share the generators.
+
+    Attributes:
+        steps: of all generators, once they are fitted.
     """
 
     TOGETHER = True  # a step shows images to all teachers
 
-    def __init__(self, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
-        self._settings, self._host = settings, host
-        numbers = host.ranks.deal(range(MEMBERS))
-        self._members = [Member(number, teachers, spec, settings, host) for number in numbers]
+    def __init__(self, task: Task) -> None:
+        self._task, self._settings, self._host = task, task.settings, task.host
+        self._members = [Member(number, task) for number in self._host.ranks.deal(range(MEMBERS))]
+        self.steps = Steps(0, MEMBERS * self._settings.steps)
 
     def explore(self) -> list[torch.Tensor]:
         """Fit the statistics alone; returns each teacher's logits (B, K) on images drawn then."""
-        objective = Objective({**self._settings.weights, "cross_entropy": 0.0})
-        self._train(objective, max(1, round(self._settings.steps * EXPLORE)))
+        self._train(self._task.exploring(), max(1, round(self._settings.steps * EXPLORE)))
         images = self._settings.count // MEMBERS + 1
         parts = self._host.ranks.collect([member.explored(images) for member in self._members])
         return [torch.cat(logits) for logits in zip(*parts, strict=True)]
 
     def fit(self, priors: list[torch.Tensor]) -> History:
         """Train to the end on targets drawn from the class priors (K,); returns the first generator's curves."""
-        self._train(Objective(self._settings.weights), self._settings.steps, priors)
-        return self._host.ranks.collect([member.recorder.history() for member in self._members])[0]
+        self._train(self._task.objective(), self._settings.steps, priors)
+        told = self._host.ranks.collect([(member.recorder.history(), member.done) for member in self._members])
+        self.steps = replace(self.steps, taken=sum(done for _, done in told))
+        return told[0][0]
 
     def candidates(self, teacher: int, prior: torch.Tensor) -> Iterator[tuple[Inputs, torch.Tensor]]:
         """Fresh images of one teacher, uint8 (B, C, H, W), or all inputs, with targets (B,), in ``ROUNDS`` at most.

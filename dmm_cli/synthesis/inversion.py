@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..errors import DmmError
 from ..examples import Inputs, joined, named
-from ..manifest import History
+from ..manifest import History, Steps
 from ..runtime import Host, one_thread
 from ..savepoint import Savepoint
 from ..spaces import Spec, space_of
@@ -21,25 +23,37 @@ from . import ENGINES
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
 from .settings import Settings
+from .task import Task
 from .teacher import Teacher
 
 
-def synthesize(teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> tuple[PseudoData, History]:
+class Outcome(NamedTuple):
+    """What a synthesis made, curves of the loss terms, and the steps taken of those that were planned."""
+
+    data: PseudoData
+    history: History
+    steps: Steps
+
+
+def synthesize(
+    teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host, student: nn.Module | None = None
+) -> Outcome:
     """Invert the normalisation statistics of all teachers into labelled pseudo-data.
 
     Args:
         teachers: frozen and on the host's device; where a prior is missing it is estimated.
+        student: see ``Task``.
 
     Returns:
         The images every teacher recognises as their target (at most ``settings.count`` each, in
-        teacher order), and the curves of the loss terms. Every process gets the same.
+        teacher order), the curves of the loss terms, and how many steps it took. Every process gets the same.
 
     Raises:
         DmmError: a teacher recognises none of its images.
     """
     host = replace(host, savepoint=host.savepoint or Savepoint())
     with one_thread(host.device):
-        engine = ENGINES.load(settings.engine)(teachers, spec, settings, host)
+        engine = ENGINES.load(settings.engine)(Task(teachers, spec, settings, host, student))
         ready = list(teachers)
         if any(teacher.prior is None for teacher in teachers):
             ready = [_with_prior(*pair) for pair in zip(teachers, engine.explore(), strict=True)]
@@ -47,7 +61,7 @@ def synthesize(teachers: Sequence[Teacher], spec: Spec, settings: Settings, host
         harvest = Harvest(ready, spec, settings.count, host.device)
         for number, teacher in enumerate(ready):
             harvest.add(engine.candidates(number, teacher.prior))
-        return harvest.pseudo_data(history), history
+        return Outcome(harvest.pseudo_data(history), history, engine.steps)
 
 
 def _with_prior(teacher: Teacher, logits: torch.Tensor) -> Teacher:

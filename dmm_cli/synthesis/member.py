@@ -5,20 +5,24 @@ Legend: K classes, B images per teacher, Z latent size, C channels, H height, W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch import nn
 
 from ..curves import Recorder
 from ..examples import Inputs, cat, each
-from ..runtime import Host, mixed_precision, seeded
 from ..runtime import generator as random_stream
-from ..spaces import Spec, space_of
+from ..runtime import mixed_precision, seeded
 from ..training import Replay, Trainer
+from .average import PoolStatistics
+from .jitter import draw_moves, moved
 from .network import LATENT, drawing
 from .objective import Objective
+from .plateau import Plateau
 from .prior import draw_targets
-from .settings import Settings
+from .task import Task
 from .teacher import Teacher
 
 LEARNING_RATE, BETAS, WARM_UP = 3e-3, (0.5, 0.99), 0.1
@@ -32,26 +36,33 @@ class Member:
         recorder: curves of the mean of the teachers' loss terms.
     """
 
-    def __init__(self, number: int, teachers: Sequence[Teacher], spec: Spec, settings: Settings, host: Host) -> None:
-        self._number, self._settings, self._host = number, settings, host
-        self._teachers = [teacher.view() for teacher in teachers]
-        self._space = space_of(spec, host.device)
-        with seeded(settings.seed, "generator weights", number):
-            network = drawing(spec, sum(teacher.num_classes for teacher in teachers))
-        self._network = network.to(host.device, memory_format=torch.channels_last)
-        stream = random_stream(settings.seed, "generator", number)
-        self._trainer = Trainer(self._network, LEARNING_RATE, settings.steps, stream, BETAS, WARM_UP)
-        widths = torch.tensor([0, *(teacher.num_classes for teacher in teachers)])
+    def __init__(self, number: int, task: Task) -> None:
+        settings = task.settings
+        self._number, self._settings, self._host = number, settings, task.host
+        self._teachers = [_pooling(teacher.view(), settings.norm_average) for teacher in task.teachers]
+        self._space = task.space()
+        widths = torch.tensor([0, *(teacher.num_classes for teacher in task.teachers)])
         self._offsets = widths.cumsum(0)[:-1].tolist()
+        with seeded(settings.seed, "generator weights", number):
+            network = drawing(task.spec, int(widths.sum()))
+        self._network = network.to(self._host.device, memory_format=torch.channels_last)
+        held = nn.ModuleList([self._network, *(t.pool for t in self._teachers if t.pool)])
+        stream = random_stream(settings.seed, "generator", number)
+        self._trainer = Trainer(held, LEARNING_RATE, settings.steps, stream, BETAS, WARM_UP)
         self._explored: list[torch.Tensor] = []
         self.recorder = Recorder(settings.steps)
-        self.plan(Objective(settings.weights), settings.steps, None)
+        self.plan(task.objective(), settings.steps, None)
         self._resume()
 
     @property
     def done(self) -> int:
         """Steps taken."""
         return self._trainer.done
+
+    @property
+    def total(self) -> int:
+        """Steps there will have been in the end, as far as is known."""
+        return self.done if self._plateau.reached() else self._settings.steps
 
     def save(self) -> None:
         """Keep what there is, to go on from."""
@@ -73,6 +84,7 @@ class Member:
         Without priors all classes are equally likely, and no curve is recorded.
         """
         self._objective, self._until, self._priors = objective, until, priors
+        self._plateau = Plateau(self.recorder, objective, self._settings)
 
     def train(self) -> Iterator[dict[str, float]]:
         """Take the planned steps, giving the newest point of the curves after each."""
@@ -80,19 +92,26 @@ class Member:
         uniform = [torch.full((teacher.num_classes,), 1 / teacher.num_classes) for teacher in self._teachers]
         step = Replay(self._step, self._host.device)
         shown: dict[str, float] = {}
-        while self.done < self._until:
+        while self.done < min(self._until, self.total):
             targets = [draw_targets(p, self._settings.batch, self._trainer.stream) for p in self._priors or uniform]
             latent = torch.randn(sum(map(len, targets)), LATENT, generator=self._trainer.stream)
-            terms = step(latent, *targets)
+            moves = draw_moves(len(latent), self._settings, self._trainer.stream)
+            terms = step(latent, *moves, *targets)
             self._trainer.advance()
             if self._priors and self.recorder.wants(self.done - 1):
                 shown = self.recorder.add(self.done - 1, terms)
             yield shown
 
-    def _step(self, latent: torch.Tensor, *targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One step on latents (T * B, Z) and every teacher's targets (B,); gives the mean of the teachers' terms."""
+    def _step(self, latent: torch.Tensor, *drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on latents (T * B, Z), their moves if any, and every teacher's targets (B,).
+
+        Gives the mean of the teachers' terms.
+        """
+        moves, targets = drawn[: -len(self._teachers)], drawn[-len(self._teachers) :]
         condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)])
-        images = self._paint(latent, condition)  # in one pass, so that its normalisation sees all teachers
+        images = moved(
+            self._paint(latent, condition), *moves
+        )  # in one pass, so that its normalisation sees all teachers
         parts = images.split([len(target) for target in targets])
         outcomes = [self._objective(*batch) for batch in zip(self._teachers, parts, targets, strict=True)]
         self._trainer.descend(torch.stack([total for total, _ in outcomes]).sum())
@@ -124,3 +143,7 @@ class Member:
         with mixed_precision(self._host.device, self._settings.precision):
             parameters = self._network(latent, condition)
         return self._space.draw(each(parameters, torch.Tensor.float))
+
+
+def _pooling(teacher: Teacher, momentum: float) -> Teacher:
+    return replace(teacher, pool=PoolStatistics(teacher.layers, momentum)) if momentum else teacher

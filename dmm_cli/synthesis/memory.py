@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..examples import joined, named
 from ..runtime import one_thread, workers
@@ -24,7 +25,14 @@ SHARE = 0.5  # of the free memory; the rest is for gradients, kernels' workspace
 PROBES = (2, 4)  # images
 
 
-def fitting_batch(teachers: Sequence[Teacher], spec: Spec, settings: Settings, device: torch.device, local: int) -> int:
+def fitting_batch(
+    teachers: Sequence[Teacher],
+    spec: Spec,
+    settings: Settings,
+    device: torch.device,
+    local: int,
+    student: nn.Module | None = None,
+) -> int:
     """The largest power of two up to ``LARGEST`` and the count whose step has room.
 
     What a step needs is what autograd keeps for the backward pass, which grows with the batch by the same number of
@@ -33,7 +41,7 @@ def fitting_batch(teachers: Sequence[Teacher], spec: Spec, settings: Settings, d
     Args:
         local: processes on this machine.
     """
-    objective = Objective(settings.weights)
+    objective = Objective(settings.weights, student)
     with one_thread(device):
         small, large = ([_kept(t, spec, objective, batch, device) for t in teachers] for batch in PROBES)
     slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from ..examples import Inputs
 from . import LOSSES
 from .teacher import Teacher
 
 DEFAULT_WEIGHTS = {"norm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
+AGAINST_STUDENT = {"adversarial": 1.0}  # where there is a student
 
 
 class Objective:
@@ -18,20 +20,29 @@ class Objective:
 
     Args:
         weights: loss name to weight; a weight of 0 switches a loss off. Missing ones take their default.
+        student: frozen, for the losses that compare it with the teacher.
 
     Raises:
         DmmError: there is no loss of that name.
     """
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self.weights = {**DEFAULT_WEIGHTS, **{LOSSES.check(name): value for name, value in weights.items()}}
+    def __init__(self, weights: Mapping[str, float], student: nn.Module | None = None) -> None:
+        defaults = DEFAULT_WEIGHTS if student is None else DEFAULT_WEIGHTS | AGAINST_STUDENT
+        self.weights = {**defaults, **{LOSSES.check(name): value for name, value in weights.items()}}
         self._losses = {name: LOSSES.load(name) for name, weight in self.weights.items() if weight}
+        self._student = student
 
     def __call__(
         self, teacher: Teacher, images: Inputs, targets: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Total loss (scalar) and its unweighted terms, detached."""
-        seen = teacher.observe(images, targets)
+        seen = teacher.observe(images, targets, self._student)
         terms = {name: loss(seen) for name, loss in self._losses.items()}
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return total, {name: term.detach() for name, term in terms.items()}
+        return torch.stack(list(self._weighted(terms))).sum(), {name: term.detach() for name, term in terms.items()}
+
+    def total(self, terms: Mapping[str, float]) -> float:
+        """Total loss by its terms, as curves hold them."""
+        return sum(self._weighted(terms))
+
+    def _weighted(self, terms):
+        return (self.weights[name] * term for name, term in terms.items())

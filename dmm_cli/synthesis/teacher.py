@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import DmmError
 from ..examples import Inputs, forward
 from ..runtime import mixed_precision
+from .average import PoolStatistics
 from .losses import Observation
 from .soft import soften
 from .statistics import NormLayer, StatisticsRecorder
@@ -28,6 +29,7 @@ class Teacher:
         layers: its normalisation layers whose statistics are known.
         statistics: the file they were recorded in; empty where they are running statistics.
         precision: that its forward and backward passes run in.
+        pool: the images of many steps, whose statistics are to match; None for those of each batch.
         prior: class prior (K,), zero outside its support; None until it is known.
     """
 
@@ -40,12 +42,15 @@ class Teacher:
     prior_from: str = ""
     statistics: str = ""
     precision: str = "float32"
+    pool: PoolStatistics | None = None
 
-    def observe(self, images: Inputs, targets: torch.Tensor) -> Observation:
+    def observe(self, images: Inputs, targets: torch.Tensor, student: nn.Module | None = None) -> Observation:
         """Forward images (B, C, H, W), or all inputs, and collect what the losses need."""
         with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device, self.precision):
             logits = forward(self.model, images)
-            return Observation(images, logits, targets, recorder.take())
+            answers = None if student is None else forward(student, images)
+            layers = recorder.take()
+        return Observation(images, logits, targets, self.pool(layers) if self.pool else layers, answers)
 
     def view(self) -> Teacher:
         """The same weights in modules of their own, so that two threads can record statistics at once."""

@@ -39,7 +39,7 @@ def drawn():
 
 @pytest.mark.parametrize("engine", ENGINES.names())
 def test_every_image_is_recognised_and_labelled_by_its_owner(drawn, engine):
-    data, _ = drawn[engine]
+    data = drawn[engine].data
     owners, spec = teachers("d", "e")
     images = PixelSpace(spec).from_bytes(torch.from_numpy(data.images))
     for number, owner in enumerate(owners):
@@ -63,7 +63,7 @@ def test_priors_tell_the_classes_each_site_was_trained_on(drawn, engine):
 
 @pytest.mark.parametrize("engine", ENGINES.names())
 def test_the_images_match_the_statistics_better_than_noise(drawn, engine):
-    data, history = drawn[engine]
+    data, history, _ = drawn[engine]
     (owner, _), spec = teachers("d", "e")
     only = Objective({"cross_entropy": 0.0})
     images = PixelSpace(spec).from_bytes(torch.from_numpy(data.images[data.teacher_id == 0]))
@@ -80,7 +80,7 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
     for number, seed in enumerate((0, 0, 1)):
         owners, spec = teachers("d")
         torch.set_num_threads(1 + number)
-        data, _ = synthesize(owners, spec, replace(settings, seed=seed), HOST)
+        data, *_ = synthesize(owners, spec, replace(settings, seed=seed), HOST)
         files.append(tmp_path / f"{number}.safetensors")
         save_pseudo_data(files[-1], data, {})
     first, second, other = (file.read_bytes() for file in files)
@@ -102,12 +102,12 @@ def test_half_the_bits_tell_the_same_loss_but_for_rounding(engine):
 def test_a_known_prior_is_kept():
     (owner,), spec = teachers("d")
     given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")
-    data, _ = synthesize([given], spec, Settings(40, 30, 32), HOST)
+    data, *_ = synthesize([given], spec, Settings(40, 30, 32), HOST)
     assert data.teachers[0].prior[7:9] == (0.25, 0.75)
 
 
 def test_the_file_comes_back(tmp_path, drawn):
-    data, _ = drawn["generator"]
+    data = drawn["generator"].data
     path = tmp_path / "p.safetensors"
     save_pseudo_data(path, data, {"dmm.seed": "0"})
     got = load_pseudo_data(resolve_source(str(path)))

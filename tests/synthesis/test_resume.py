@@ -12,12 +12,16 @@ from conftest import DIGITS, in_two_processes
 
 from dmm_cli import training
 from dmm_cli.commands.synthesize import synthesize_sources
-from dmm_cli.inputs import resolve_sources
-from dmm_cli.synthesis import ENGINES
+from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.synthesis.settings import Settings
 
 SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "de"]
-SHORT = {"generator": Settings(12, 8, 4), "pixels": Settings(12, 8, 4, engine="pixels")}
+SHORT = {
+    "generator": Settings(12, 8, 4),
+    "pixels": Settings(12, 8, 4, engine="pixels"),
+    "generator with all options": Settings(12, 16, 4, jitter=1, flip=True, plateau=0.9, norm_average=0.8),
+    "pixels with all options": Settings(12, 16, 4, engine="pixels", jitter=1, flip=True, keep_best=True, plateau=0.9),
+}
 
 
 class Watcher:
@@ -25,11 +29,10 @@ class Watcher:
 
     def __init__(self, until: float = 2.0) -> None:
         self._until = until
-        self.first = self.last = None
+        self.last, self.steps = 0.0, 0
 
     def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
-        self.first = done / total if self.first is None else self.first
-        self.last = done / total
+        self.last, self.steps = done / total, self.steps + 1
         if self.last >= self._until:
             self._until = 2.0
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -37,36 +40,39 @@ class Watcher:
 
 
 def made(path, settings, watcher=None, **options) -> bytes:
+    student = resolve_source(str(DIGITS / "site-b.safetensors")) if settings.plateau else None
     synthesize_sources(
-        resolve_sources(SITES), path, settings, arch=None, device="cpu", on_progress=watcher or Watcher(), **options
-    )
+        resolve_sources(SITES), path, settings, arch=None, device="cpu", student=student,
+        on_progress=watcher or Watcher(), **options,
+    )  # fmt: skip
     return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, bytes]:
-    """What each engine makes when nothing comes between."""
+    """What each way makes when nothing comes between."""
     folder = tmp_path_factory.mktemp("whole")
     return {name: made(folder / f"{name}.safetensors", settings) for name, settings in SHORT.items()}
 
 
-@pytest.mark.parametrize("engine", ENGINES.names())
-def test_an_interrupted_synthesis_goes_on_to_the_same_bytes(tmp_path, whole, engine):
+@pytest.mark.parametrize("name", SHORT)
+def test_an_interrupted_synthesis_goes_on_to_the_same_bytes(tmp_path, whole, name):
     """Interrupted while the class prior is estimated, and once more while the images are made."""
-    out, settings = tmp_path / "p.safetensors", SHORT[engine]
+    out, settings = tmp_path / "p.safetensors", SHORT[name]
     for share in (0.2, 0.7):
         with pytest.raises(KeyboardInterrupt):
             made(out, settings, Watcher(share))
         assert not out.exists() and (tmp_path / "p.safetensors.partial").is_dir()
     rest = Watcher()
-    assert made(out, settings, rest) == whole[engine]
-    assert rest.last == 1 and (rest.first > 0.5 or engine == "pixels")
+    assert made(out, settings, rest) == whole[name]
+    assert rest.last == 1 and (rest.steps < 2 * settings.steps or settings.engine == "pixels")
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_state_saved_in_the_midst_counts_after_a_kill(tmp_path, whole, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in SHORT if name.startswith("generator")])
+def test_a_state_saved_in_the_midst_counts_after_a_kill(tmp_path, whole, monkeypatch, name):
     """As after SIGKILL: only what was saved at an interval is there."""
-    out, settings = tmp_path / "p.safetensors", SHORT["generator"]
+    out, settings = tmp_path / "p.safetensors", SHORT[name]
     directory = tmp_path / "p.safetensors.partial"
     monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     states = {}
@@ -78,11 +84,11 @@ def test_a_state_saved_in_the_midst_counts_after_a_kill(tmp_path, whole, monkeyp
     made(out, settings, keep)
     out.unlink()
     directory.mkdir()
-    for name, content in states.items():
-        (directory / name).write_bytes(content)
+    for file, content in states.items():
+        (directory / file).write_bytes(content)
     rest = Watcher()
-    assert made(out, settings, rest) == whole["generator"]
-    assert states and rest.first > 0.3
+    assert made(out, settings, rest) == whole[name]
+    assert states and rest.steps < 3 * settings.steps, "of four generators"
 
 
 PROGRAM = """

@@ -22,9 +22,11 @@ class Observation:
         logits: (B, K).
         targets: (B,), the wanted class of each image.
         layers: the statistics at every normalisation layer, in forward order.
+        student_logits: (B, K), of a student that is compared with the teacher, if there is one.
     """
 
     images: Inputs
     logits: torch.Tensor
     targets: torch.Tensor
     layers: list[LayerStatistics]
+    student_logits: torch.Tensor | None = None

@@ -1,0 +1,128 @@
+"""Frozen networks of a synthesis: teachers with what is known of them, and a student to work against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..errors import DmmError
+from ..inputs import Source
+from . import _options as options
+from ._statistics import require_input
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..spaces import Spec
+    from ..synthesis.statistics import NormLayer
+    from ..synthesis.teacher import Teacher
+
+
+def load_teachers(
+    sources: Sequence[Source],
+    arch: str | None,
+    device: torch.device,
+    prior: tuple[float, ...] = (),
+    flags: options.InputFlags = options.InputFlags(),
+    recorded: Mapping[str, Source] | None = None,
+) -> tuple[list[Teacher], Spec]:
+    """Frozen teachers with the priors that are known, and the input they share.
+
+    Args:
+        recorded: files of recorded statistics by the SHA-256 of their teachers.
+    """
+    from .. import architectures
+    from ..spaces import in_words
+    from ..synthesis import prior as priors
+    from ..synthesis.soft import require_soft
+    from ..synthesis.teacher import Teacher, freeze, require_statistics
+
+    teachers, specs = [], {}
+    for source in sources:
+        model, _ = architectures.load_model(source, arch)
+        spec = architectures.input_spec(source, model, **asdict(flags))
+        specs.setdefault(spec, source.label)
+        file = (recorded or {}).get(source.sha256)
+        model = freeze(model, device)
+        require_soft(str(source.path), model, spec, device)
+        layers = _known_layers(model, file, spec, device)
+        require_statistics(str(source.path), layers)
+        classes = architectures.num_classes(model)
+        counts = prior or (file and architectures.class_counts(file)) or architectures.class_counts(source)
+        known = priors.from_counts(list(counts), classes, source.label) if counts else None
+        origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
+        path = str(file.path) if file else ""
+        teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
+    if len(specs) > 1:
+        raise DmmError(
+            "the teachers take different inputs",
+            evidence=[f"{label}: {in_words(s)}" for s, label in specs.items()],
+            hint="synthesize them apart, one file for each kind of input",
+        )
+    return teachers, next(iter(specs))
+
+
+def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:
+    """Layers with running statistics, and those with recorded ones, which win; in module order."""
+    from .. import architectures
+    from ..synthesis.recorded import load_recorded
+    from ..synthesis.statistics import NormLayer
+
+    running = architectures.norm_layers(model)
+    known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
+    if statistics is not None:
+        require_input(statistics, spec)
+        known |= load_recorded(statistics, architectures.norm_inputs(model), device)
+    return [known[name] for name, _ in model.named_modules() if name in known]
+
+
+def require_other(student: Source, teachers: Sequence[Source]) -> None:
+    """Raise DmmError when the student is one of the teachers: they agree on everything."""
+    same = [teacher for teacher in teachers if teacher.sha256 == student.sha256]
+    if same:
+        raise DmmError(
+            f"the student {student.path} is the teacher {same[0].path}",
+            evidence=[f"sha256 of both: {student.sha256}"],
+            hint="name the checkpoint that dmm distill made of these teachers, or leave --student out",
+        )
+
+
+def load_student(
+    student: Source,
+    teachers: Sequence[Source],
+    num_classes: int,
+    spec: Spec,
+    device: torch.device,
+    flags: options.InputFlags,
+) -> nn.Module:
+    """A frozen student of any architecture.
+
+    Raises:
+        DmmError: it has other classes than the teachers, or takes another input.
+    """
+    from .. import architectures
+    from ..spaces import in_words
+    from ..synthesis.teacher import freeze
+
+    model, _ = architectures.load_model(student)
+    lists = {source.path: architectures.class_names(source) for source in (student, *teachers)}
+    own, found = lists.pop(student.path), architectures.num_classes(model)
+    other = [f"{path}: {', '.join(names)}" for path, names in lists.items() if own and names and names != own]
+    if found != num_classes or other:
+        raise DmmError(
+            f"the student {student.path} has other classes than its teachers",
+            evidence=[f"it has {found}, they have {num_classes}"]
+            if found != num_classes
+            else [f"its own: {own}", *other],
+            hint="a student needs the classes of its teachers, in their order",
+        )
+    taken = architectures.input_spec(student, model, **asdict(flags))
+    if taken != spec:
+        raise DmmError(
+            f"the student {student.path} takes another input than its teachers",
+            evidence=[f"student: {in_words(taken)}", f"teachers: {in_words(spec)}"],
+            hint="say what both take with --input-size, --mean and --std",
+        )
+    return freeze(model, device)
