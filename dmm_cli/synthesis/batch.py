@@ -134,10 +134,12 @@ class Batch:
 
     def train(self) -> Iterator[dict[str, float]]:
         """Take the steps that are left, giving the newest point of the curves after each."""
-        coarse, fine = (Replay(partial(self._step, half), self._host.device) for half in (True, False))
+        half, step = None, None
         shown: dict[str, float] = {}
         while self.done < self.total:
-            step = coarse if self.done < self._settings.coarse_steps else fine
+            if half != (self.done < self._settings.coarse_steps):
+                half = self.done < self._settings.coarse_steps
+                step = Replay(partial(self._step, half), self._host.device)
             terms = step(self._targets, *draw_moves(len(self._targets), self._settings, self._trainer.stream))
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):

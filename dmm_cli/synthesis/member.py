@@ -109,10 +109,8 @@ class Member:
         """
         moves, targets = drawn[: -len(self._teachers)], drawn[-len(self._teachers) :]
         condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)])
-        images = moved(
-            self._paint(latent, condition), *moves
-        )  # in one pass, so that its normalisation sees all teachers
-        parts = images.split([len(target) for target in targets])
+        images = self._paint(latent, condition)  # in one pass, so that its normalisation sees all teachers
+        parts = moved(images, *moves).split([len(target) for target in targets])
         outcomes = [self._objective(*batch) for batch in zip(self._teachers, parts, targets, strict=True)]
         self._trainer.descend(torch.stack([total for total, _ in outcomes]).sum())
         return {name: torch.stack([terms[name] for _, terms in outcomes]).mean() for name in outcomes[0][1]}

@@ -33,9 +33,11 @@ from dmm_cli.synthesis.losses import Observation
 from dmm_cli.synthesis.losses.adversarial import adversarial
 from dmm_cli.synthesis.objective import Objective
 from dmm_cli.synthesis.plateau import WINDOW, Plateau
+from dmm_cli.synthesis.resolution import why_whole
 from dmm_cli.synthesis.settings import Settings
 from dmm_cli.synthesis.statistics import LayerStatistics, NormLayer
 from dmm_cli.synthesis.task import Task
+from dmm_cli.synthesis.teacher import Teacher
 
 CPU = torch.device("cpu")
 HOST = Host(CPU)
@@ -324,3 +326,9 @@ def test_interrupted_at_either_resolution_it_goes_on_to_the_same_bytes(large, tm
         made("p.safetensors", stop)
     assert (tmp_path / "p.safetensors.partial").is_dir()
     assert made("p.safetensors") == made("q.safetensors")
+
+
+def test_a_network_of_one_size_is_named():
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128 * 128, 2))
+    owner = Teacher("flat", "0", flat, [], 2)
+    assert "flat takes one size only" in why_whole([owner], InputSpec((1, 128, 128), (0.5,), (0.5,)), CPU)
