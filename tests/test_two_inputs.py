@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import halves
 import numpy as np
@@ -18,8 +19,11 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.commands.synthesize import synthesize_sources
 from dmm_cli.errors import DmmError
-from dmm_cli.inputs import resolve_source
+from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.ranks import Ranks
+from dmm_cli.synthesis.settings import Settings
 
 FEW = ["--count", 128, "--steps", 60, "--batch", 32]
 
@@ -44,10 +48,31 @@ def drawn(request, sites):
     return path
 
 
-def test_two_processes_make_the_pseudo_data_of_one(sites, drawn, tmp_path):
-    out = tmp_path / "pseudo.safetensors"
-    in_two_processes("-m", "dmm_cli", "synthesize", *sites, "--engine", drawn.stem, *FEW, "-o", out, "-q")
-    assert out.read_bytes() == drawn.read_bytes()
+def made(sites, engine: str, path: Path, ranks: Ranks = Ranks()) -> bytes:
+    """Pseudo-data of few images."""
+    settings = Settings(24, 12, 12, engine=engine)
+    synthesize_sources(resolve_sources(list(map(str, sites))), path, settings, arch=None, device="cpu", ranks=ranks)
+    return path.read_bytes()
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from test_two_inputs import made
+from dmm_cli.ranks import joined
+*sites, folder = map(Path, sys.argv[1:])
+with joined() as ranks:
+    for engine in ("generator", "pixels"):
+        made(sites, engine, folder / engine, ranks)
+"""
+
+
+def test_two_processes_make_the_pseudo_data_of_one(sites, tmp_path):
+    (tmp_path / "program.py").write_text(SHARED)
+    in_two_processes(tmp_path / "program.py", *sites, tmp_path)
+    for engine in ("generator", "pixels"):
+        assert (tmp_path / engine).read_bytes() == made(sites, engine, tmp_path / "alone")
+        (tmp_path / "alone").unlink()
 
 
 KILLED = """
@@ -65,14 +90,15 @@ main()
 """
 
 
-def test_after_a_kill_they_are_made_to_the_end(sites, drawn, tmp_path):
+@pytest.mark.parametrize("engine", ["generator", "pixels"])
+def test_after_a_kill_they_are_made_to_the_end(sites, engine, tmp_path):
     out = tmp_path / "pseudo.safetensors"
-    command = ["synthesize", *sites, "--engine", drawn.stem, *FEW, "-o", out]
+    command = ["synthesize", *sites, "--engine", engine, "--count", 24, "--steps", 12, "--batch", 12, "-o", out]
     killed = shell(*command, code=KILLED, env={"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))})
     assert killed.returncode == -signal.SIGKILL and not out.exists()
     assert list((tmp_path / "pseudo.safetensors.partial").iterdir())
     assert dmm(*command).exit_code == 0
-    assert out.read_bytes() == drawn.read_bytes()
+    assert out.read_bytes() == made(sites, engine, tmp_path / "whole.safetensors")
 
 
 def test_inspect_lists_the_inputs(sites):

@@ -12,7 +12,7 @@ from . import LOSSES
 from .teacher import Teacher
 
 DEFAULT_WEIGHTS = {"norm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
-AGAINST_STUDENT = {"adversarial": 1.0}  # where there is a student
+AGAINST_STUDENT = {"adversarial": 0.01}  # where there is a student; more makes images that merely fool it
 
 
 class Objective:

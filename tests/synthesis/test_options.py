@@ -83,7 +83,7 @@ def test_moved_images_are_matched_in_every_place():
     (owner,), spec = load_teachers(resolve_sources([SITES["d"]]), None, CPU, (0,) * 7 + (1, 1, 0))
     only, gaps = Objective({"cross_entropy": 0.0}), {}
     for jitter in (0, 2):
-        settings = Settings(64, 40, 64, engine="pixels", jitter=jitter)
+        settings = Settings(32, 30, 32, engine="pixels", jitter=jitter)
         images = PixelSpace(spec).from_bytes(torch.from_numpy(synthesize([owner], spec, settings, HOST).data.images))
         places = [images.roll((down, 2), (2, 3)) for down in (-2, 2)]
         here, *there = (float(only(owner, part, torch.zeros(len(part)).long())[0]) for part in (images, *places))
@@ -204,7 +204,7 @@ def test_images_are_sought_on_which_the_student_disagrees(tmp_path, engine):
     sizes = ["--count", 32, "--batch", 32, "--steps", 30, "--engine", engine, "--class-prior", "1,1,1,1,1,0,0,0,0,0"]
     student, _ = load_model(resolve_source(SITES["b"]))
     agreement = {}
-    for name, flags in {"without": [], "with": ["--student", SITES["b"]]}.items():
+    for name, flags in {"without": [], "with": ["--student", SITES["b"], "--loss", "adversarial=1"]}.items():
         out = tmp_path / f"{name}.safetensors"
         assert dmm("synthesize", SITES["a"], *sizes, *flags, "-o", out).exit_code == 0
         held = load_file(out)
