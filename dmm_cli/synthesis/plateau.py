@@ -6,7 +6,7 @@ from ..curves import Recorder
 from .objective import Objective
 from .settings import Settings
 
-WINDOW = 6  # points of a curve: a tenth of the steps
+WINDOW = 6  # points, of the sixty or so that a curve has
 
 
 class Plateau:
