@@ -5,9 +5,9 @@
 
 DIRECTORY is that of merge_quality.py. A setting is what clients differ in and where they start: ``0.01-own`` (classes
 by Dirichlet(.01), each client from its own random weights), ``100-shared`` (from one network that was trained on a
-twentieth of the images), ``renderings-shared`` (the same classes, each client its own rendering: grey, inverted, blurred,
-noisy, rotated colours). ``small`` is for two CPU cores, ``full`` for a GPU. Methods run with their defaults through
-the public commands; nothing is chosen on the test images.
+twentieth of the images), ``renderings-shared`` (the same classes, each client its own rendering: grey, inverted,
+blurred, noisy, rotated colours). ``small`` is for two CPU cores, ``full`` for a GPU. Methods run with their defaults
+through the public commands; nothing is chosen on the test images.
 
 What exists is kept: a run that was killed, or stopped after ``--minutes`` (it then exits with 75), goes on where it
 was when the same line is given again. In the work directory every setting and seed has a folder with its clients, and

@@ -6,6 +6,7 @@ A row that is there is kept; to make one anew, delete its folder.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from dmm_cli.architectures import build, load_model, norm_layers
 from dmm_cli.checkpoint import save_arrays
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
-from dmm_cli.runtime import seeded
+from dmm_cli.runtime import resolve_device, seeded
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 
 from .cells import Cell
@@ -57,13 +58,18 @@ class Clock:
 @contextmanager
 def timed(output: Path) -> Iterator[None]:
     """Note what an output takes, in addition to what it took before it was interrupted."""
-    note, began = seconds_file(output), time.monotonic()
+    note, began = seconds_file(output), spent()
     output.parent.mkdir(parents=True, exist_ok=True)
     before = float(note.read_text()) if note.exists() else 0.0
     try:
         yield
     finally:
-        note.write_text(f"{before + time.monotonic() - began:.1f}")
+        note.write_text(f"{before + spent() - began:.1f}")
+
+
+def spent() -> float:
+    """Processor seconds of this process and the commands it has called; on a GPU, where these tell nothing, seconds."""
+    return sum(os.times()[:4]) if resolve_device("auto").type == "cpu" else time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Place:
     data = property(lambda self: self.run / "pseudo.safetensors")
 
     def dmm(self, *words: object) -> str:
-        """A command within the time that is left, with the seed of the cell; outputs replace what an earlier try left."""
+        """A command within the time that is left, with the cell's seed; outputs replace what an earlier try left."""
         return dmm(*words, "--seed", self.cell.seed, "--force", "-q", seconds=self.clock.left())
 
 
@@ -255,13 +261,9 @@ def judge(places: Sequence[Place]) -> None:
 
 
 def _seconds(row: Row, place: Place) -> float:
-    """Of a row, and of what it builds on: the synthesis, or the training of the one network."""
-    own = float(seconds_file(place.model).read_text())
-    if row.slug == "pooled":
-        return own + float(seconds_file(place.cell.pooled).read_text())
-    if row.images == PSEUDO and row.slug != "dmm":
-        return own + json.loads((place.run / "synthesis.json").read_text())["seconds"]
-    return own
+    """Of a row; the network of all data was trained before."""
+    trained = float(seconds_file(place.cell.pooled).read_text()) if row.make is everything else 0.0
+    return trained + float(seconds_file(place.model).read_text())
 
 
 def _images(row: Row, cell: Cell) -> int:

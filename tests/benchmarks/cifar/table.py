@@ -71,7 +71,8 @@ def conditions(profile: Profile, cells: Sequence[Cell]) -> str:
         f"accuracies sit a little below the usual ones. Network: `{profile.own.arch}`; clients of their own start are "
         f"trained for {profile.own.epochs} epochs, of a common one (trained on a twentieth of the images, which no "
         f"client has) for {profile.shared.epochs}, the network of all data for {profile.pooled.epochs}. "
-        f"Seconds of clients are the sum over all of them, one core each; rows on pseudo-data include the synthesis. "
+        f"Seconds are {'seconds' if device.type == 'cuda' else 'processor seconds, of all cores together'}; those of "
+        f"clients are of all of them; rows on pseudo-data use dmm's, whose synthesis is in dmm's row alone. "
         f"{_processor()}{', ' + torch.cuda.get_device_name(device) if device.type == 'cuda' else ''}; "
         f"dmm {__version__}, Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}."
     )

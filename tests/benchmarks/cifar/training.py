@@ -87,7 +87,8 @@ class Learner:
         self._trainer = Trainer(self._model, task.recipe.rate, self._steps, stream, BETAS, WARM_UP)
         self._partial = task.output.with_suffix(".partial")
         self._savepoint = Savepoint(self._partial, json.dumps([asdict(task.recipe), task.seed, len(task.labels)]))
-        self._began = time.monotonic()
+        self._clock = time.thread_time if device.type == "cpu" else time.monotonic
+        self._began = self._clock()
         state = self._savepoint.load("state")
         if state:
             self._trainer.restore(state.arrays)
@@ -108,7 +109,7 @@ class Learner:
 
     def save(self) -> None:
         """Keep all it takes to go on, or the checkpoint if it is done."""
-        seconds = time.monotonic() - self._began
+        seconds = self._clock() - self._began
         if self.done < self._steps:
             self._savepoint.save("state", self._trainer.state(), {"seconds": seconds})
             return
@@ -147,7 +148,7 @@ class Learner:
 
 
 def seconds_file(output: Path) -> Path:
-    """Where it is noted how long an output has taken, interruptions left out."""
+    """Where it is noted what an output has taken: processor seconds, on a GPU seconds, interruptions left out."""
     return output.with_suffix(".seconds")
 
 
