@@ -210,7 +210,6 @@ class Row:
 
 PSEUDO, REAL = "dmm/run/pseudo.safetensors", "oracle/real.safetensors"
 ROWS: dict[str, Row] = {
-    "**dmm** (`dmm run`)": Row("dmm", pipeline, images=PSEUDO),
     "linear, variances averaged like weights (FedAvg)": Row("plain", plain),
     "linear, analytic variances": Row("linear", merged("--align", "never")),
     "linear, statistics reset on pseudo-data": Row(
@@ -227,6 +226,7 @@ ROWS: dict[str, Row] = {
     "PLeaS on pseudo-data": Row("pleas", merged("--method", "pleas", "--recalibrate", "data"), images=PSEUDO),
     "FedBN: linear, statistics local, best client": Row("fedbn", local_statistics),
     "distilled from scratch (DENSE)": Row("scratch", from_scratch, images=PSEUDO),
+    "**dmm** (`dmm run`)": Row("dmm", pipeline, images=PSEUDO),
     "oracle: dmm's distillation on real images": Row("oracle", oracle, images=REAL),
     "one network trained on all data": Row("pooled", everything),
 }
@@ -234,7 +234,8 @@ ROWS: dict[str, Row] = {
 
 def make_missing(cell: Cell, clock: Clock, on_progress: Callable[[str], None]) -> None:
     """Make and judge every row of a cell that is not there yet."""
-    table = {name: row.place(cell, clock) for name, row in ROWS.items() if row.fits(cell)}
+    names = sorted((name for name in ROWS if ROWS[name].fits(cell)), key=lambda name: ROWS[name].make is not pipeline)
+    table = {name: ROWS[name].place(cell, clock) for name in names}  # the pipeline first: others use what it drew
     for name, place in table.items():
         if not place.record.exists():
             on_progress(name)

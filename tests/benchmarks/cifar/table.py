@@ -35,7 +35,8 @@ def markdown(cells: Sequence[Cell]) -> str:
             records = [json.loads(row.place(cell, Clock(None)).record.read_text()) for cell in cells]
             best = [max(record["accuracy"]) for record in records]
             seconds, images = (statistics.mean(record[key] for record in records) for key in ("seconds", "images"))
-            lines.append(_line(name, [f"{value:.1f}" for value in best], best, f"{seconds:.0f}", f"{images:,.0f}"))
+            shown = [f"{value:.1f}" for value in best]
+            lines.append(_line(name, shown, best, f"{seconds:.0f}", f"{images:,.0f}" if images else ""))
     return "\n".join(lines)
 
 
