@@ -17,13 +17,15 @@ in it ``rows``, a folder per row; delete one to make that row anew.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from cifar.cells import PROFILES, Cell, Images
+from cifar.cells import PROFILES, Cell, Images, Profile
 from cifar.rows import Clock, make_missing
 from cifar.table import conditions, markdown
 from cifar.training import train
@@ -48,6 +50,15 @@ def load_images(data: Path, work: Path) -> Images:
             arrays += [file["images"], file["labels"]]
     with np.load(data / "train.npz") as file:
         return Images(*arrays, tuple(map(str, file["classes"])))
+
+
+def require_same(profile: Profile, work: Path) -> None:
+    """End unless what the directory holds was trained as the profile says."""
+    found = {name: value for name, value in asdict(profile).items() if name not in ("settings", "seeds")}
+    text, note = json.dumps(found, indent=1, sort_keys=True), work / "profile.json"
+    if note.exists() and note.read_text() != text:
+        raise SystemExit(f"{work} holds networks that were trained in another way, see {note.name}; name another --work")
+    note.write_text(text)
 
 
 def host(clock: Clock) -> Host:
@@ -97,6 +108,7 @@ def main() -> None:
     profile, work = PROFILES[options.profile], options.work / options.profile
     clock = Clock(options.minutes and 60 * options.minutes)
     work.mkdir(parents=True, exist_ok=True)
+    require_same(profile, work)
     images = load_images(options.cifar10, options.work)
     cells = [
         Cell(work, profile, setting, seed, images, options.class_counts)
