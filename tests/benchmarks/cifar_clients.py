@@ -57,7 +57,9 @@ def require_same(profile: Profile, work: Path) -> None:
     found = {name: value for name, value in asdict(profile).items() if name not in ("settings", "seeds")}
     text, note = json.dumps(found, indent=1, sort_keys=True), work / "profile.json"
     if note.exists() and note.read_text() != text:
-        raise SystemExit(f"{work} holds networks that were trained in another way, see {note.name}; name another --work")
+        raise SystemExit(
+            f"{work} holds networks that were trained in another way, see {note.name}; name another --work"
+        )
     note.write_text(text)
 
 
