@@ -24,6 +24,7 @@ from .inputs import Source
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
+from .widths import WIDTHS, resize
 
 FILLING = {
     getattr(torch.Tensor, name)
@@ -239,6 +240,8 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
     """
     architecture = identify(source, arch)
     model = build(architecture.spec)
+    if WIDTHS in source.metadata:
+        resize(model, {name: info.shape for name, info in source.tensors.items()})
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     held = {name: info.shape for name, info in source.tensors.items()}
     problems = [f"missing {printable(name)}" for name in wanted.keys() - held.keys()]

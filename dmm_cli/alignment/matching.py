@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from ..names import is_statistic
 from .apply import identity, permute_tensor
 from .places import Places, Term, places_of
 from .spec import Spec
@@ -65,6 +66,44 @@ def match(
         if best is None or found.objective > best.objective:
             best = found
     return best
+
+
+def likeness(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], spec: Spec) -> list[np.ndarray]:
+    """Cosine of every unit's weights, incoming and outgoing, in two networks whose units are in one order.
+
+    Args:
+        reference, other: weights to compare, as for ``match``.
+
+    Returns:
+        Of every group the cosine of each of its units, (units,), in the order of its roles; 0 where one has no weights.
+    """
+    tensors = {
+        name: axes
+        for name, axes in spec.tensors.items()
+        if name in reference and name in other and not is_statistic(name) and reference[name].shape == other[name].shape
+    }
+    return [
+        np.concatenate(
+            [
+                _cosines(terms, role.size, reference, other)
+                for terms, role in zip(places.terms, places.group.roles, strict=True)
+            ]
+        )
+        for places in places_of(spec.groups, tensors, reference)
+    ]
+
+
+def _cosines(
+    terms: Sequence[Term], count: int, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Cosine of the weights of all units of a role, (units,)."""
+    products = np.zeros((3, count))
+    for term in terms:
+        a, b = (_rows(arrays[term.tensor], term).astype(np.float64) for arrays in (reference, other))
+        products += [(x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))]
+    dot, ours, theirs = products
+    norms = np.sqrt(ours * theirs)
+    return np.where(norms > 0, dot / np.where(norms > 0, norms, 1.0), 0.0)
 
 
 class _Matching:

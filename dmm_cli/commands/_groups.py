@@ -128,6 +128,7 @@ def merge_groups(
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
         aligned=ordered.aligned,
+        widened=ordered.widened,
     )
     if to.record and team.ranks.is_first:
         write_text(to.record, dump(manifest) + "\n", force=to.force)
