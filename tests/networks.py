@@ -87,6 +87,11 @@ class Sorted(nn.Module):
 ordered = Sorted
 
 
+def only_normalised() -> nn.Module:
+    """Units that are normalised with one another."""
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+
+
 class Branching(nn.Module):
     """Control flow that torch.export cannot trace."""
 
