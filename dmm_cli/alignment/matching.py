@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ..names import is_statistic
 from .apply import identity, permute_tensor
 from .places import Places, Term, places_of
 from .spec import Spec
@@ -69,23 +68,26 @@ def match(
 
 
 def likeness(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], spec: Spec) -> list[np.ndarray]:
-    """Cosine of every unit's weights, incoming and outgoing, in two networks whose units are in one order.
+    """How alike every unit's weights are in two networks whose units are in one order.
+
+    The mean, over the matrices and kernels it stands in, of the cosine of its weights there: incoming and outgoing ones
+    count alike, however large they are.
 
     Args:
-        reference, other: weights to compare, as for ``match``.
+        reference, other: weights to compare, as for ``match``; those of other shapes are left out.
 
     Returns:
-        Of every group the cosine of each of its units, (units,), in the order of its roles; 0 where one has no weights.
+        Of every group a number for each of its units, (units,), in the order of its roles.
     """
     tensors = {
         name: axes
         for name, axes in spec.tensors.items()
-        if name in reference and name in other and not is_statistic(name) and reference[name].shape == other[name].shape
+        if reference[name].ndim > 1 and reference[name].shape == other[name].shape
     }
     return [
         np.concatenate(
             [
-                _cosines(terms, role.size, reference, other)
+                np.mean([_cosines(term, reference, other) for term in terms] or [np.zeros(role.size)], axis=0)
                 for terms, role in zip(places.terms, places.group.roles, strict=True)
             ]
         )
@@ -93,17 +95,11 @@ def likeness(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray
     ]
 
 
-def _cosines(
-    terms: Sequence[Term], count: int, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
-) -> np.ndarray:
-    """Cosine of the weights of all units of a role, (units,)."""
-    products = np.zeros((3, count))
-    for term in terms:
-        a, b = (_rows(arrays[term.tensor], term).astype(np.float64) for arrays in (reference, other))
-        products += [(x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))]
-    dot, ours, theirs = products
-    norms = np.sqrt(ours * theirs)
-    return np.where(norms > 0, dot / np.where(norms > 0, norms, 1.0), 0.0)
+def _cosines(term: Term, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Cosine of the weights of every unit of a term, (units,); 0 where one side is zero."""
+    a, b = (_rows(arrays[term.tensor], term).astype(np.float64) for arrays in (reference, other))
+    norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
 
 
 class _Matching:

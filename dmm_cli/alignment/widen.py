@@ -51,7 +51,7 @@ class Widening:
         spec: of their units, which are in one order.
         apart: how many units of every group stay side by side; -1 where the group cannot be widened.
         sources, arrays: of both networks, and those of their tensors that have changed.
-        arch: of their module.
+        archs: of their modules.
         difference: of an output of either network after the change, over the largest output, in float64.
     """
 
@@ -59,7 +59,7 @@ class Widening:
     apart: tuple[int, ...]
     sources: tuple[Source, Source]
     arrays: tuple[Arrays, Arrays]
-    arch: str
+    archs: tuple[str, str]
     difference: float
 
     @property
@@ -128,7 +128,7 @@ def widen(first: Source, second: Source, spec: Spec, overlap: float, *, arch: st
         tuple(len(chosen[number]) if number in chosen else -1 for number in range(len(spec.groups))),
         pair,
         widened(*held, spec, _mask(spec, chosen.values())),
-        loaded[0][1].spec,
+        (loaded[0][1].spec, loaded[1][1].spec),
         difference,
     )
 

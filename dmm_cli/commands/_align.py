@@ -154,11 +154,11 @@ def _widened(ordered: Ordered, alignment: Alignment, settings: Aligning, place: 
     from ..widths import WIDTHS
 
     widening = widen(*ordered.sources, alignment.spec, settings.overlap, arch=settings.arch)
-    facts = {"dmm.arch": widening.arch, WIDTHS: json.dumps(widening.widths, sort_keys=True)}
+    widths = json.dumps(widening.widths, sort_keys=True)
     sources = []
     for number, source in enumerate(ordered.sources):
         path = place / f"wide-{number}.safetensors"
-        widening.write(number, path, {**source.metadata, **facts})
+        widening.write(number, path, {**source.metadata, "dmm.arch": widening.archs[number], WIDTHS: widths})
         sources.append(_in_place_of(source, path))
     return replace(ordered, sources=sources, widened=widened_record(widening, settings.overlap))
 
