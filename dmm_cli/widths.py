@@ -7,15 +7,23 @@ how many there were, and how many there are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from torch import nn
 
 from .errors import DmmError, printable
+from .inputs import Source
 
 WIDTHS = "dmm.widths"
+OWN = "dmm.own"  # of two networks that are to be merged: by tensor, the rows that the first and the second alone has
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def own_rows(source: Source, name: str) -> list[list[int]]:
+    """Rows of a tensor that the first, and the second, of two networks made wide alone has; empty where there are none."""
+    return json.loads(source.metadata.get(OWN, "{}")).get(name, [])
 
 
 def is_resizable(module: nn.Module) -> bool:

@@ -51,6 +51,7 @@ class Widening:
         spec: of their units, which are in one order.
         apart: how many units of every group stay side by side; -1 where the group cannot be widened.
         sources, arrays: of both networks, and those of their tensors that have changed.
+        own: by tensor, the rows that the first and the second network alone has.
         archs: of their modules.
         difference: of an output of either network after the change, over the largest output, in float64.
     """
@@ -59,6 +60,7 @@ class Widening:
     apart: tuple[int, ...]
     sources: tuple[Source, Source]
     arrays: tuple[Arrays, Arrays]
+    own: dict[str, tuple[list[int], list[int]]]
     archs: tuple[str, str]
     difference: float
 
@@ -123,11 +125,13 @@ def widen(first: Source, second: Source, spec: Spec, overlap: float, *, arch: st
             f"no units of {first.path} and {second.label} can be kept side by side",
             hint="this architecture cannot be widened; merge all units: leave out --overlap",
         )
+    mask = _mask(spec, chosen.values())
     return Widening(
         spec,
         tuple(len(chosen[number]) if number in chosen else -1 for number in range(len(spec.groups))),
         pair,
-        widened(*held, spec, _mask(spec, chosen.values())),
+        widened(*held, spec, mask),
+        _own_rows(spec, mask),
         (loaded[0][1].spec, loaded[1][1].spec),
         difference,
     )
@@ -237,6 +241,16 @@ def widened(first: Arrays, second: Arrays, spec: Spec, apart: np.ndarray) -> tup
         for tensors, array in zip(wide, pair, strict=True):
             tensors[name] = array
     return wide
+
+
+def _own_rows(spec: Spec, apart: np.ndarray) -> dict[str, tuple[list[int], list[int]]]:
+    """By tensor, the rows that the first and the second network alone has, where there are any."""
+    outputs_of = {name: axis for name, axes in spec.tensors.items() for axis in axes if axis.axis == 0}
+    owners = {name: _places(axis, apart)[1] for name, axis in outputs_of.items() if apart[axis.units].any()}
+    return {
+        name: tuple(np.flatnonzero(whose == owner).tolist() for owner in (FIRST, SECOND))
+        for name, whose in owners.items()
+    }
 
 
 def _along(mask: np.ndarray, axis: int, rank: int) -> np.ndarray:

@@ -151,14 +151,14 @@ def aligned_copies(
 def _widened(ordered: Ordered, alignment: Alignment, settings: Aligning, place: Path) -> Ordered:
     """Both checkpoints, aligned, made so wide that some of their units stay side by side."""
     from ..alignment.widen import widen
-    from ..widths import WIDTHS
+    from ..widths import OWN, WIDTHS
 
     widening = widen(*ordered.sources, alignment.spec, settings.overlap, arch=settings.arch)
-    widths = json.dumps(widening.widths, sort_keys=True)
+    facts = {WIDTHS: json.dumps(widening.widths, sort_keys=True), OWN: json.dumps(widening.own, sort_keys=True)}
     sources = []
     for number, source in enumerate(ordered.sources):
         path = place / f"wide-{number}.safetensors"
-        widening.write(number, path, {**source.metadata, "dmm.arch": widening.archs[number], WIDTHS: widths})
+        widening.write(number, path, {**source.metadata, "dmm.arch": widening.archs[number], **facts})
         sources.append(_in_place_of(source, path))
     return replace(ordered, sources=sources, widened=widened_record(widening, settings.overlap))
 
