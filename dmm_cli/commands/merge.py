@@ -83,7 +83,7 @@ Overlap = Annotated[
     options.option(
         "--overlap",
         help="Share of the units of two checkpoints of different starts that is merged, those most alike; the others "
-        "stay side by side, in a wider network (PLeaS). At 0 it is the mean of both networks' logits.",
+        "stay side by side, in a wider network (PLeaS).",
     ),
 ]
 Head = Annotated[
