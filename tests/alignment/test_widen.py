@@ -73,20 +73,16 @@ def test_both_networks_compute_what_they_did_and_what_cannot_be_widened_is_told(
         )
 
 
-def mean_of(wide, shares) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.from_numpy(shares[0] * wide[0][name] + shares[1] * wide[1][name]) for name in wide[0]
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["residual", "concatenated", "depthwise, squeeze-excite"])
-def test_with_no_unit_merged_the_mean_is_the_mean_of_the_logits(kind):
+@pytest.mark.parametrize(
+    ("arch", "size"), [KINDS["residual"], KINDS["concatenated"], ("networks:separable", (3, 8, 8))]
+)
+def test_with_no_unit_merged_the_mean_is_the_mean_of_the_logits(arch, size):
     """In float64; running variances of units side by side are equal in both, so that any mean of them is theirs."""
-    arch, size = KINDS[kind]
     models = [lively(arch, seed).double() for seed in range(2)]
     spec = trace(lively(arch), size)
     states = [{name: value.numpy() for name, value in model.state_dict().items()} for model in models]
-    mean = mean_of(widened(*states, spec, spec.movable), (0.3, 0.7))
+    wide = widened(*states, spec, spec.movable)
+    mean = {name: torch.from_numpy(0.3 * wide[0][name] + 0.7 * wide[1][name]) for name in wide[0]}
     for name in models[0].state_dict().keys() - mean.keys():
         mean[name] = 0.3 * models[0].state_dict()[name] + 0.7 * models[1].state_dict()[name]
     both = copy.deepcopy(models[0])
