@@ -235,6 +235,8 @@ def _tensor(file: Checkpoint, name: str) -> torch.Tensor:
 def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Architecture]:
     """The module of a checkpoint with its weights, in eval mode and float32, on the CPU.
 
+    Where the metadata tell of widths, layers are as wide as the tensors, see ``widths``.
+
     Raises:
         DmmError: the architecture is unknown, or tensors do not fit it.
     """
