@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def own_rows(source: Source, name: str) -> list[list[int]]:
-    """Rows of a tensor that the first, and the second, of two networks made wide alone has; empty where there are none."""
+    """Rows of a tensor that the first, and the second, of two wide networks has alone; empty where there are none."""
     return json.loads(source.metadata.get(OWN, "{}")).get(name, [])
 
 

@@ -20,7 +20,8 @@ RESNET = "resnet18,num_classes=5,layers=(1,1,1,1)"
 
 def depthwise(width: int) -> nn.Module:
     """Every channel with two filters of its own."""
-    return nn.Sequential(nn.Conv2d(3, width, 1), nn.Conv2d(width, 2 * width, 3, groups=width), nn.BatchNorm2d(2 * width))
+    filters = nn.Conv2d(width, 2 * width, 3, groups=width)
+    return nn.Sequential(nn.Conv2d(3, width, 1), filters, nn.BatchNorm2d(2 * width))
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

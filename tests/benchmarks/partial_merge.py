@@ -22,11 +22,12 @@ from commands import HERE, dmm
 
 sys.path.insert(0, str(HERE.parents[1] / "fixtures"))
 
-from make_digits import EPOCHS, LEARNING_RATE, TEST_PER_CLASS, digits, fresh, prepare, save, split, train  # noqa: E402
+from make_digits import EPOCHS, LEARNING_RATE, TEST_PER_CLASS, digits, fresh, prepare, save, split, train
 
 KEPT, ORDER = 300, 5  # images kept apart, and the seed of the order
 OVERLAPS = ("1", "0.75", "0.5", "0.25", "0")
-KINDS = {"the same digits": ("half0", "half1"), "different digits": ("class0", "class1")}
+KINDS = {"the same digits": ("half0", "half1"), "other digits": ("class0", "class1")}
+WAYS = ("linear", "recalibrated", "pleas")  # the first without pseudo-data
 TEST = HERE.parents[1] / "fixtures" / "digits" / "test.safetensors"
 
 
@@ -59,11 +60,11 @@ def pairs(work: Path) -> dict[str, tuple[list[Path], Path]]:
     return made
 
 
-def merged(paths: list[Path], pseudo: Path, overlap: str, method: str, path: Path) -> int:
-    """Merge a pair; the number of parameters."""
-    flags = ["--overlap", overlap, "--method", method, "--recalibrate", pseudo]
-    record = json.loads(dmm("merge", *paths, *flags, "-o", path, "--force", "--json"))
-    return record["widened"]["parameters_after"] if record["widened"] else 0
+def merged(paths: list[Path], pseudo: Path, overlap: str, way: str, path: Path) -> None:
+    """Merge a pair to a file."""
+    flags = ["--overlap", overlap, "--method", "pleas" if way == "pleas" else "linear"]
+    flags += [] if way == "linear" else ["--recalibrate", pseudo]
+    dmm("merge", *paths, *flags, "-o", path, "--force", "-q")
 
 
 def accuracies(paths: list[Path]) -> list[float]:
@@ -81,18 +82,20 @@ def main() -> None:
     made = pairs(work)
     parents = {name: accuracies(paths) for name, (paths, _) in made.items()}
     print("parents:", parents, file=sys.stderr)
-    columns = [(kind, method) for kind in KINDS for method in ("linear", "pleas")]
-    print(f"| overlap | parameters | {' | '.join(f'{method}, {kind}' for kind, method in columns)} |")
+    columns = [(kind, way) for kind in KINDS for way in WAYS]
+    print(f"| overlap | parameters | {' | '.join(f'{way}, {kind}' for kind, way in columns)} |")
     print(f"|---|---|{'---|' * len(columns)}")
     for overlap in OVERLAPS:
         cells = []
-        for kind, method in columns:
-            outs = [work / f"{name}-{method}-{overlap}.safetensors" for name in KINDS[kind]]
-            sizes = [merged(*made[n], overlap, method, out) for n, out in zip(KINDS[kind], outs, strict=True)]
+        for kind, way in columns:
+            outs = [work / f"{name}-{way}-{overlap}.safetensors" for name in KINDS[kind]]
+            for name, out in zip(KINDS[kind], outs, strict=True):
+                merged(*made[name], overlap, way, out)
             scores = accuracies(outs)
-            print(overlap, kind, method, scores, file=sys.stderr)
+            print(overlap, kind, way, scores, file=sys.stderr)
             cells.append(f"{statistics.mean(scores):.1f}")
-        print(f"| {overlap} | {sizes[0] or 'as before'} | {' | '.join(cells)} |")
+        size = json.loads(dmm("inspect", outs[0], "--json"))["parameters"]
+        print(f"| {overlap} | {size} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
