@@ -24,6 +24,7 @@ from .inputs import Source
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
+from .widths import WIDTHS, resize
 
 FILLING = {
     getattr(torch.Tensor, name)
@@ -234,11 +235,15 @@ def _tensor(file: Checkpoint, name: str) -> torch.Tensor:
 def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Architecture]:
     """The module of a checkpoint with its weights, in eval mode and float32, on the CPU.
 
+    Where the metadata tell of widths, layers are as wide as the tensors, see ``widths``.
+
     Raises:
         DmmError: the architecture is unknown, or tensors do not fit it.
     """
     architecture = identify(source, arch)
     model = build(architecture.spec)
+    if WIDTHS in source.metadata:
+        resize(model, {name: info.shape for name, info in source.tensors.items()})
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     held = {name: info.shape for name, info in source.tensors.items()}
     problems = [f"missing {printable(name)}" for name in wanted.keys() - held.keys()]

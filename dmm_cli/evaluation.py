@@ -208,24 +208,27 @@ def _decode(path: Path, channels: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: LabelledData, spec: Spec, device: torch.device, batch: int = 256) -> torch.Tensor:
-    """Class probabilities, float32 (N, K), on the CPU."""
+    """Logits, float32 (N, K), on the CPU."""
     model = model.to(device)
     outputs = [
-        forward(model, data.batch(start, start + batch, spec).to(device)).float().softmax(1).cpu()
+        forward(model, data.batch(start, start + batch, spec).to(device)).float().cpu()
         for start in range(0, len(data.labels), batch)
     ]
     return torch.cat(outputs)
 
 
-def score(label: str, probabilities: torch.Tensor, labels: torch.Tensor) -> EvaluationRow:
+def score(label: str, answers: torch.Tensor, labels: torch.Tensor) -> EvaluationRow:
     """Accuracy and recall per class, in per cent.
+
+    Args:
+        answers: logits or probabilities (N, K). labels: (N,).
 
     Raises:
         DmmError: a label is beyond the model's classes.
     """
-    classes = probabilities.shape[1]
+    classes = answers.shape[1]
     class_counts(labels, classes, label)
-    hits = probabilities.argmax(1) == labels
+    hits = answers.argmax(1) == labels
     recall: list[float | None] = []
     for value in range(classes):
         members = labels == value
@@ -248,12 +251,13 @@ def class_counts(labels: torch.Tensor, classes: int, label: str) -> tuple[int, .
     return tuple(torch.bincount(labels, minlength=classes).tolist())
 
 
-def ensemble(probabilities: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean of class probabilities, (N, K).
+def ensembles(logits: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What models (N, K) answer together, by name: the mean of their probabilities, and of their logits.
 
     Raises:
         DmmError: the models have different numbers of classes.
     """
-    if len({item.shape for item in probabilities}) > 1:
+    if len({item.shape for item in logits}) > 1:
         raise DmmError("an ensemble needs models with the same classes")
-    return torch.stack(list(probabilities)).mean(0)
+    together = torch.stack(list(logits))  # (models, N, K)
+    return {"ensemble": together.softmax(2).mean(0), "ensemble of logits": together.mean(0)}

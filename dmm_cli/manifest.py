@@ -233,6 +233,40 @@ class AlignedSource(Record):
 
 
 @dataclass(frozen=True)
+class WidenedGroup(Record):
+    """Units of two networks, some of them side by side.
+
+    Attributes:
+        name: a tensor they stand in, and its axis.
+        units: of either network.
+        apart: how many of them stay side by side in the merge, which has as many more.
+        may_widen: whether that can be; if not, all are merged.
+    """
+
+    name: str
+    units: int
+    apart: int
+    may_widen: bool
+
+
+@dataclass(frozen=True)
+class WidenedRecord(Record):
+    """What a partial merge keeps side by side.
+
+    Attributes:
+        overlap: the share of units that was to be merged.
+        parameters_before, parameters_after: float values outside the running statistics.
+        difference: of an output of either network when it is made wide, over the largest output, in float64.
+    """
+
+    overlap: float
+    groups: tuple[WidenedGroup, ...]
+    parameters_before: int
+    parameters_after: int
+    difference: float
+
+
+@dataclass(frozen=True)
 class MergeManifest(Record):
     """What a merge did.
 
@@ -244,6 +278,7 @@ class MergeManifest(Record):
         recalibrated: group name to what was set right on pseudo-data, in words.
         retained: group name to what its merge still recognises of its members' pseudo-images.
         aligned: checkpoints whose units were put in another order before.
+        widened: which units were kept side by side.
     """
 
     SCHEMA: ClassVar[str] = "dmm.merge/1"
@@ -260,6 +295,7 @@ class MergeManifest(Record):
     recalibrated: dict[str, str] = field(default_factory=dict)
     aligned: tuple[AlignedSource, ...] = ()
     retained: dict[str, tuple[Retention, ...]] = field(default_factory=dict)
+    widened: WidenedRecord | None = None
 
 
 @dataclass(frozen=True)

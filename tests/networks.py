@@ -39,6 +39,12 @@ def flattened() -> nn.Module:
     return nn.Sequential(*layers, nn.ReLU(), nn.Linear(16, 4))
 
 
+def separable() -> nn.Module:
+    """A filter of its own for every channel, between mixtures of all."""
+    layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+
 class Gated(nn.Module):
     """Two halves of one layer meet unit by unit; another is split into parts of unlike use."""
 
@@ -85,6 +91,11 @@ class Sorted(nn.Module):
 
 
 ordered = Sorted
+
+
+def only_normalised() -> nn.Module:
+    """Units that are normalised with one another."""
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
 
 
 class Branching(nn.Module):

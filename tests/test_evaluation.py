@@ -35,11 +35,15 @@ def test_a_class_without_samples_has_no_recall():
         evaluation.score("x", torch.eye(3), torch.tensor([0, 1, 5]))
 
 
-def test_an_ensemble_is_the_mean_of_probabilities():
-    a, b = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.2, 0.8]])
-    assert torch.allclose(evaluation.ensemble([a, b]), torch.tensor([[0.55, 0.45]]))
+def test_an_ensemble_is_the_mean_of_probabilities_or_of_logits():
+    sure, mild = torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
+    found = evaluation.ensembles([sure, mild, mild])
+    assert torch.allclose(found["ensemble of logits"], torch.tensor([[3.0, 4 / 3, 0.0]]))
+    shares = np.exp(2) / (np.exp(2) + 2)  # what a mild model gives its class; two of them outvote a sure one
+    assert found["ensemble"][0, 1] == pytest.approx((2 * shares + 1 / (np.exp(9) + 2)) / 3)
+    assert found["ensemble"].argmax(1) == 1 and found["ensemble of logits"].argmax(1) == 0
     with pytest.raises(DmmError, match="same classes"):
-        evaluation.ensemble([a, torch.ones(1, 3)])
+        evaluation.ensembles([sure, torch.ones(1, 4)])
 
 
 def test_npz_safetensors_and_folders_hold_the_same(tmp_path, write):
@@ -98,7 +102,7 @@ def test_a_site_knows_its_own_digits_and_no_others():
     source = resolve_source(str(DIGITS / "site-d.safetensors"))
     model, _ = load_model(source)
     data = evaluation.load_labelled(DIGITS / "test.safetensors")
-    probabilities = evaluation.predict(model, data, input_spec(source, model), torch.device("cpu"), batch=64)
-    assert probabilities.shape == (450, 10) and torch.allclose(probabilities.sum(1), torch.ones(450), atol=1e-5)
-    row = evaluation.score("d", probabilities, data.labels)
+    logits = evaluation.predict(model, data, input_spec(source, model), torch.device("cpu"), batch=64)
+    assert logits.shape == (450, 10)
+    row = evaluation.score("d", logits, data.labels)
     assert min(row.recall[7:9]) > 90 and max(row.recall[:7] + row.recall[9:]) == 0

@@ -192,7 +192,7 @@ class _Basin:
 def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
     """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
     model, architecture = architectures.load_model(source, arch)
-    shape = size or _image_size(source, model)
+    shape = size or image_size(source, model)
     arrays = floats(source, model)
     spec = trace(model, shape)
     if not spec.groups:
@@ -203,7 +203,12 @@ def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spe
     return spec, arrays, model, shape
 
 
-def _image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
+def image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
+    """The size of an input, without the batch axis.
+
+    Raises:
+        DmmError: there are several inputs.
+    """
     spec = architectures.input_spec(source, model)
     if not isinstance(spec, InputSpec):
         raise DmmError(

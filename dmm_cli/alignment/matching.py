@@ -67,6 +67,41 @@ def match(
     return best
 
 
+def likeness(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], spec: Spec) -> list[np.ndarray]:
+    """How alike every unit's weights are in two networks whose units are in one order.
+
+    The mean, over the matrices and kernels it stands in, of the cosine of its weights there: incoming and outgoing ones
+    count alike, however large they are.
+
+    Args:
+        reference, other: weights to compare, as for ``match``; those of other shapes are left out.
+
+    Returns:
+        Of every group a number for each of its units, (units,), in the order of its roles.
+    """
+    tensors = {
+        name: axes
+        for name, axes in spec.tensors.items()
+        if reference[name].ndim > 1 and reference[name].shape == other[name].shape
+    }
+    return [
+        np.concatenate(
+            [
+                np.mean([_cosines(term, reference, other) for term in terms] or [np.zeros(role.size)], axis=0)
+                for terms, role in zip(places.terms, places.group.roles, strict=True)
+            ]
+        )
+        for places in places_of(spec.groups, tensors, reference)
+    ]
+
+
+def _cosines(term: Term, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Cosine of the weights of every unit of a term, (units,); 0 where one side is zero."""
+    a, b = (_rows(arrays[term.tensor], term).astype(np.float64) for arrays in (reference, other))
+    norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return (a * b).sum(1) / np.where(norms > 0, norms, 1.0)
+
+
 class _Matching:
     """One attempt; holds the other network's weights in the order found so far."""
 

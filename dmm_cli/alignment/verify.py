@@ -41,7 +41,7 @@ def verify(name: str, model: nn.Module, spec: Spec, image: np.ndarray, size: tup
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     images = torch.randn(1, *size, generator=generator(0, "verify"), dtype=torch.float64)
     worst = _difference(name, model, state, spec, image, images)
-    _jitter(state)
+    jitter(state)
     worst = max(worst, _difference(name, model, state, spec, image, images))
     if not worst <= TOLERANCE:
         raise DmmError(
@@ -56,13 +56,13 @@ def _difference(
     name: str, model: nn.Module, state: State, spec: Spec, image: np.ndarray, images: torch.Tensor
 ) -> float:
     """The largest difference of an output after the permutation, over the largest output."""
-    before = _outputs(name, model, state, images)  # (outputs,)
+    before = outputs(name, model, state, images)  # (outputs,)
     permuted = permute({key: tensor.numpy() for key, tensor in state.items()}, spec, image)
-    after = _outputs(name, model, {key: torch.from_numpy(array) for key, array in permuted.items()}, images)
+    after = outputs(name, model, {key: torch.from_numpy(array) for key, array in permuted.items()}, images)
     return float((after - before).abs().max() / before.abs().max().clamp_min(1e-300))
 
 
-def _jitter(state: State) -> None:
+def jitter(state: State) -> None:
     """Add noise to every float tensor, in place."""
     draw = generator(0, "jitter")
     for key, tensor in state.items():
@@ -73,7 +73,7 @@ def _jitter(state: State) -> None:
             tensor.abs_()
 
 
-def _outputs(name: str, model: nn.Module, state: State, images: torch.Tensor) -> torch.Tensor:
+def outputs(name: str, model: nn.Module, state: State, images: torch.Tensor) -> torch.Tensor:
     """All outputs of the network, flat."""
     model.load_state_dict(dict(state))
     try:

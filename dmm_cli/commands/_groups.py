@@ -115,6 +115,8 @@ def merge_groups(
     with aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
+    # units side by side meet zeros, so that lengths are expected to shrink
+    odd = [] if ordered.widened else [line for outcome in outcomes for line in _odd_lengths(outcome)]
     manifest = MergeManifest(
         sources=records(sources, recipe.weights),
         grouping=grouping,
@@ -123,11 +125,12 @@ def merge_groups(
         outputs=tuple(str(outcome.path) for outcome in outcomes),
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
-        warnings=(*_twins(sources), *ordered.warnings, *(line for o in outcomes for line in _odd_lengths(o))),
+        warnings=(*_twins(sources), *ordered.warnings, *odd),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
         aligned=ordered.aligned,
+        widened=ordered.widened,
     )
     if to.record and team.ranks.is_first:
         write_text(to.record, dump(manifest) + "\n", force=to.force)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..merging.heads import Union
 
 PENDING = "0" * 64
-CARRIED = ("dmm.arch", "dmm.input", "dmm.classes")  # of our own metadata, what holds for a child too
+CARRIED = ("dmm.arch", "dmm.widths", "dmm.input", "dmm.classes")  # of our own metadata, what holds for a child too
 
 
 def records(

@@ -29,7 +29,9 @@ def evaluate(
         Path,
         options.option("--data", help="Labelled data: .safetensors or .npz (images, labels), or an ImageFolder."),
     ],
-    ensemble: Annotated[bool, options.option("--ensemble", help="Add the mean of all models' probabilities.")] = False,
+    ensemble: Annotated[
+        bool, options.option("--ensemble", help="Add the mean of all models' probabilities, and of their logits.")
+    ] = False,
     fail_under: Annotated[
         float | None, options.option("--fail-under", help="Exit 1 when an accuracy is below this, in per cent.")
     ] = None,
@@ -78,7 +80,7 @@ def evaluate_sources(
     device: str,
     ensemble: bool,
 ) -> Evaluation:
-    """Accuracy of every checkpoint and, if asked, of the mean of their probabilities."""
+    """Accuracy of every checkpoint and, if asked, of their ensembles."""
     from .. import architectures, evaluation
     from ..examples import named
     from ..manifest import Evaluation
@@ -98,7 +100,7 @@ def evaluate_sources(
         progress("evaluate", number + 1, len(sources))
     rows = [evaluation.score(s.label, p, labelled.labels) for s, p in zip(sources, predictions, strict=True)]
     if ensemble:
-        mean = evaluation.ensemble(predictions)
-        rows.append(evaluation.score("ensemble", mean, labelled.labels))
+        together = evaluation.ensembles(predictions)
+        rows += [evaluation.score(name, answers, labelled.labels) for name, answers in together.items()]
     names = tuple(classes) or tuple(str(i) for i in range(predictions[0].shape[1]))
     return Evaluation(str(data), len(labelled.labels), names, tuple(rows))

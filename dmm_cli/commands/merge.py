@@ -78,6 +78,14 @@ Align = Annotated[
         f"{'; '.join(f'{name}: {what}' for name, what in ALIGN.items())}.",
     ),
 ]
+Overlap = Annotated[
+    float,
+    options.option(
+        "--overlap",
+        help="Share of the units of two checkpoints of different starts that is merged, those most alike; the others "
+        "stay side by side, in a wider network (PLeaS).",
+    ),
+]
 Head = Annotated[
     str,
     options.option(
@@ -108,6 +116,7 @@ def merge(
     calibrate: Calibrate = None,
     recalibrate: Recalibrate = None,
     align: Align = "auto",
+    overlap: Overlap = 1.0,
     arch: options.Arch = None,
     head: Head = "union",
     dtype: Annotated[
@@ -156,9 +165,12 @@ def merge(
     check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(pseudo, arch, device, seed) if pseudo else None
-    aligning = _aligning(align, recipe, arch)
+    aligning = Aligning(align, arch, seed, overlap)
+    aligning.check(len(sources), recipe.base is not None)
+    if recipe.base:  # which says that all checkpoints have one start
+        aligning = replace(aligning, policy="never")
     if dry_run:
-        _show_plan(sources, recipe, to)
+        _show_plan(sources, recipe, to, aligning)
     else:
         _execute(sources, recipe, to, after, aligning, group, record, quiet, json)
 
@@ -180,6 +192,11 @@ def _execute(
 
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, record, progress, aligning)
+        if aligning.widens and len(grouping.groups) > 1:
+            raise DmmError(
+                f"--overlap merges two checkpoints, and {grouping.rule} puts them in two groups",
+                hint="leave out --overlap, or merge both with --group all",
+            )
         team = Team(ranks, hashes, progress)
         if recalibration and grouping.rule == "auto":
             grouping = settle(sources, grouping, to, recipe, team, recalibration, aligning)
@@ -188,28 +205,14 @@ def _execute(
         _report(manifest, quiet, json)
 
 
-def _aligning(policy: str, recipe: Recipe, arch: str | None) -> Aligning:
-    """What to align: nothing, where a base says that all checkpoints have one start.
-
-    Raises:
-        DmmError: no such policy, or one that contradicts the base.
-    """
-    settings = Aligning(policy, arch, recipe.seed)
-    if recipe.base and policy == "always":
-        raise DmmError(
-            "checkpoints with a common start have their units in one order",
-            hint="leave out --base or --align always",
-        )
-    return replace(settings, policy="never") if recipe.base else settings
-
-
-def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination) -> None:
+def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination, aligning: Aligning) -> None:
     from ..report.console import emit
 
     tensors = sources[0].tensors.values()
+    wider = f", {100 * (1 - aligning.overlap):g} % of the units side by side in more" if aligning.widens else ""
     emit(
         f"merge {len(sources)} checkpoints with {recipe.method}, {len(tensors)} tensors, "
-        f"{sum(info.nbytes for info in tensors)} bytes a group -> {to.path}"
+        f"{sum(info.nbytes for info in tensors)} bytes a group{wider} -> {to.path}"
     )
 
 
@@ -261,7 +264,7 @@ def grouping_of(
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
     from ..manifest import dump
     from ..report.console import emit, status
-    from ..report.tables import Table, alignment_tables, group_table, render, retained_tables
+    from ..report.tables import Table, alignment_tables, group_table, render, retained_tables, widened_table
 
     for warning in manifest.warnings:
         status(f"warning: {warning}")
@@ -274,7 +277,8 @@ def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:
         rows = [[path] for path in manifest.outputs]
         aligned = alignment_tables("aligned", manifest.aligned) if manifest.aligned else []
         written = Table("written", ["file"], rows)
-        tables = [group_table(manifest.grouping), *aligned, *retained_tables(manifest), written]
+        widened = [widened_table(manifest.widened)] if manifest.widened else []
+        tables = [group_table(manifest.grouping), *aligned, *widened, *retained_tables(manifest), written]
         emit(render(tables, "table"))
         for name, done in manifest.recalibrated.items():
             emit(f"{name}: {done}")

@@ -305,7 +305,7 @@ def _distill(plan: Plan, files: Layout, student: Source, settings: DistillSettin
 
 
 def _evaluate(plan: Plan, files: Layout) -> None:
-    """Every checkpoint, their ensemble, both linear merges, and the result."""
+    """Every checkpoint, their ensembles, both linear merges, and the result."""
     from ..manifest import MergeManifest, dump
     from ..merging import engine
 

@@ -2,7 +2,8 @@
 
 As in RegMean++ (Nguyen et al., 2025) the images of every parent go through the merged network, whose layers before
 are solved already, and BatchNorm works with the statistics of each batch, since its own are still to be found.
-For methods with the trait "outputs" they also go through their parent as it is.
+For methods with the trait "outputs" they also go through their parent as it is. Where a partial merge keeps units of
+one parent side by side with others, that parent says what these are to give for the images of all.
 Linear layers and 2-D convolutions of one group are solved. What else there is stays the weighted mean: biases,
 grouped convolutions, padding other than by a number of zeros, subclasses that change their weights or inputs, and
 layers whose inputs are not of single images.
@@ -25,6 +26,7 @@ from ..checkpoint import Checkpoint
 from ..examples import Inputs, forward
 from ..inputs import Source
 from ..runtime import generator
+from ..widths import own_rows
 from . import METHODS
 from .method import Layer
 from .recipe import Recipe, loose_heads
@@ -90,7 +92,8 @@ def solve_layers(
             weights = _weights(files, place)
             shares = torch.tensor(recipe.weights_of(place.weight, len(files)), dtype=torch.float64, device=own.device)
             shares /= shares.sum()
-            moments = _moments(model, place, weights, batches, owners, modules, recipe.seed)
+            asked = _asked(parents, place) if modules else []
+            moments = _moments(model, place, weights, batches, owners, modules, asked, recipe.seed)
             merged = method(Layer(weights, moments[0], shares, moments[1]), **recipe.parameters_of(place.weight))
             own.copy_(merged.view_as(own))
             parents_norm = float(shares @ weights.flatten(1).norm(dim=1))
@@ -146,6 +149,19 @@ def _weights(files: Sequence[Checkpoint], place: Place) -> torch.Tensor:
     return torch.from_numpy(rows).to(weight.device).view(len(files), len(weight), -1)  # (N, R, S)
 
 
+def _asked(parents: Sequence[Source], place: Place) -> list[dict[int, torch.Tensor]]:
+    """Of every parent's images: which parents say what outputs are to be, 1 in (R,) where they do, else 0."""
+    weight = place.layer.weight
+    alone = [weight.new_zeros(len(weight), dtype=torch.float64) for _ in parents]  # outputs that one parent alone has
+    for rows, mask in zip(own_rows(parents[0], place.weight), alone, strict=False):
+        mask[rows] = 1.0
+    asked = []
+    for n in range(len(parents)):
+        others = {m: mask for m, mask in enumerate(alone) if m != n and mask.any()}
+        asked.append({n: 1.0 - sum(others.values(), torch.zeros_like(alone[n])), **others})
+    return asked
+
+
 class _Enough(Exception):
     """A pass has come as far as it needs to."""
 
@@ -176,9 +192,14 @@ def _moments(
     batches: Sequence[Batch],
     owners: Sequence[int],
     modules: Sequence[nn.Module],
+    asked: Sequence[dict[int, torch.Tensor]],
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Grams (N, S, S) and, with the parents' modules, targets (N, R, S) of a ``Layer`` with these weights."""
+    """Grams (N, S, S) and, with the parents' modules, targets (N, R, S) of a ``Layer`` with these weights.
+
+    Args:
+        asked: with the parents' modules, see ``_asked``.
+    """
     grams = weights.new_zeros(len(owners), weights.shape[2], weights.shape[2])  # (N, S, S)
     targets = torch.zeros_like(weights) if modules else None  # (N, R, S)
     counts = [0] * len(owners)
@@ -188,17 +209,17 @@ def _moments(
             own = batch.owners == owner
             if not own.any():
                 continue
-            theirs = _inputs(modules[n], place, batch.images[own]) if modules else []
+            theirs = {m: _inputs(modules[m], place, batch.images[own]) for m in asked[n]} if modules else {}
             for use, inputs in enumerate(seen):
                 inputs = inputs.unflatten(0, (len(own), -1))[own].flatten(0, 1)  # of these images alone
                 salt = (seed, "features", place.weight, number, use, owner)
                 rows = features_of(place.layer, inputs, int(own.sum()), generator(*salt)).flatten(0, 1).double()
                 grams[n].addmm_(rows.T, rows)
                 counts[n] += len(rows)
-                if modules:
-                    given = features_of(place.layer, theirs[use], int(own.sum()), generator(*salt)).flatten(0, 1)
-                    answers = given.double() @ weights[n].T + _bias_beyond(place, modules[n])  # (rows, R)
-                    targets[n].addmm_(answers.T, rows)
+                for m, given in theirs.items():
+                    given = features_of(place.layer, given[use], int(own.sum()), generator(*salt)).flatten(0, 1)
+                    answers = given.double() @ weights[m].T + _bias_beyond(place, modules[m])  # (rows, R)
+                    targets[n].addmm_((answers * asked[n][m]).T, rows)
     rows_seen = torch.tensor(counts, device=grams.device).clamp_min(1)[:, None, None]
     return grams / rows_seen, targets / rows_seen if modules else None
 

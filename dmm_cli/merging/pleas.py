@@ -17,8 +17,7 @@ def pleas(layer: Layer, *, ridge: float = 0.01) -> torch.Tensor:
     answers its own images alone, since about those of the others it knows less than their owner. Unlike in
     RegMean, Y_i comes from the parent's own inputs, so that what earlier layers got wrong is mended.
 
-    All units are merged. PLeaS can also keep those that match badly side by side; then every layer has a width of its
-    own, for which timm's architectures have no arguments, so that no stage could build the network again.
+    The units that its partial merge keeps side by side are more units here, see ``alignment.widen``.
 
     Returns:
         float64 (R, S).

@@ -20,6 +20,8 @@ from ..manifest import (
     SimilarityReport,
     SourceRecord,
     SynthesisManifest,
+    WidenedGroup,
+    WidenedRecord,
 )
 
 
@@ -207,6 +209,20 @@ def alignment_tables(title: str, aligned: Sequence[AlignedSource], detail: bool 
         own = [[g.name, str(g.units), str(g.blocks), str(g.moved)] for g in item.groups]
         tables.append(Table(f"units of {item.label}", ["group", "units", "blocks", "moved"], own))
     return tables
+
+
+def widened_table(record: WidenedRecord) -> Table:
+    """Which units of a partial merge stand side by side."""
+    rows = [
+        [group.name, str(group.units), str(group.apart), str(group.units + group.apart), _widened_how(group)]
+        for group in record.groups
+    ]
+    title = f"side by side: {record.parameters_before} parameters become {record.parameters_after}"
+    return Table(title, ["group", "units", "apart", "width", ""], rows)
+
+
+def _widened_how(group: WidenedGroup) -> str:
+    return "" if group.may_widen else "cannot be widened, all merged"
 
 
 def inspection_tables(record: Inspection) -> list[Table]:

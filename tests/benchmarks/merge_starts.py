@@ -98,8 +98,8 @@ def with_mean_variance(merged: Path, parents: list[Path], path: Path) -> Path:
     for name in tensors:
         if name.endswith("running_var"):
             tensors[name] = np.mean([one[name] for one in held], 0)
-    metadata = {"format": "pt", "dmm.arch": ARCH, "dmm.input": resolve_source(str(merged)).metadata["dmm.input"]}
-    save_file(tensors, path, metadata)
+    metadata = resolve_source(str(merged)).metadata
+    save_file(tensors, path, {name: metadata[name] for name in ("format", "dmm.arch", "dmm.input")})
     return path
 
 

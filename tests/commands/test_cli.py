@@ -211,10 +211,10 @@ def test_inspect_tells_what_is_there():
     assert "BatchNorm layers" in dmm("inspect", SITES[3]).stdout
 
 
-def test_evaluate_scores_models_and_their_ensemble():
+def test_evaluate_scores_models_and_their_ensembles():
     command = ["evaluate", *SITES[:2], "--data", DIGITS / "test.safetensors", "--ensemble"]
     record = json.loads(dmm(*command, "--json").stdout)
-    assert [row["label"] for row in record["rows"]] == ["site-a", "site-b", "ensemble"]
+    assert [row["label"] for row in record["rows"]] == ["site-a", "site-b", "ensemble", "ensemble of logits"]
     values = [float(line) for line in dmm(*command, "-q").stdout.split()]
     assert values == pytest.approx([row["accuracy"] for row in record["rows"]], abs=1e-4)
     failed = dmm(*command, "--fail-under", 60)

@@ -31,10 +31,9 @@ def test_the_accuracy_table_is_printed(done):
     out, result = done
     lines = result.stdout.splitlines()
     assert lines[0] == f"accuracy on 450 samples of {DATA}"
-    names = [line.split("  ")[0] for line in lines[2:10]]
-    ensemble_and_merges = ["ensemble", "linear merge of all", "linear merge of group-0", "dmm run"]
-    assert names == [*(f"site-{name}" for name in "abcde"), *ensemble_and_merges[:3]]
-    assert lines[10].startswith("dmm run")
+    names = [line.split("  ")[0] for line in lines[2:12]]
+    together = ["ensemble", "ensemble of logits", "linear merge of all", "linear merge of group-0", "dmm run"]
+    assert names == [*(f"site-{name}" for name in "abcde"), *together]
     assert lines[-1] == str(out / "model.safetensors")
     alone = dmm("evaluate", out / "model.safetensors", "--data", DATA, "--json")
     assert json.loads(alone.stdout)["rows"][0]["accuracy"] == accuracies(out)["dmm run"]

@@ -226,6 +226,24 @@ def test_every_layer_is_solved_on_what_the_solved_layers_before_it_give(family, 
         assert lengths[f"{name}.weight"] == pytest.approx(np.linalg.norm(expected) / np.mean(norms), rel=1e-3)
 
 
+@torch.no_grad()
+def test_what_one_parent_alone_has_it_answers_for_the_images_of_both(family, tmp_path):
+    """Of a layer's four outputs one is the first parent's own and one the second's."""
+    merged, parents, batches = family
+    own = {"dmm.own": json.dumps({"conv.weight": [[1], [2]]})}
+    for number, net in enumerate(parents):
+        save_file(net.state_dict(), tmp_path / f"{number}.safetensors", own)
+    solve(family, tmp_path, method="pleas")
+    images, owners = (torch.cat(part) for part in zip(*batches, strict=True))
+    rows = seen_by(merged, images)["conv"]  # (B, P, S)
+    answers = torch.stack([net.conv(images).flatten(2).mT - merged.conv.bias for net in parents])  # (N, B, P, R)
+    speaker = (owners == 2).long()[:, None].repeat(1, 4)  # (B, R)
+    speaker[:, 1], speaker[:, 2] = 0, 1
+    wanted = answers.permute(1, 2, 3, 0).gather(3, speaker[:, None, :, None].expand(-1, rows.shape[1], -1, 1))
+    expected = np.linalg.lstsq(rows.flatten(0, 1).numpy(), wanted.flatten(0, 1).squeeze(-1).numpy(), rcond=None)[0].T
+    assert np.allclose(merged.conv.weight.flatten(1).numpy(), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["regmean", "pleas"])
 def test_the_same_draws_give_the_same_weights_and_the_order_of_checkpoints_does_not_matter(family, tmp_path, method):
     merged, _, _ = family
