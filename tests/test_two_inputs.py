@@ -25,7 +25,7 @@ from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.ranks import Ranks
 from dmm_cli.synthesis.settings import Settings
 
-FEW = ["--count", 128, "--steps", 60, "--batch", 32]
+FEW = ["--count", 128, "--steps", 120, "--batch", 64]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_tokens_are_drawn_through_their_embedding(engine, tmp_path):
 def test_a_student_learns_from_both_inputs_together(sites, drawn, tmp_path):
     """It comes to know the other site's digits, and without either input it knows fewer."""
     out, test = tmp_path / "model.safetensors", sites[0].parent / "test.safetensors"
-    result = dmm("distill", sites[0], *sites, "--data", drawn, "--steps", 120, "--batch", 64, "-o", out)
+    result = dmm("distill", sites[0], *sites, "--data", drawn, "--steps", 300, "--batch", 64, "-o", out)
     assert result.exit_code == 0, result.stderr
     before, after = (json.loads(dmm("evaluate", path, "--data", test, "--json").stdout) for path in (sites[0], out))
     recall = [np.array(found["rows"][0]["recall"]) for found in (before, after)]

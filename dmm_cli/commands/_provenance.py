@@ -84,9 +84,3 @@ def _summed(counts: list[list[float]], union: Union | None) -> list[float]:
         for count, place in zip(own, places, strict=False):
             total[place] += count
     return total
-
-
-def ancestors(source: Source) -> set[str]:
-    """SHA-256 of the checkpoint and of the parents its metadata names."""
-    named = json.loads(source.metadata.get("dmm.sources", "[]"))
-    return {source.sha256, *(entry["sha256"] for entry in named)}

@@ -18,11 +18,12 @@ from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
 from . import _options as options
-from ._provenance import ancestors, inherited, lineage, records, stamp
+from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded, resumable
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..distillation.lessons import Lessons
     from ..distillation.refine import Settings
@@ -33,7 +34,7 @@ EPILOG = epilog(
     "dmm distill merged/group-0.safetensors merged/merge.json --data pseudo.safetensors -o model.safetensors",
     "dmm distill student.safetensors site-*.safetensors --data pseudo.safetensors --steps 1000 -o out.safetensors",
 )
-STEPS, BATCH, RATE, TEMPERATURE = 400, 128, 3e-3, 2.0
+STEPS, BATCH, RATE, TEMPERATURE = 1200, 128, 3e-3, 2.0
 
 
 @guarded
@@ -66,8 +67,8 @@ def distill(
 ) -> None:
     """Refine a student on the pseudo-data of its teachers.
 
-    Every image is answered by the teacher it was inverted from. BatchNorm statistics are reset on the
-    pseudo-data before and after. The last step is the result.
+    All teachers answer every image together; whom to believe is learned from the pseudo-data. BatchNorm
+    statistics are reset on the pseudo-data before and after. The last step is the result.
     """
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o model.safetensors")
@@ -134,6 +135,7 @@ def distill_sources(
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     model, _ = architectures.load_model(student, arch)
     lessons = _lessons(load_pseudo_data(data), student, teachers, architectures.num_classes(model), where)
+    networks = [_network(teacher, arch, len(lessons.classes)).to(where) for teacher in teachers if settings.steps]
     model = model.to(where)
     layers = [layer for _, layer in architectures.norm_layers(model)]
     started = time.monotonic()
@@ -141,7 +143,8 @@ def distill_sources(
     parents = records([student, *teachers])
     depends = {"sources": [parent.sha256 for parent in parents], "data": data.sha256, "arch": arch, **parameters}
     with resumable(output, **depends, device=where.type, processes=ranks.count) as reached:
-        history, retention = refine(model, layers, lessons, settings, Host(where, reached, ranks, on_progress))
+        host = Host(where, reached, ranks, on_progress)
+        history, retention = refine(model, layers, lessons, networks, settings, host)
         if ranks.is_first:
             metadata = stamp(
                 "distill",
@@ -186,18 +189,33 @@ def _lessons(
     rows = np.flatnonzero(np.isin(data.teacher_id, places))
     rank = np.full(len(data.teachers), -1)
     rank[places] = np.arange(len(places))
-    family = ancestors(student)
     return Lessons(
         images=each(data.images[rows], torch.from_numpy).to(device),
         space=space_of(data.spec, device),
         targets=torch.from_numpy(data.targets[rows]).to(device),
         teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
-        logits=torch.from_numpy(data.logits[rows].astype(np.float32)).to(device),
-        priors=torch.from_numpy(data.priors()[places]).to(device),
         labels=tuple(teacher.label for teacher in teachers),
         classes=class_names(student) or tuple(map(str, range(num_classes))),
-        inside=torch.tensor([teacher.sha256 in family for teacher in teachers], device=device),
     )
+
+
+def _network(teacher: Source, arch: str | None, num_classes: int) -> nn.Module:
+    """A frozen teacher; it may be of another architecture than the student, which ``arch`` is for.
+
+    Raises:
+        DmmError: it has other classes.
+    """
+    from .. import architectures
+
+    told = "dmm.arch" in teacher.metadata or "architecture" in (teacher.config or {})
+    model, _ = architectures.load_model(teacher, None if told else arch)
+    found = architectures.num_classes(model)
+    if found != num_classes:
+        raise DmmError(
+            f"{teacher.path} has {found} classes, the student {num_classes}",
+            hint="a student needs the classes of its teachers",
+        )
+    return model.requires_grad_(False)
 
 
 def _require_classes(data: PseudoData, student: Source, num_classes: int) -> None:

@@ -5,14 +5,18 @@ Legend: N images, B images of a batch, C channels, H height, W width, T teachers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..examples import Inputs
 from ..recalibration import balanced_weights, drawn_rows
 from ..spaces import Space
+from .committee import Committee
+
+BLOCK = 512  # images at once
 
 
 @dataclass(frozen=True)
@@ -22,24 +26,19 @@ class Lessons:
     Attributes:
         images: uint8 (N, C, H, W), or all inputs. space: from them to what the student sees.
         targets, teacher_id: int64 (N,).
-        logits: of each image's owner, (N, K). priors: (T, K). labels: names of the T teachers.
-        classes: names of the K classes.
-        inside: (T,), whether a teacher's weights are part of the student.
+        labels: names of the T teachers. classes: names of the K classes.
     """
 
     images: Inputs
     space: Space
     targets: torch.Tensor
     teacher_id: torch.Tensor
-    logits: torch.Tensor
-    priors: torch.Tensor
     labels: tuple[str, ...]
     classes: tuple[str, ...]
-    inside: torch.Tensor
 
     def weights(self) -> torch.Tensor:
         """Sampling weights (N,), on the CPU, under which every class is equally likely."""
-        return balanced_weights(self.targets.cpu(), self.logits.shape[1])
+        return balanced_weights(self.targets.cpu(), len(self.classes))
 
     def show(self, rows: torch.Tensor) -> Inputs:
         """Images of some rows (B,), normalised, float32 (B, C, H, W)."""
@@ -52,3 +51,7 @@ class Lessons:
     def in_order(self, batch: int) -> Iterator[Inputs]:
         """All images, in batches (B, C, H, W)."""
         return (self.space.from_bytes(part) for part in self.images.split(batch))
+
+    def committee(self, teachers: Sequence[nn.Module]) -> Committee:
+        """The teachers as one, who have seen all images as they are."""
+        return Committee(teachers, self.in_order(BLOCK), self.targets, self.weights())

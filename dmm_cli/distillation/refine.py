@@ -5,12 +5,10 @@ Legend: N images, B images of a batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..curves import Recorder
@@ -22,15 +20,15 @@ from ..runtime import Host, mixed_precision, one_thread, seeded
 from ..runtime import generator as random_stream
 from ..savepoint import Savepoint, State
 from ..training import Replay, Trainer, work_through
-from . import losses
-from .augment import augment
-from .lessons import Lessons
-from .routing import soft_labels
+from .augment import add_noise
+from .lessons import BLOCK, Lessons
+from .losses import distillation
+from .views import draw_views
 
 BETAS, WARM_UP = (0.9, 0.999), 0.1
 STATE = "student"
 SHOWN = ("loss", "agreement")  # while it learns
-JUDGED = 512  # images at once
+VIEWS = 4  # of an image, on average; 16 teach the same
 
 
 @dataclass(frozen=True)
@@ -38,24 +36,28 @@ class Settings:
     """How to refine.
 
     Attributes:
-        cross_entropy, anchor: weights beside the distillation term.
-        augment: strength of the random changes of pose and texture, see ``augment.augment``.
+        temperature: that labels and answers are softened by.
+        pose, noise: strength of the random changes of images, see ``augment``.
         precision: that networks are run in, see ``runtime.mixed_precision``.
     """
 
-    steps: int = 400
+    steps: int = 1200
     batch: int = 128
     learning_rate: float = 3e-3
     temperature: float = 2.0
-    cross_entropy: float = 1.0
-    anchor: float = 1.0
-    augment: float = 1.0
+    pose: float = 0.5
+    noise: float = 0.25
     seed: int = 0
     precision: str = "float32"
 
 
 def refine(
-    student: nn.Module, layers: list[nn.Module], lessons: Lessons, settings: Settings, host: Host
+    student: nn.Module,
+    layers: list[nn.Module],
+    lessons: Lessons,
+    teachers: Sequence[nn.Module],
+    settings: Settings,
+    host: Host,
 ) -> tuple[History, tuple[Retention, ...]]:
     """Distil pseudo-data into the student, in place; the last step is the result.
 
@@ -64,10 +66,10 @@ def refine(
     on how many there are.
 
     Args:
-        student: on the host's device, as the lessons are.
+        student: on the host's device, as all else is. teachers: frozen; not needed where no step is to be taken.
 
     Returns:
-        Curves of the loss terms and of the agreement with the targets, and agreement per teacher.
+        Curves of the loss and of the agreement with the targets, and agreement per teacher.
 
     Raises:
         DmmError: the batch cannot be shared evenly.
@@ -82,7 +84,7 @@ def refine(
         _reset(student, layers, lessons, settings.seed, "before")
         recorder = Recorder(settings.steps)
         if settings.steps:
-            pupil = Pupil(student, lessons, settings, host, recorder)
+            pupil = Pupil(student, lessons, lessons.committee(teachers), settings, host, recorder)
             work_through([lambda: pupil], "distill", settings.steps, host)
         student.requires_grad_(False)
         _reset(student, layers, lessons, settings.seed, "after")
@@ -94,12 +96,19 @@ class Pupil:
     """A student in training; begins where its savepoint ends."""
 
     def __init__(
-        self, student: nn.Module, lessons: Lessons, settings: Settings, host: Host, recorder: Recorder
+        self,
+        student: nn.Module,
+        lessons: Lessons,
+        committee: nn.Module,
+        settings: Settings,
+        host: Host,
+        recorder: Recorder,
     ) -> None:
-        self._lessons, self._settings, self._host, self._recorder = lessons, settings, host, recorder
+        self._targets, self._settings, self._host, self._recorder = lessons.targets, settings, host, recorder
         self._savepoint = host.savepoint or Savepoint()
-        self._initial = copy.deepcopy(student).eval().requires_grad_(False)
-        self._labels = soft_labels(lessons.logits, lessons.teacher_id, lessons.priors, settings.temperature)
+        count = min(VIEWS * len(lessons.targets), settings.steps * settings.batch)
+        self._views = draw_views(lessons, committee, count, settings.pose, random_stream(settings.seed, "views"))
+        self._labels = (self._views.answers / settings.temperature).softmax(1)  # (M, K)
         student.train().requires_grad_(True)
         self._model = _shared(student) if host.ranks.count > 1 else student
         stream = random_stream(settings.seed, "batches")
@@ -123,9 +132,8 @@ class Pupil:
         # processes exchange gradients, which a graph does not hold
         step = self._step if self._host.ranks.count > 1 else Replay(self._step, self._host.device)
         shown: dict[str, float] = {}
-        weights = self._lessons.weights()
         while self.done < self._settings.steps:
-            terms = step(*self._batch(weights))
+            terms = step(*self._batch())
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
                 shown = self._recorder.add(self.done - 1, terms)
@@ -146,34 +154,21 @@ class Pupil:
         if self._host.device.type == "cuda":
             torch.cuda.set_rng_state(torch.from_numpy(state.arrays["dropout_cuda"]), self._host.device)
 
-    def _batch(self, weights: torch.Tensor) -> tuple[torch.Tensor, Inputs]:
-        """This process's part of a class-balanced batch: rows (B,) and augmented images (B, C, H, W)."""
-        stream, device = self._trainer.stream, self._lessons.images.device
-        drawn = torch.multinomial(weights, self._settings.batch, replacement=True, generator=stream)
-        rows = drawn.to(device)
-        images = augment(self._lessons.show(rows), self._settings.augment, stream)
-        return self._host.ranks.deal(rows), self._host.ranks.deal(images)
+    def _batch(self) -> tuple[torch.Tensor, Inputs]:
+        """This process's part of a batch: numbers of views (B,) and their images under noise (B, C, H, W)."""
+        stream = self._trainer.stream
+        drawn = torch.randint(len(self._labels), (self._settings.batch,), generator=stream)
+        numbers = drawn.to(self._labels.device)
+        images = add_noise(self._views.show(numbers), self._settings.noise, stream)
+        return self._host.ranks.deal(numbers), self._host.ranks.deal(images)
 
-    def _step(self, rows: torch.Tensor, images: Inputs) -> dict[str, torch.Tensor]:
+    def _step(self, numbers: torch.Tensor, images: Inputs) -> dict[str, torch.Tensor]:
         with mixed_precision(self._host.device, self._settings.precision):
             logits = forward(self._model, images)
-            with torch.no_grad():
-                first = forward(self._initial, images)
-        terms = self._terms(logits.float(), first.float(), rows)
-        loss = terms["distillation"] + self._settings.cross_entropy * terms["cross_entropy"]
-        loss = loss + self._settings.anchor * terms["anchor"]
+        loss = distillation(logits.float(), self._labels[numbers], self._settings.temperature)
         self._trainer.descend(loss)
-        agreement = 100.0 * (logits.argmax(1) == self._lessons.targets[rows]).float().mean()
-        return {name: term.detach() for name, term in {**terms, "loss": loss, "agreement": agreement}.items()}
-
-    def _terms(self, logits: torch.Tensor, first: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        lessons, temperature = self._lessons, self._settings.temperature
-        mask = lessons.inside[lessons.teacher_id[rows]].float()  # (B,)
-        return {
-            "distillation": losses.distillation(logits, self._labels[rows], temperature),
-            "cross_entropy": F.cross_entropy(logits, lessons.targets[rows]),
-            "anchor": losses.anchor(logits, first, mask, temperature),
-        }
+        hits = logits.argmax(1) == self._targets[self._views.rows[numbers, 0]]
+        return {"loss": loss.detach(), "agreement": 100.0 * hits.float().mean()}
 
 
 def _shared(student: nn.Module) -> nn.Module:
@@ -190,7 +185,7 @@ def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: 
 def _agreement(student: nn.Module, lessons: Lessons) -> torch.Tensor:
     """Whether the student names the target, bool (N,)."""
     student.eval()
-    answers = torch.cat([forward(student, part).argmax(1) for part in lessons.in_order(JUDGED)])
+    answers = torch.cat([forward(student, part).argmax(1) for part in lessons.in_order(BLOCK)])
     return answers == lessons.targets
 
 

@@ -99,6 +99,11 @@ class Learner:
         """Steps taken."""
         return self._trainer.done
 
+    @property
+    def total(self) -> int:
+        """Steps there will be."""
+        return self._steps
+
     def train(self) -> Iterator[dict[str, float]]:
         """Take the steps that are left."""
         step = Replay(self._step, self._device)
