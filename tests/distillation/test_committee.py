@@ -17,7 +17,7 @@ def test_the_regression_is_the_one_of_scikit_learn():
     targets = (features[:, :3] + torch.randn(300, 3, generator=stream, dtype=torch.float64)).argmax(1)
     weights = torch.rand(300, generator=stream, dtype=torch.float64) + 0.1
     slopes, offsets = fit(features, targets, weights, 3)
-    other = LogisticRegression(C=1 / (2 * RIDGE * float(weights.sum())), tol=1e-10, max_iter=10000)
+    other = LogisticRegression(C=300 / (2 * RIDGE * float(weights.sum())), tol=1e-10, max_iter=10000)
     other.fit(features.numpy(), targets.numpy(), weights.numpy())
     expected = torch.from_numpy(other.predict_proba(features.numpy()))
     assert (features @ slopes + offsets).softmax(1) == pytest.approx(expected, abs=1e-4)

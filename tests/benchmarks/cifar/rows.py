@@ -26,6 +26,7 @@ from dmm_cli.inputs import resolve_source
 from dmm_cli.runtime import resolve_device, seeded
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 
+from . import ensembles
 from .cells import Cell
 from .training import SPEC, seconds_file
 
@@ -183,19 +184,29 @@ def real_images(cell: Cell, pseudo: Path, path: Path) -> None:
     save_pseudo_data(path, data, {}, force=True)
 
 
+def together(answer: Callable[..., float]) -> Callable[[Place], list[float]]:
+    """All clients answer, in the light of dmm's pseudo-data; there is no model to judge."""
+
+    def make(place: Place) -> list[float]:
+        return [answer(place.cell.clients, place.data, place.cell.test)]
+
+    return make
+
+
 @dataclass(frozen=True)
 class Row:
     """A method.
 
     Attributes:
         slug: name of its folder.
-        make: leaves ``model.safetensors``, or several ``model-N.safetensors``, of which the best counts.
+        make: leaves ``model.safetensors``, or several ``model-N.safetensors``, of which the best counts; or gives
+            accuracies in per cent.
         start: of the clients it is for, "own" or "shared", both if empty.
         images: file of the images it learns from, within the folder of the cell's rows.
     """
 
     slug: str
-    make: Callable[[Place], None]
+    make: Callable[[Place], list[float] | None]
     start: str = ""
     images: str = ""
 
@@ -210,6 +221,12 @@ class Row:
 
 PSEUDO, REAL = "dmm/run/pseudo.safetensors", "oracle/real.safetensors"
 ROWS: dict[str, Row] = {
+    "ensemble of the logits of those who know the class": Row(
+        "known", together(ensembles.within_known_classes), images=PSEUDO
+    ),
+    "committee of all clients, which dmm's student is taught by": Row(
+        "committee", together(ensembles.committee), images=PSEUDO
+    ),
     "linear, variances averaged like weights (FedAvg)": Row("plain", plain),
     "linear, analytic variances": Row("linear", merged("--align", "never")),
     "linear, statistics reset on pseudo-data": Row(
@@ -240,8 +257,9 @@ def make_missing(cell: Cell, clock: Clock, on_progress: Callable[[str], None]) -
         if not place.record.exists():
             on_progress(name)
             with timed(place.model):
-                ROWS[name].make(place)
-            _write(place.record, {"seconds": _seconds(ROWS[name], place), "images": _images(ROWS[name], cell)})
+                accuracy = ROWS[name].make(place)
+            record = {"seconds": _seconds(ROWS[name], place), "images": _images(ROWS[name], cell)}
+            _write(place.record, record if accuracy is None else {**record, "accuracy": accuracy})
     if not (cell.folder / CLIENTS).exists():
         on_progress("clients")
         words = [*cell.clients, "--ensemble", "--data", cell.test, "--json"]
