@@ -5,75 +5,13 @@ A record grows by addition only; fields a reader does not know are ignored.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from .errors import DmmError
+from .serialization import Record
+from .serialization import dump as dump
 
 Matrix = tuple[tuple[float | None, ...], ...]
-
-
-class Record:
-    """A frozen dataclass with a JSON form; ``SCHEMA`` names it and its version."""
-
-    SCHEMA: ClassVar[str] = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; NaN and infinity become null."""
-        body = {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
-        return {"schema": self.SCHEMA, **body} if self.SCHEMA else body
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        """The record a JSON object describes.
-
-        Raises:
-            DmmError: another schema, or a required field is missing.
-        """
-        if cls.SCHEMA and record.get("schema") != cls.SCHEMA:
-            raise DmmError(f"expected a {cls.SCHEMA} record, got {record.get('schema', 'none')}")
-        hints = typing.get_type_hints(cls)
-        known = {item.name for item in dataclasses.fields(cls)}
-        try:
-            return cls(**{name: _typed(hints[name], value) for name, value in record.items() if name in known})
-        except TypeError as error:
-            raise DmmError(f"incomplete {cls.SCHEMA or cls.__name__} record: {error}") from None
-
-
-def dump(record: Record) -> str:
-    """The record as indented JSON text."""
-    return json.dumps(record.to_json(), indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_json()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        inner = [option for option in hint.__args__ if option is not type(None)]
-        return None if value is None else _typed(inner[0], value) if len(inner) == 1 else value
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_typed(arguments[0], item) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {key: _typed(arguments[1], item) for key, item in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_json(value)
-    return value
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 from conftest import DIGITS, ROOT, shell
 
 FLOOR = {
-    "errors", "registry", "header", "files", "inputs", "manifest", "config", "names", "shards", "digest", "recall",
-    "devices",
+    "errors", "registry", "header", "files", "inputs", "serialization", "manifest", "config", "names", "shards",
+    "digest", "recall", "devices",
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",
