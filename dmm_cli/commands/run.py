@@ -78,6 +78,21 @@ class Plan:
     quiet: bool
 
 
+SynthesizeSteps = Annotated[
+    int | None,
+    options.option("--synthesize-steps", help="Optimiser steps of the synthesis, in place of the preset's.", min=1),
+]
+DistillSteps = Annotated[
+    int | None,
+    options.option(
+        "--distill-steps",
+        help=f"Optimiser steps of the distillation; if not given {distillation.STEPS}, or 0, which only resets "
+        "BatchNorm, where --group auto finds one group: nothing diverges.",
+        min=0,
+    ),
+]
+
+
 @guarded
 def run(
     checkpoints: options.Checkpoints,
@@ -95,19 +110,8 @@ def run(
     count: Annotated[
         int | None, options.option("--count", help="Pseudo-images per teacher, in place of the preset's.", min=1)
     ] = None,
-    synthesize_steps: Annotated[
-        int | None,
-        options.option("--synthesize-steps", help="Optimiser steps of the synthesis, in place of the preset's.", min=1),
-    ] = None,
-    distill_steps: Annotated[
-        int | None,
-        options.option(
-            "--distill-steps",
-            help=f"Optimiser steps of the distillation; if not given {distillation.STEPS}, or 0, which only resets "
-            "BatchNorm, where --group auto finds one group: nothing diverges.",
-            min=0,
-        ),
-    ] = None,
+    synthesize_steps: SynthesizeSteps = None,
+    distill_steps: DistillSteps = None,
     statistics: options.Statistics = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,

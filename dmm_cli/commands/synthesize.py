@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
-from ..synthesis import ENGINES, LOSSES, presets
+from ..synthesis import LOSSES, presets
 from ..synthesis.settings import Settings
+from . import _inversion as inversion
 from . import _options as options
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable
@@ -40,60 +41,20 @@ def synthesize(
     checkpoints: options.Checkpoints,
     output: options.Output = None,
     preset: options.Preset = presets.DEFAULT,
-    count: Annotated[
-        int | None, options.option("--count", help="Images per teacher, in place of the preset's.", min=1)
-    ] = None,
-    steps: Annotated[
-        int | None, options.option("--steps", help="Optimiser steps, in place of the preset's.", min=1)
-    ] = None,
-    batch: Annotated[
-        str,
-        options.option(
-            "--batch",
-            help="Images per teacher and step; auto: as many as the free memory holds, a power of two up to 256.",
-        ),
-    ] = str(BATCH),
-    engine: Annotated[
-        str, options.option("--engine", help="; ".join(f"{e}: {ENGINES.summary(e)}" for e in ENGINES) + ".")
-    ] = "generator",
-    loss: Annotated[
-        list[str] | None,
-        options.option("--loss", help=f"Weight of a loss ({', '.join(LOSSES)}): total_variation=0.1. Repeatable."),
-    ] = None,
-    student: Annotated[
-        str | None,
-        options.option("--student", help="Seek images on which this checkpoint and the teacher disagree."),
-    ] = None,
-    jitter: Annotated[
-        int, options.option("--jitter", help="Roll images by up to so many pixels before a teacher sees them.", min=0)
-    ] = 0,
-    flip: Annotated[bool, options.option("--flip", help="Mirror half of them too.")] = False,
-    keep_best: Annotated[
-        bool, options.option("--keep-best", help="pixels: keep the images of the lowest loss, not the last.")
-    ] = False,
-    plateau: Annotated[
-        float,
-        options.option("--plateau", help="Stop when the loss falls by less than this, in per cent.", min=0, max=100),
-    ] = 0.0,
-    coarse: Annotated[
-        float,
-        options.option(
-            "--coarse", help="pixels: per cent of the steps at half the resolution, of 128 pixels up.", min=0, max=90
-        ),
-    ] = 0.0,
-    norm_average: Annotated[
-        float,
-        options.option(
-            "--norm-average", help="generator: compare an average over batches, of this momentum.", min=0, max=0.999
-        ),
-    ] = 0.0,
-    class_prior: Annotated[
-        str | None,
-        options.option("--class-prior", help="Class mix of every teacher: 10,10,1. Else it is estimated."),
-    ] = None,
-    grid: Annotated[
-        Path | None, options.option("--grid", help="Draw the images to a .png or .svg file, a row per class.")
-    ] = None,
+    count: inversion.Count = None,
+    steps: inversion.Steps = None,
+    batch: inversion.Batch = str(BATCH),
+    engine: inversion.Engine = "generator",
+    loss: inversion.Loss = None,
+    student: inversion.Student = None,
+    jitter: inversion.Jitter = 0,
+    flip: inversion.Flip = False,
+    keep_best: inversion.KeepBest = False,
+    plateau: inversion.Plateau = 0.0,
+    coarse: inversion.Coarse = 0.0,
+    norm_average: inversion.NormAverage = 0.0,
+    class_prior: inversion.ClassPrior = None,
+    grid: inversion.Grid = None,
     statistics: options.Statistics = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
@@ -121,12 +82,12 @@ def synthesize(
         chosen.count, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
         norm_average, coarse / 100,
     )  # fmt: skip
-    _require_engine(settings)
-    if "adversarial" in weights and student is None:
-        raise DmmError("the adversarial loss compares the teacher with a student", hint="name one with --student")
+    _require_consistent(settings, student)
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
-    flags = options.input_flags(input_size, mean, std)
+    given = Given(
+        arch, options.input_flags(input_size, mean, std), device, options.numbers(class_prior, "--class-prior")
+    )
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
     recorded = statistics_of(statistics or [], sources)
     rival = resolve_source(student) if student else None
@@ -134,21 +95,50 @@ def synthesize(
     check_output(output, inputs=inputs, force=force)
     if rival:
         require_other(rival, sources)
-
-    from ..report.console import Progress, emit, status
-
     if dry_run:
-        emit(
-            f"synthesize {settings.count} images from each of {len(sources)} teachers, "
-            f"{settings.steps} steps -> {output}"
-        )
-        return
+        _show_plan(sources, settings, output)
+    else:
+        _execute(sources, output, settings, given, recorded, rival, grid, force, quiet, json)
 
-    prior = options.numbers(class_prior, "--class-prior")
+
+class Given(NamedTuple):
+    """What the user says of the teachers.
+
+    Attributes:
+        arch: of their modules, None where the files tell. prior: their class mix, empty where it is to be estimated.
+    """
+
+    arch: str | None
+    input: options.InputFlags
+    device: str
+    prior: tuple[float, ...]
+
+
+def _show_plan(sources: Sequence[Source], settings: Settings, output: Path) -> None:
+    from ..report.console import emit
+
+    teachers = f"{settings.count} images from each of {len(sources)} teachers"
+    emit(f"synthesize {teachers}, {settings.steps} steps -> {output}")
+
+
+def _execute(
+    sources: Sequence[Source],
+    output: Path,
+    settings: Settings,
+    given: Given,
+    recorded: Mapping[str, Source],
+    student: Source | None,
+    grid: Path | None,
+    force: bool,
+    quiet: bool,
+    json: bool,
+) -> None:
+    from ..report.console import Progress, status
+
     with joined() as ranks:
         manifest, data = synthesize_sources(
-            sources, output, settings, arch=arch, flags=flags, device=device, prior=prior, recorded=recorded,
-            student=rival, force=force, ranks=ranks, on_progress=Progress(quiet),
+            sources, output, settings, arch=given.arch, flags=given.input, device=given.device, prior=given.prior,
+            recorded=recorded, student=student, force=force, ranks=ranks, on_progress=Progress(quiet),
             on_warning=lambda text: status(f"warning: {text}", quiet=quiet or not ranks.is_first),
         )  # fmt: skip
     if ranks.is_first:
@@ -159,8 +149,8 @@ def synthesize(
         _report(manifest, quiet, json)
 
 
-def _require_engine(settings: Settings) -> None:
-    """Refuse options that the engine has no use for."""
+def _require_consistent(settings: Settings, student: str | None) -> None:
+    """Refuse options that the engine has no use for, and a loss that lacks a student."""
     of = {"keep_best": "pixels", "coarse": "pixels", "norm_average": "generator"}
     idle = [name for name, engine in of.items() if getattr(settings, name) and engine != settings.engine]
     if idle:
@@ -168,6 +158,8 @@ def _require_engine(settings: Settings) -> None:
             f"--{idle[0].replace('_', '-')} is of the other engine",
             hint=f"add --engine {of[idle[0]]}, or leave it out",
         )
+    if "adversarial" in settings.weights and student is None:
+        raise DmmError("the adversarial loss compares the teacher with a student", hint="name one with --student")
 
 
 def _draw(data: PseudoData, path: Path, force: bool, quiet: bool) -> None:

@@ -1,0 +1,47 @@
+"""The options of the inversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..synthesis import ENGINES, LOSSES
+from ._options import option
+
+Count = Annotated[int | None, option("--count", help="Images per teacher, in place of the preset's.", min=1)]
+Steps = Annotated[int | None, option("--steps", help="Optimiser steps, in place of the preset's.", min=1)]
+Batch = Annotated[
+    str,
+    option(
+        "--batch",
+        help="Images per teacher and step; auto: as many as the free memory holds, a power of two up to 256.",
+    ),
+]
+Engine = Annotated[str, option("--engine", help="; ".join(f"{e}: {ENGINES.summary(e)}" for e in ENGINES) + ".")]
+Loss = Annotated[
+    list[str] | None,
+    option("--loss", help=f"Weight of a loss ({', '.join(LOSSES)}): total_variation=0.1. Repeatable."),
+]
+Student = Annotated[
+    str | None, option("--student", help="Seek images on which this checkpoint and the teacher disagree.")
+]
+Jitter = Annotated[
+    int, option("--jitter", help="Roll images by up to so many pixels before a teacher sees them.", min=0)
+]
+Flip = Annotated[bool, option("--flip", help="Mirror half of them too.")]
+KeepBest = Annotated[bool, option("--keep-best", help="pixels: keep the images of the lowest loss, not the last.")]
+Plateau = Annotated[
+    float, option("--plateau", help="Stop when the loss falls by less than this, in per cent.", min=0, max=100)
+]
+Coarse = Annotated[
+    float,
+    option("--coarse", help="pixels: per cent of the steps at half the resolution, of 128 pixels up.", min=0, max=90),
+]
+NormAverage = Annotated[
+    float,
+    option("--norm-average", help="generator: compare an average over batches, of this momentum.", min=0, max=0.999),
+]
+ClassPrior = Annotated[
+    str | None, option("--class-prior", help="Class mix of every teacher: 10,10,1. Else it is estimated.")
+]
+Grid = Annotated[Path | None, option("--grid", help="Draw the images to a .png or .svg file, a row per class.")]
