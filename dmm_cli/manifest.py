@@ -340,12 +340,25 @@ class SynthesisManifest(Record):
 
 
 @dataclass(frozen=True)
+class Start(Record):
+    """A checkpoint that a student could start from, and the share of the targets it names, in per cent."""
+
+    label: str
+    retained: float
+
+
+@dataclass(frozen=True)
 class DistillManifest(Record):
-    """What a distillation did."""
+    """What a distillation did.
+
+    Attributes:
+        student: the one it started from. starts: all that it could have.
+    """
 
     SCHEMA: ClassVar[str] = "dmm.distill/1"
 
     student: SourceRecord
+    starts: tuple[Start, ...]
     sources: tuple[SourceRecord, ...]
     data: SourceRecord
     parameters: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Frozen networks of a synthesis: teachers with what is known of them, and a student to work against."""
+"""Frozen networks: teachers with what is known of them, and a student to work against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..errors import DmmError
+from ..errors import DmmError, capped, printable
 from ..inputs import Source
 from . import _options as options
 from ._statistics import require_input
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..spaces import Spec
     from ..synthesis.statistics import NormLayer
     from ..synthesis.teacher import Teacher
+
+SAME_CLASSES = "a student needs the classes of its teachers, in their order"
 
 
 def load_teachers(
@@ -89,6 +91,20 @@ def require_other(student: Source, teachers: Sequence[Source]) -> None:
         )
 
 
+def require_same_class_names(sources: Sequence[Source]) -> None:
+    """Raise DmmError when checkpoints that tell their classes tell others, or another order."""
+    from ..architectures import class_names
+
+    told = {source.path: class_names(source) for source in sources}
+    lists = {path: names for path, names in told.items() if names}
+    if len(set(lists.values())) > 1:
+        raise DmmError(
+            "student and teachers know other classes",
+            evidence=capped([f"{path}: {printable(', '.join(names))}" for path, names in lists.items()]),
+            hint=SAME_CLASSES,
+        )
+
+
 def load_student(
     student: Source,
     teachers: Sequence[Source],
@@ -106,17 +122,13 @@ def load_student(
     from ..spaces import in_words
     from ..synthesis.teacher import freeze
 
+    require_same_class_names([student, *teachers])
     model, _ = architectures.load_model(student)
-    lists = {source.path: architectures.class_names(source) for source in (student, *teachers)}
-    own, found = lists.pop(student.path), architectures.num_classes(model)
-    other = [f"{path}: {', '.join(names)}" for path, names in lists.items() if own and names and names != own]
-    if found != num_classes or other:
+    found = architectures.num_classes(model)
+    if found != num_classes:
         raise DmmError(
-            f"the student {student.path} has other classes than its teachers",
-            evidence=[f"it has {found}, they have {num_classes}"]
-            if found != num_classes
-            else [f"its own: {own}", *other],
-            hint="a student needs the classes of its teachers, in their order",
+            f"the student {student.path} has {found} classes, its teachers {num_classes}",
+            hint=SAME_CLASSES,
         )
     taken = architectures.input_spec(student, model, **asdict(flags))
     if taken != spec:

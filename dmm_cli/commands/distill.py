@@ -20,6 +20,7 @@ from ..ranks import Ranks, joined
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded, resumable
+from ._teachers import SAME_CLASSES, require_same_class_names
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
     from ..distillation.lessons import Lessons
     from ..distillation.refine import Settings
-    from ..manifest import DistillManifest
+    from ..manifest import DistillManifest, Start
     from ..synthesis.pseudodata import PseudoData
 
 EPILOG = epilog(
-    "dmm distill merged/group-0.safetensors merged/merge.json --data pseudo.safetensors -o model.safetensors",
+    "dmm distill 'merged/group-*.safetensors' merged/merge.json --data pseudo.safetensors -o model.safetensors",
     "dmm distill student.safetensors site-*.safetensors --data pseudo.safetensors --steps 1000 -o out.safetensors",
 )
 STEPS, BATCH, RATE, TEMPERATURE = 1200, 128, 3e-3, 2.0
@@ -39,7 +40,14 @@ STEPS, BATCH, RATE, TEMPERATURE = 1200, 128, 3e-3, 2.0
 
 @guarded
 def distill(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="The checkpoint to refine; it is not changed.")],
+    student: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDENT",
+            help="The checkpoint to refine; of several ('merged/group-*.safetensors', in quotes, or @list.txt) "
+            "the one that names most targets. None is changed.",
+        ),
+    ],
     teachers: Annotated[
         list[str],
         typer.Argument(metavar="TEACHER...", help="Teachers of the pseudo-data, or merge.json, or -."),
@@ -75,16 +83,17 @@ def distill(
     if learning_rate <= 0 or temperature <= 0:
         raise DmmError("--learning-rate and --temperature must be above zero")
     require_precision(precision)
-    pupil = resolve_source(student)
+    students = resolve_sources([student])
     sources = resolve_sources(teachers, stdin=sys.stdin)
     pseudo = resolve_source(str(data))
-    check_output(output, inputs=[path for s in (pupil, pseudo, *sources) for path in s.files], force=force)
+    check_output(output, inputs=[path for s in (*students, pseudo, *sources) for path in s.files], force=force)
 
     from ..report.console import Progress, emit, status
 
     if dry_run:
         names = ", ".join(source.label for source in sources)
-        emit(f"distill {names} into {pupil.label} with {data}, {steps} steps -> {output}")
+        pupil = " or ".join(source.label for source in students)
+        emit(f"distill {names} into {pupil} with {data}, {steps} steps -> {output}")
         return
 
     from ..distillation.refine import Settings
@@ -92,7 +101,7 @@ def distill(
     settings = Settings(steps, batch, learning_rate, temperature, seed=seed, precision=precision)
     with joined() as ranks:
         manifest = distill_sources(
-            pupil,
+            students,
             sources,
             pseudo,
             output,
@@ -111,7 +120,7 @@ def distill(
 
 
 def distill_sources(
-    student: Source,
+    students: Sequence[Source],
     teachers: Sequence[Source],
     data: Source,
     output: Path,
@@ -123,7 +132,7 @@ def distill_sources(
     ranks: Ranks = Ranks(),
     on_progress=None,
 ) -> DistillManifest:
-    """Load the student and its lessons, refine, and write the checkpoint; go on from what an interrupted call did."""
+    """Load the student to start from, refine it, and write the checkpoint; go on from what an interrupted call did."""
     from .. import architectures
     from ..checkpoint import save_like
     from ..distillation.refine import refine
@@ -133,10 +142,10 @@ def distill_sources(
 
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
-    model, _ = architectures.load_model(student, arch)
-    lessons = _lessons(load_pseudo_data(data), student, teachers, architectures.num_classes(model), where)
-    networks = [_network(teacher, arch, len(lessons.classes)).to(where) for teacher in teachers if settings.steps]
-    model = model.to(where)
+    require_same_class_names([*students, *teachers])
+    lessons = _lessons(load_pseudo_data(data), architectures.class_names(students[0]), teachers, where)
+    networks = [_network(teacher, _untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
+    student, model, starts = _start(students, arch, lessons, where)
     layers = [layer for _, layer in architectures.norm_layers(model)]
     started = time.monotonic()
     parameters = asdict(settings)
@@ -161,6 +170,7 @@ def distill_sources(
         ranks.wait()
     return DistillManifest(
         student=parents[0],
+        starts=starts,
         sources=parents[1:],
         data=SourceRecord(data.label, str(data.path), data.sha256),
         parameters=parameters,
@@ -173,18 +183,16 @@ def distill_sources(
 
 
 def _lessons(
-    data: PseudoData, student: Source, teachers: Sequence[Source], num_classes: int, device: torch.device
+    data: PseudoData, classes: tuple[str, ...] | None, teachers: Sequence[Source], device: torch.device
 ) -> Lessons:
-    """The rows of the pseudo-data that belong to the named teachers, in the student's input space."""
+    """The rows of the pseudo-data that belong to the named teachers."""
     import numpy as np
     import torch
 
-    from ..architectures import class_names
     from ..distillation.lessons import Lessons
     from ..examples import each
     from ..spaces import space_of
 
-    _require_classes(data, student, num_classes)
     places = [data.place_of(teacher) for teacher in teachers]
     rows = np.flatnonzero(np.isin(data.teacher_id, places))
     rank = np.full(len(data.teachers), -1)
@@ -195,35 +203,47 @@ def _lessons(
         targets=torch.from_numpy(data.targets[rows]).to(device),
         teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
         labels=tuple(teacher.label for teacher in teachers),
-        classes=class_names(student) or tuple(map(str, range(num_classes))),
+        classes=classes or tuple(map(str, range(data.logits.shape[1]))),
     )
 
 
-def _network(teacher: Source, arch: str | None, num_classes: int) -> nn.Module:
-    """A frozen teacher; it may be of another architecture than the student, which ``arch`` is for.
+def _start(
+    students: Sequence[Source], arch: str | None, lessons: Lessons, device: torch.device
+) -> tuple[Source, nn.Module, tuple[Start, ...]]:
+    """The student that names most targets, the first of equals, its module, and what all of them name."""
+    from ..distillation.start import retained
+    from ..manifest import Start
+
+    starts: list[Start] = []
+    for source in students:
+        candidate = _network(source, arch, lessons, device)
+        starts.append(Start(source.label, retained(candidate, lessons)))
+        if starts[-1].retained > max((start.retained for start in starts[:-1]), default=-1.0):
+            best, model = source, candidate
+    return best, model, tuple(starts)
+
+
+def _untold(teacher: Source, arch: str | None) -> str | None:
+    """The architecture of a teacher that does not tell its own: the student's."""
+    return None if "dmm.arch" in teacher.metadata or "architecture" in (teacher.config or {}) else arch
+
+
+def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.device) -> nn.Module:
+    """A frozen network of the pseudo-data's classes, on its device.
 
     Raises:
         DmmError: it has other classes.
     """
     from .. import architectures
 
-    told = "dmm.arch" in teacher.metadata or "architecture" in (teacher.config or {})
-    model, _ = architectures.load_model(teacher, None if told else arch)
+    model, _ = architectures.load_model(source, arch)
     found = architectures.num_classes(model)
-    if found != num_classes:
+    if found != len(lessons.classes):
         raise DmmError(
-            f"{teacher.path} has {found} classes, the student {num_classes}",
-            hint="a student needs the classes of its teachers",
+            f"{source.path} has {found} classes, the pseudo-data {len(lessons.classes)}",
+            hint=SAME_CLASSES,
         )
-    return model.requires_grad_(False)
-
-
-def _require_classes(data: PseudoData, student: Source, num_classes: int) -> None:
-    if data.logits.shape[1] != num_classes:
-        raise DmmError(
-            f"{student.path} has {num_classes} classes, the pseudo-data {data.logits.shape[1]}",
-            hint="a student needs the classes of its teachers",
-        )
+    return model.requires_grad_(False).to(device)
 
 
 def _check(manifest: DistillManifest, bound: float | None) -> None:
@@ -240,11 +260,12 @@ def _check(manifest: DistillManifest, bound: float | None) -> None:
 def _report(manifest: DistillManifest, quiet: bool, json: bool) -> None:
     from ..manifest import dump
     from ..report.console import emit
-    from ..report.tables import render, retention_table
+    from ..report.tables import render, retention_table, start_table
 
     if json:
         emit(dump(manifest))
     elif quiet:
         emit(manifest.output)
     else:
-        emit(render([retention_table(manifest)], "table"))
+        choice = [start_table(manifest)] if len(manifest.starts) > 1 else []
+        emit(render([*choice, retention_table(manifest)], "table"))

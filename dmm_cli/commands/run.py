@@ -221,13 +221,13 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         lambda: _synthesize(plan, files),
     )
     settings = _distillation(plan, files)
-    student = resolve_source(str(files.group("group-0")))
-    lessons = {"student": student.sha256, "data": file_hash(files.pseudo), "sources": hashes, "names": names}
+    groups = [resolve_source(str(path)) for path in sorted(files.merged.glob("group-*.safetensors"))]
+    lessons = {"data": file_hash(files.pseudo), "sources": hashes, "names": names}
     stages.run(
         "distill",
-        {**lessons, "settings": asdict(settings), **where},
+        {**lessons, "students": [group.sha256 for group in groups], "settings": asdict(settings), **where},
         [files.model, files.distillation],
-        lambda: _distill(plan, files, student, settings),
+        lambda: _distill(plan, files, groups, settings),
     )
     if plan.data is not None:
         stages.run(
@@ -297,12 +297,12 @@ def _distillation(plan: Plan, files: Layout) -> DistillSettings:
     return Settings(steps, seed=plan.synthesis.seed, precision=plan.synthesis.precision)
 
 
-def _distill(plan: Plan, files: Layout, student: Source, settings: DistillSettings) -> None:
+def _distill(plan: Plan, files: Layout, students: Sequence[Source], settings: DistillSettings) -> None:
     from ..manifest import dump
     from ..report.console import Progress
 
     manifest = distillation.distill_sources(
-        student, plan.sources, resolve_source(str(files.pseudo)), files.model, settings,
+        students, plan.sources, resolve_source(str(files.pseudo)), files.model, settings,
         arch=plan.arch, device=plan.device, force=True, on_progress=Progress(plan.quiet),
     )  # fmt: skip
     write_text(files.distillation, dump(manifest) + "\n", force=True)
@@ -372,11 +372,14 @@ def _check_directory(output: Path, force: bool) -> None:
 def _report(files: Layout, data: Path | None, quiet: bool, json: bool) -> None:
     from ..manifest import DistillManifest, Evaluation, dump
     from ..report.console import emit
-    from ..report.tables import accuracy_table, render
+    from ..report.tables import accuracy_table, render, start_table
 
+    manifest = _read(files.distillation, DistillManifest)
     if json:
-        emit(dump(_read(files.distillation, DistillManifest)))
+        emit(dump(manifest))
         return
+    if len(manifest.starts) > 1 and not quiet:
+        emit(render([start_table(manifest)], "table"))
     if data is not None and not quiet:
         emit(render([accuracy_table(_read(files.evaluation, Evaluation))], "table"))
     emit(str(files.model))

@@ -21,8 +21,9 @@ from ..runtime import generator as random_stream
 from ..savepoint import Savepoint, State
 from ..training import Replay, Trainer, work_through
 from .augment import add_noise
-from .lessons import BLOCK, Lessons
+from .lessons import Lessons
 from .losses import distillation
+from .start import agreement
 from .views import draw_views
 
 BETAS, WARM_UP = (0.9, 0.999), 0.1
@@ -80,7 +81,7 @@ def refine(
             hint=f"--batch must be a multiple of {host.ranks.count}",
         )
     with one_thread(host.device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
-        before = _agreement(student, lessons)
+        before = agreement(student, lessons)
         _reset(student, layers, lessons, settings.seed, "before")
         recorder = Recorder(settings.steps)
         if settings.steps:
@@ -88,7 +89,7 @@ def refine(
             work_through([lambda: pupil], "distill", settings.steps, host)
         student.requires_grad_(False)
         _reset(student, layers, lessons, settings.seed, "after")
-        after = _agreement(student, lessons)
+        after = agreement(student, lessons)
     return recorder.history(), _retention(lessons, before, after)
 
 
@@ -179,14 +180,6 @@ def _shared(student: nn.Module) -> nn.Module:
 
 def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: int, when: str) -> None:
     reset_statistics(student, layers, lessons.balanced(random_stream(seed, "reset", when)))
-
-
-@torch.no_grad()
-def _agreement(student: nn.Module, lessons: Lessons) -> torch.Tensor:
-    """Whether the student names the target, bool (N,)."""
-    student.eval()
-    answers = torch.cat([forward(student, part).argmax(1) for part in lessons.in_order(BLOCK)])
-    return answers == lessons.targets
 
 
 def _retention(lessons: Lessons, before: torch.Tensor, after: torch.Tensor) -> tuple[Retention, ...]:

@@ -57,6 +57,7 @@ def write_report(
         _picture(figures.draw_image_grid(data), "pseudo-images, a row per class"),
         _picture(figures.draw_curves(synthesis.history, "synthesis"), "losses of the synthesis"),
         "<h2>Distillation</h2>",
+        _table(tables.start_table(distillation)),
         _table(tables.retention_table(distillation)),
         _table(tables.class_retention_table(distillation)),
         _picture(figures.draw_curves(distillation.history, "distillation"), "losses of the distillation")

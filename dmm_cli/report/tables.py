@@ -135,6 +135,13 @@ def teacher_table(manifest: SynthesisManifest) -> Table:
     return Table(f"pseudo-data in {manifest.output}", columns, rows)
 
 
+def start_table(manifest: DistillManifest) -> Table:
+    """What the student could have started from."""
+    taken = {manifest.student.label: "yes"}
+    rows = [[start.label, number(start.retained, 1), taken.get(start.label, "")] for start in manifest.starts]
+    return Table("targets that a start names, every class alike, %", ["start", "retained", "taken"], rows)
+
+
 def retention_table(manifest: DistillManifest) -> Table:
     """The student's agreement with each teacher on that teacher's pseudo-data, in per cent."""
     rows = [

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from conftest import DIGITS, dmm
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dmm_cli.architectures import build
 from dmm_cli.checkpoint import save_arrays
@@ -23,6 +25,11 @@ def drawn(tmp_path_factory):
     result = dmm("synthesize", *SITES, "--count", 192, "--steps", 60, "--batch", 32, "-o", path)
     assert result.exit_code == 0, result.stderr
     return path
+
+
+def load_metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
 
 
 def fresh(path, arch):
@@ -42,6 +49,47 @@ def test_a_student_of_another_architecture_learns_from_all(drawn, tmp_path):
         float(dmm("evaluate", path, "--data", DIGITS / "test.safetensors", "-q").stdout) for path in (student, out)
     )
     assert before < 20 and after > 40
+
+
+def test_of_several_students_the_one_that_knows_most_starts(drawn, tmp_path):
+    folder = tmp_path / "students"
+    folder.mkdir()
+    for number, site in enumerate(reversed(SITES)):  # five digits against two: the second is to be chosen
+        (folder / f"{number}.safetensors").write_bytes(site.read_bytes())
+    rest = [*SITES, "--data", drawn, "--steps", 2]
+    chosen = dmm("distill", folder / "*.safetensors", *rest, "-o", tmp_path / "several.safetensors", "--json")
+    assert chosen.exit_code == 0, chosen.stderr
+    record = json.loads(chosen.stdout)
+    assert record["student"]["label"] == "1" and [start["label"] for start in record["starts"]] == ["0", "1"]
+    data = load_file(drawn)
+    known = [float(classes) for classes in balanced_agreement(data)]
+    assert [start["retained"] for start in record["starts"]] == pytest.approx(known[::-1])
+    alone = dmm("distill", folder / "1.safetensors", *rest, "-o", tmp_path / "alone.safetensors")
+    assert alone.exit_code == 0, alone.stderr
+    several, one = (load_file(tmp_path / f"{name}.safetensors") for name in ("several", "alone"))
+    assert all(several[name].equal(one[name]) for name in one)
+
+
+def balanced_agreement(data):
+    """Mean over the classes of how many of their images each site names, in per cent."""
+    images = (data["images"].float() / 255 - 0.3) / 0.38
+    targets = data["targets"].long()
+    for site in SITES:
+        model = build(load_metadata(site)["dmm.arch"])
+        model.load_state_dict(load_file(site))
+        with torch.no_grad():
+            hits = model.eval()(images).argmax(1) == targets
+        yield 100 * torch.stack([hits[targets == label].double().mean() for label in targets.unique()]).mean()
+
+
+def test_students_and_teachers_that_name_other_classes_are_refused(drawn, tmp_path):
+    student = tmp_path / "s.safetensors"
+    names = [*"9876543210"]
+    metadata = {**load_metadata(SITES[0]), "dmm.classes": json.dumps(names)}
+    save_file(load_file(SITES[0]), student, metadata)
+    result = dmm("distill", student, *SITES, "--data", drawn, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and not (tmp_path / "out.safetensors").exists()
+    assert "other classes" in result.stderr and "9, 8, 7" in result.stderr and str(SITES[1]) in result.stderr
 
 
 def test_teachers_of_other_classes_are_refused(drawn, tmp_path):
