@@ -13,7 +13,6 @@ from torch import nn
 
 from ..examples import Examples
 from ..spaces import JointSpec, Spec
-from .thinconv import NarrowConv2d
 
 LATENT = 32
 WIDTH, NARROWEST = 32, 16  # channels at the lowest resolution, and the least at the highest
@@ -43,7 +42,7 @@ class Generator(nn.Module):
             nn.Conv2d(a, b, 3, padding=1) for a, b in zip([WIDTH, *widths], widths, strict=False)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.paint = NarrowConv2d(widths[-1], channels)
+        self.paint = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         features = self.project(torch.cat([latent, self.embedding(condition)], 1))

@@ -1,4 +1,4 @@
-"""Convolutions between an image of few channels and a map of many, at the speed of a matrix product.
+"""Frozen convolutions of an image of few channels, with gradients at the speed of a matrix product.
 
 On the CPU oneDNN's kernels work on blocks of 8 or 16 channels, and leave most of each block idle where
 one side has one to four. There a product with the kernel matrix, folded into place, is faster: forward
@@ -54,17 +54,3 @@ def fold_stems(model: nn.Module) -> nn.Module:
         if known and module.in_channels <= FEW:
             module.__class__ = FrozenStem
     return model
-
-
-class NarrowConv2d(nn.Module):
-    """A 3 x 3 convolution from features (B, F, H, W) to an image (B, C, H, W) of few channels."""
-
-    def __init__(self, features: int, channels: int) -> None:
-        super().__init__()
-        self.spread = nn.Conv2d(features, 9 * channels, 1, bias=False)
-        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
-        nn.init.uniform_(self.spread.weight, -((9 * features) ** -0.5), (9 * features) ** -0.5)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        parts = self.spread(features).flatten(2)  # (B, 9 * C, H * W)
-        return F.fold(parts, features.shape[2:], 3, padding=1) + self.bias

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dmm_cli.synthesis import thinconv
-from dmm_cli.synthesis.thinconv import FrozenStem, NarrowConv2d, fold_stems
+from dmm_cli.synthesis.thinconv import FrozenStem, fold_stems
 
 
 @pytest.mark.parametrize(
@@ -39,13 +38,3 @@ def test_other_convolutions_stay_as_they_are():
     ]
     fold_stems(nn.Sequential(*others))
     assert all(type(other) is nn.Conv2d for other in others)
-
-
-def test_paint_is_a_convolution():
-    torch.manual_seed(0)
-    paint, features = NarrowConv2d(5, 2), torch.randn(3, 5, 6, 4)
-    nn.init.normal_(paint.bias)
-    spread = paint.spread.weight.view(2, 3, 3, 5)  # (C, 3, 3, F): where each pixel's features go
-    kernel = spread.permute(0, 3, 1, 2).flip(2, 3)  # (C, F, 3, 3): where each pixel's come from
-    expected = F.conv2d(features, kernel, paint.bias.flatten(), padding=1)
-    assert torch.allclose(paint(features), expected, atol=1e-5)
