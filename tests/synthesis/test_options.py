@@ -233,7 +233,11 @@ def test_students_that_cannot_be(tmp_path):
         tmp_path / "grey.safetensors",
         {**metadata, "dmm.input": '{"size": [1, 16, 16], "mean": [0.9], "std": [1]}'},
     )
-    for name, words in {"renamed": "other classes", "few": "few.safetensors: 0, 1, 2, 3", "grey": "another input"}.items():
+    for name, words in {
+        "renamed": "other classes",
+        "few": "few.safetensors: 0, 1, 2, 3",
+        "grey": "another input",
+    }.items():
         refused = dmm("synthesize", SITES["a"], "--student", tmp_path / f"{name}.safetensors", *out)
         assert refused.exit_code == 2 and words in refused.stderr, refused.stderr
     alone = dmm("synthesize", SITES["a"], "--loss", "adversarial=1", *out)
