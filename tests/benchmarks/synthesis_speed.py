@@ -67,7 +67,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "cpu": {
         "ResNet of the digits": Network(DIGITS_ARCH, 16, 64, 8, 60),
-        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 8),
+        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 64, 2, 16),
         "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 8, 2, 4),
     },
     "cuda": {
