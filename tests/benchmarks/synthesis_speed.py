@@ -8,7 +8,7 @@ default, float32, every term is read back at every step, images are stored as PN
 targets' distribution and start are those of dmm. Loops take turns; times are of the loop and the writing, without
 start-up and loading. "Forward" is a bare forward pass of one batch, on a GPU in bf16, channels_last, as a CUDA graph;
 the floor is twice that: forward, and the gradient of the images. "Share of the peak": floating-point operations of
-that floor, over what a large matrix product (float32 on the CPU, bfloat16 on a GPU) does in the time dmm took.
+that floor, over what a wide convolution in float32 (on a GPU a large product in bfloat16) does in the time dmm took.
 Speed: networks as initialised, with statistics of coloured noise. Quality: the five digit sites, whose students are
 judged on held-out digits. Prints Markdown.
 """
@@ -168,14 +168,21 @@ def forward_seconds(model: nn.Module, images: torch.Tensor) -> float:
 
 
 def peak(device: str) -> float:
-    """Floating-point operations a second of a large matrix product, in the precision dmm computes in there."""
-    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    """Floating-point operations a second: of a wide convolution in float32 on the CPU, of a large product on a GPU.
+
+    On an AMD CPU torch's matrix product reaches less than its convolutions do.
+    """
+    if device == "cpu":
+        batch, width, side = 32, 512, 8
+        images, kernels = torch.randn(batch, width, side, side), torch.randn(width, width, 3, 3)
+        images, kernels = (part.to(memory_format=torch.channels_last) for part in (images, kernels))
+        return 2 * batch * side**2 * 9 * width**2 / _median_of(lambda: F.conv2d(images, kernels, padding=1))
+    size = 8192
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def multiply() -> None:
         left @ right
-        if device != "cpu":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
 
     return 2 * size**3 / _median_of(multiply)
 

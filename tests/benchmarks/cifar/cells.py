@@ -40,7 +40,7 @@ PROFILES = {
         clients=5,
         settings=("0.01-own", "100-shared", "renderings-shared"),
         seeds=1,
-        own=Recipe(SMALL, 16),
+        own=Recipe(SMALL, 40),
         base=Recipe(SMALL, 30),
         shared=Recipe(SMALL, 5, rate=5e-4),
         pooled=Recipe(SMALL, 8),
