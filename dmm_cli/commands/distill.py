@@ -143,7 +143,8 @@ def distill_sources(
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     require_same_class_names([*students, *teachers])
-    lessons = _lessons(load_pseudo_data(data), architectures.class_names(students[0]), teachers, where)
+    told = next(filter(None, map(architectures.class_names, [*students, *teachers])), ())
+    lessons = _lessons(load_pseudo_data(data), told, teachers, where)
     networks = [_network(teacher, _untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
     student, model, starts = _start(students, arch, lessons, where)
     layers = [layer for _, layer in architectures.norm_layers(model)]
@@ -182,10 +183,8 @@ def distill_sources(
     )
 
 
-def _lessons(
-    data: PseudoData, classes: tuple[str, ...] | None, teachers: Sequence[Source], device: torch.device
-) -> Lessons:
-    """The rows of the pseudo-data that belong to the named teachers."""
+def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source], device: torch.device) -> Lessons:
+    """The rows of the pseudo-data that belong to the named teachers; classes as told, if these are as many."""
     import numpy as np
     import torch
 
@@ -193,6 +192,7 @@ def _lessons(
     from ..examples import each
     from ..spaces import space_of
 
+    count = data.logits.shape[1]
     places = [data.place_of(teacher) for teacher in teachers]
     rows = np.flatnonzero(np.isin(data.teacher_id, places))
     rank = np.full(len(data.teachers), -1)
@@ -203,7 +203,7 @@ def _lessons(
         targets=torch.from_numpy(data.targets[rows]).to(device),
         teacher_id=torch.from_numpy(rank[data.teacher_id[rows]]).to(device),
         labels=tuple(teacher.label for teacher in teachers),
-        classes=classes or tuple(map(str, range(data.logits.shape[1]))),
+        classes=told if len(told) == count else tuple(map(str, range(count))),
     )
 
 

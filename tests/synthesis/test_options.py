@@ -228,6 +228,8 @@ def test_students_that_cannot_be(tmp_path):
     few = {**weights, "fc.weight": weights["fc.weight"][:4], "fc.bias": weights["fc.bias"][:4]}
     arch = metadata["dmm.arch"].replace("num_classes=10", "num_classes=4")
     save_file(few, tmp_path / "few.safetensors", {**metadata, "dmm.arch": arch, "dmm.classes": '["0","1","2","3"]'})
+    silent = {name: text for name, text in metadata.items() if name != "dmm.classes"}
+    save_file(few, tmp_path / "silent.safetensors", {**silent, "dmm.arch": arch})
     save_file(
         weights,
         tmp_path / "grey.safetensors",
@@ -236,6 +238,7 @@ def test_students_that_cannot_be(tmp_path):
     for name, words in {
         "renamed": "other classes",
         "few": "few.safetensors: 0, 1, 2, 3",
+        "silent": "has 4 classes, its teachers 10",
         "grey": "another input",
     }.items():
         refused = dmm("synthesize", SITES["a"], "--student", tmp_path / f"{name}.safetensors", *out)
