@@ -156,7 +156,7 @@ def draw_curves(history: History, title: str) -> Figure:
         panel.plot(history.step, values, color="#2c5f8a", linewidth=1.3)
         panel.set_title(name.replace("_", " "), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
-        panel.tick_params(labelsize=7)
+        panel.tick_params(which="both", labelsize=7)  # a logarithmic axis of few decades labels its minor ticks
         panel.grid(alpha=0.25)
         if min(values) > 0 and max(values) > 30 * min(values):
             panel.set_yscale("log")
