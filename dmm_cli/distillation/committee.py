@@ -2,10 +2,13 @@
 
 A teacher of two classes sees one of them in whatever it is shown, so a mean of teachers guesses wrong where each knows
 its own classes alone. How all of them answer to the images of one is known from the pseudo-data, and a multinomial
-logistic regression on their logits side by side learns it: stacking (Wolpert, 1992), without data. Unlike the owner of
-an image it can answer for images that belong to nobody, and of a deformed image it says what it shows now.
+logistic regression on what they say, side by side, learns it: stacking (Wolpert, 1992), without data. Unlike the owner
+of an image it can answer for images that belong to nobody, and of a deformed image it says what it shows now.
 
-Legend: N images, B images of a batch, T teachers, K classes.
+What a teacher says are its logits, and the features that they are made from: these tell classes apart that the teacher
+has no names for.
+
+Legend: N images, B images of a batch, T teachers, K classes, F features of a teacher.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import nn
 
 from ..examples import Inputs, forward
 
-RIDGE = 5.0  # weight of the squared slopes beside the loss of all images; of 5,000, half and ten times it measure alike
-ITERATIONS = 200
+RIDGE = 200.0  # weight of the squared slopes beside the loss of all images; of 10,000, three times it measures alike
+ITERATIONS = 80
 
 
 class Committee(nn.Module):
@@ -27,22 +30,26 @@ class Committee(nn.Module):
 
     Args:
         teachers: frozen networks of one list of classes. images: batches (B, C, H, W) of pseudo-images.
-        targets: of all images (N,). weights: of all images (N,), by which they count.
+        targets: of all images (N,). weights: of all images (N,), by which they count. classes: how many there are.
     """
 
     def __init__(
-        self, teachers: Sequence[nn.Module], images: Iterable[Inputs], targets: torch.Tensor, weights: torch.Tensor
+        self,
+        teachers: Sequence[nn.Module],
+        images: Iterable[Inputs],
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        classes: int,
     ) -> None:
         super().__init__()
         self._teachers = nn.ModuleList(teachers)
         with torch.no_grad():
-            seen = torch.cat([self._side_by_side(part) for part in images]).double().cpu()  # (N, T K)
+            seen = torch.cat([self._side_by_side(part) for part in images]).double().cpu()  # (N, T (K + F))
         mean, scale = seen.mean(0), seen.std(0, correction=0).clamp_min(1e-6)
-        classes = seen.shape[1] // len(teachers)
         slopes, offsets = fit((seen - mean) / scale, targets.cpu(), weights.double().cpu(), classes)
         slopes = slopes / scale[:, None]
         device = targets.device
-        self.register_buffer("slopes", slopes.float().to(device))  # (T K, K)
+        self.register_buffer("slopes", slopes.float().to(device))  # (T (K + F), K)
         self.register_buffer("offsets", (offsets - mean @ slopes).float().to(device))  # (K,)
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
@@ -50,7 +57,24 @@ class Committee(nn.Module):
         return self._side_by_side(inputs) @ self.slopes + self.offsets
 
     def _side_by_side(self, inputs: Inputs) -> torch.Tensor:
-        return torch.cat([forward(teacher, inputs).float() for teacher in self._teachers], 1)  # (B, T K)
+        return torch.cat([_testimony(teacher, inputs) for teacher in self._teachers], 1)  # (B, T (K + F))
+
+
+def _testimony(teacher: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Logits and what the last linear layer is given, mean over places if there are any: float32 (B, K + F).
+
+    Of a network without a linear layer the logits alone, (B, K).
+    """
+    held: list[torch.Tensor] = []
+    layers = [module for module in teacher.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda _, given: held.append(given[0])) for layer in layers[-1:]]
+    try:
+        logits = forward(teacher, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    features = [part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in held[-1:]]  # (B, F)
+    return torch.cat([logits.float(), *[part.float() for part in features]], 1)
 
 
 def fit(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from ..examples import Inputs
 from ..recalibration import balanced_weights, drawn_rows
 from ..spaces import Space
+from .augment import add_noise, draw_poses, posed
 from .committee import Committee
 
 BLOCK = 512  # images at once
@@ -52,6 +54,13 @@ class Lessons:
         """All images, in batches (B, C, H, W)."""
         return (self.space.from_bytes(part) for part in self.images.split(batch))
 
-    def committee(self, teachers: Sequence[nn.Module]) -> Committee:
-        """The teachers as one, who have seen all images as they are."""
-        return Committee(teachers, self.in_order(BLOCK), self.targets, self.weights())
+    def disturbed(self, batch: int, pose: float, noise: float, stream: torch.Generator) -> Iterator[Inputs]:
+        """All images, in batches (B, C, H, W), each in a pose and under noise of these strengths."""
+        for part in self.in_order(batch):
+            poses = draw_poses(len(part), pose, stream).to(part.device)
+            yield add_noise(posed(part, poses), noise, stream)
+
+    def committee(self, teachers: Sequence[nn.Module], pose: float, noise: float, stream: torch.Generator) -> Committee:
+        """The teachers as one, who have seen all images as they are, and once more disturbed."""
+        images = chain(self.in_order(BLOCK), self.disturbed(BLOCK, pose, noise, stream))
+        return Committee(teachers, images, self.targets.repeat(2), self.weights().repeat(2), len(self.classes))

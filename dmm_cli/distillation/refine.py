@@ -85,7 +85,9 @@ def refine(
         _reset(student, layers, lessons, settings.seed, "before")
         recorder = Recorder(settings.steps)
         if settings.steps:
-            pupil = Pupil(student, lessons, lessons.committee(teachers), settings, host, recorder)
+            stream = random_stream(settings.seed, "committee")
+            committee = lessons.committee(teachers, settings.pose, settings.noise, stream)
+            pupil = Pupil(student, lessons, committee, settings, host, recorder)
             work_through([lambda: pupil], "distill", settings.steps, host)
         student.requires_grad_(False)
         _reset(student, layers, lessons, settings.seed, "after")

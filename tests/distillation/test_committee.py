@@ -51,6 +51,10 @@ def lessons() -> Lessons:
     return Lessons(images.to(torch.uint8), space, targets, targets // 2, ("top", "bottom"), tuple("abcd"))
 
 
+def stream() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
 TEACHERS = [Half((0, 1), slice(0, 4), 0.0), Half((2, 3), slice(4, 8), 30.0)]
 
 
@@ -59,7 +63,7 @@ def test_a_committee_knows_whom_to_believe():
     images = data.show(torch.arange(400))
     mean = torch.stack([teacher(images) for teacher in TEACHERS]).mean(0)
     assert (mean.argmax(1) == data.targets).float().mean() < 0.6, "the one that is sure of itself wins"
-    answers = data.committee(TEACHERS)(images)
+    answers = data.committee(TEACHERS, 0.5, 0.25, stream())(images)
     assert answers.shape == (400, 4) and (answers.argmax(1) == data.targets).float().mean() > 0.98
 
 
@@ -68,13 +72,13 @@ def test_the_committee_counts_every_class_alike():
     seen = torch.cat([torch.zeros(90, 1, 8, 8), torch.zeros(10, 1, 8, 8)])
     targets = torch.cat([torch.zeros(90), torch.ones(10)]).long()
     weights = torch.cat([torch.full((90,), 1 / 90), torch.full((10,), 1 / 10)])
-    answers = Committee(TEACHERS, [seen], targets, weights)(data.show(torch.arange(2)) * 0)
+    answers = Committee(TEACHERS, [seen], targets, weights, 4)(data.show(torch.arange(2)) * 0)
     assert answers[0, 0].item() == pytest.approx(answers[0, 1].item(), abs=1e-3)
 
 
 def test_views_are_answered_as_they_are_shown():
     data = lessons()
-    committee = data.committee(TEACHERS)
+    committee = data.committee(TEACHERS, 0.5, 0.25, stream())
     views = draw_views(data, committee, 200, 0.5, torch.Generator().manual_seed(1))
     numbers = torch.arange(200)
     assert torch.allclose(views.answers, committee(views.show(numbers)), atol=1e-5)
@@ -82,3 +86,43 @@ def test_views_are_answered_as_they_are_shown():
     changed = (views.show(numbers) - plain).abs().amax((1, 2, 3)) > 0.1
     assert changed.float().mean() > 0.9
     assert data.targets[views.rows].flatten().bincount().tolist() == pytest.approx([100] * 4, abs=35)
+
+
+class Quarters(nn.Module):
+    """Sees how bright the quarters of an image are, and has no class to say it with."""
+
+    def __init__(self, places: bool) -> None:
+        super().__init__()
+        self._places, self.classifier = places, nn.Linear(4, 4)
+        nn.init.zeros_(self.classifier.weight)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        quarters = nn.functional.avg_pool2d(images, 4).flatten(1)  # (B, 4)
+        if not self._places:
+            return self.classifier(quarters)
+        spread = torch.tensor([0.5, 1.5])[:, None] * quarters[:, None]  # (B, 2 places, 4)
+        return self.classifier(spread).mean(1)
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_a_committee_reads_what_a_teacher_has_no_class_for(places):
+    data, teacher = lessons(), Quarters(places)
+    images = data.show(torch.arange(400))
+    assert teacher(images).std(0).max() == 0
+    answers = data.committee([teacher], 0.5, 0.25, stream())(images)
+    assert (answers.argmax(1) == data.targets).float().mean() > 0.98
+    assert not teacher.classifier._forward_pre_hooks
+
+
+def test_a_committee_is_fitted_to_disturbed_images_too():
+    data = lessons()
+    strengths = (0.0, 0.0), (0.5, 0.0), (0.0, 0.25)
+    seen = [torch.cat(list(data.disturbed(150, *strength, stream()))) for strength in strengths]
+    plain = data.show(torch.arange(400))
+    assert torch.allclose(seen[0], plain, atol=1e-5)
+    assert all((part - plain).abs().mean() > 0.05 for part in seen[1:])
+    twice = [plain, *data.disturbed(512, 0.5, 0.25, stream())]
+    expected = Committee(TEACHERS, twice, data.targets.repeat(2), torch.ones(800), 4)
+    assert torch.allclose(data.committee(TEACHERS, 0.5, 0.25, stream())(plain), expected(plain), atol=1e-3)
+    once = Committee(TEACHERS, [plain, plain], data.targets.repeat(2), torch.ones(800), 4)
+    assert not torch.allclose(expected(plain), once(plain), atol=1e-2)
