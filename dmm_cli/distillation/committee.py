@@ -26,7 +26,7 @@ ITERATIONS = 80
 
 
 class Committee(nn.Module):
-    """Logits of inputs, from the logits of all teachers.
+    """Logits of inputs, from what all teachers say of them.
 
     Args:
         teachers: frozen networks of one list of classes. images: batches (B, C, H, W) of pseudo-images.
@@ -44,13 +44,12 @@ class Committee(nn.Module):
         super().__init__()
         self._teachers = nn.ModuleList(teachers)
         with torch.no_grad():
-            seen = torch.cat([self._side_by_side(part) for part in images]).double().cpu()  # (N, T (K + F))
+            seen = torch.cat([self._side_by_side(part) for part in images]).double()  # (N, T (K + F))
         mean, scale = seen.mean(0), seen.std(0, correction=0).clamp_min(1e-6)
-        slopes, offsets = fit((seen - mean) / scale, targets.cpu(), weights.double().cpu(), classes)
+        slopes, offsets = fit((seen - mean) / scale, targets, weights.to(seen), classes)
         slopes = slopes / scale[:, None]
-        device = targets.device
-        self.register_buffer("slopes", slopes.float().to(device))  # (T (K + F), K)
-        self.register_buffer("offsets", (offsets - mean @ slopes).float().to(device))  # (K,)
+        self.register_buffer("slopes", slopes.float())  # (T (K + F), K)
+        self.register_buffer("offsets", (offsets - mean @ slopes).float())  # (K,)
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
         """Logits, float32 (B, K)."""
@@ -90,8 +89,8 @@ def fit(
     Returns:
         Slopes (D, K) and offsets (K,).
     """
-    slopes = torch.zeros(features.shape[1], classes, dtype=features.dtype, requires_grad=True)
-    offsets = torch.zeros(classes, dtype=features.dtype, requires_grad=True)
+    slopes = features.new_zeros(features.shape[1], classes, requires_grad=True)
+    offsets = features.new_zeros(classes, requires_grad=True)
     optimiser = torch.optim.LBFGS([slopes, offsets], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
     shares = weights / weights.sum()
 

@@ -45,7 +45,7 @@ class Settings:
     steps: int = 1200
     batch: int = 128
     learning_rate: float = 3e-3
-    temperature: float = 2.0
+    temperature: float = 4.0
     pose: float = 0.5
     noise: float = 0.25
     seed: int = 0
