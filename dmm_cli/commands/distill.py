@@ -35,7 +35,7 @@ EPILOG = epilog(
     "dmm distill 'merged/group-*.safetensors' merged/merge.json --data pseudo.safetensors -o model.safetensors",
     "dmm distill student.safetensors site-*.safetensors --data pseudo.safetensors --steps 1000 -o out.safetensors",
 )
-STEPS, BATCH, RATE, TEMPERATURE = 1200, 128, 3e-3, 4.0
+STEPS, BATCH, RATE, TEMPERATURE = 1800, 128, 3e-3, 4.0
 
 
 @guarded

@@ -42,7 +42,7 @@ class Settings:
         precision: that networks are run in, see ``runtime.mixed_precision``.
     """
 
-    steps: int = 1200
+    steps: int = 1800
     batch: int = 128
     learning_rate: float = 3e-3
     temperature: float = 4.0
