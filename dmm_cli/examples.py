@@ -5,12 +5,14 @@ Legend: B examples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 IMAGES = "images"  # what files call the input of a network that has one
 
@@ -61,6 +63,17 @@ Inputs = torch.Tensor | Examples
 def forward(model: nn.Module, inputs: Inputs) -> Any:
     """Call a model: several inputs by their names, images alone by position."""
     return model(**inputs.parts) if isinstance(inputs, Examples) else model(inputs)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """While these hooks are on a model; they are taken off again, whatever happens."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def named(value: Any) -> dict[str, Any]:

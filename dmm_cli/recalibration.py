@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from .examples import Inputs, forward
+from .examples import Inputs, forward, hooked
 
 BATCHES, BATCH = 8, 256
 SMALLEST = 1e-12  # variance of a channel that is switched off
@@ -137,13 +137,9 @@ def _measure(
 
         return measure
 
-    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
-    try:
+    with hooked(modules[name].register_forward_hook(hook(name)) for name in names):
         for batch in batches:
             forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: tuple(total / len(batches)) for name, total in sums.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import DmmError, capped, printable
-from .examples import IMAGES, Examples, forward
+from .examples import IMAGES, Examples, forward, hooked
 from .images import InputSpec
 from .spaces import JointSpec, Spec, TokenSpec
 
@@ -78,17 +78,14 @@ def vocabularies(model: nn.Module, examples: Examples) -> dict[str, int]:
                 found[name] = min(layer.num_embeddings, found.get(name, layer.num_embeddings))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
-        if tokens and layers:
-            forward(model, examples)
+        with hooked(layer.register_forward_pre_hook(look) for layer in layers):
+            if tokens and layers:
+                forward(model, examples)
     except (RuntimeError, IndexError, TypeError) as error:
         raise DmmError(
             f"{type(model).__name__} does not take its {ATTRIBUTE}", evidence=[printable(str(error).splitlines()[0])]
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     if found.keys() != tokens.keys():
         raise DmmError(
             f"no nn.Embedding of {type(model).__name__} looks up {', '.join(sorted(tokens.keys() - found.keys()))}",

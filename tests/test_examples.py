@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dmm_cli.examples import Examples, cat, each, forward, joined, named
+from dmm_cli.examples import Examples, cat, each, forward, hooked, joined, named
 from dmm_cli.images import InputSpec
 from dmm_cli.spaces import JointSpec, TokenSpec, space_of
 
@@ -51,3 +52,11 @@ def test_each_input_has_a_space_of_its_own():
     assert kept.parts["tokens"].tolist() == [[0, 2]] and kept.parts["vector"].tolist() == [[3.0, -2.0]]
     back = space.from_bytes(kept)
     assert back.parts["tokens"].tolist() == [[0, 2]] and back.parts["vector"].tolist() == [[1.0, -1.0]]
+
+
+def test_hooks_are_taken_off_when_a_pass_fails():
+    layer, seen = torch.nn.Linear(2, 2), []
+    with pytest.raises(RuntimeError), hooked([layer.register_forward_pre_hook(lambda *_: seen.append(1))]):
+        layer(torch.zeros(1, 3))
+    layer(torch.zeros(1, 2))
+    assert seen == [1]

@@ -14,7 +14,7 @@ Legend: N checkpoints, B images of a batch, P positions, S features of a positio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..examples import Inputs, forward
+from ..examples import Inputs, forward, hooked
 from ..inputs import Source
 from ..runtime import generator
 from ..widths import own_rows
@@ -127,12 +127,8 @@ def _in_order(model: nn.Module, images: Inputs) -> list[Place]:
         return count
 
     layers = {name: layer for name, layer in model.named_modules() if _is_solvable(layer)}
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with hooked(layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()):
         forward(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [Place(name, layers[name], count) for name, count in calls.items() if name not in foreign]
 
 
@@ -175,13 +171,8 @@ def _inputs(model: nn.Module, place: Place, images: Inputs) -> list[torch.Tensor
         if len(seen) == place.uses:
             raise _Enough
 
-    handle = model.get_submodule(place.path).register_forward_pre_hook(keep)
-    try:
+    with hooked([model.get_submodule(place.path).register_forward_pre_hook(keep)]), suppress(_Enough):
         forward(model, images)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
     return seen
 
 

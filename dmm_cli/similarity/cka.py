@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..examples import Inputs, forward
+from ..examples import Inputs, forward, hooked
 
 BATCH = 128  # images whose products are taken with one another
 FEWEST = 4  # images, for the estimate to be defined
@@ -62,11 +62,8 @@ def _grams(model: nn.Module, images: Inputs) -> Matrices:
     handles = [
         layer.register_forward_hook(hook(name)) for name, layer in model.named_modules() if isinstance(layer, affine)
     ]
-    try:
+    with hooked(handles):
         forward(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

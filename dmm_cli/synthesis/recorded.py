@@ -17,7 +17,7 @@ from torch import nn
 from ..architectures import NormInput
 from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
-from ..examples import Inputs, forward
+from ..examples import Inputs, forward, hooked
 from ..inputs import Source
 from ..runtime import one_thread
 from .statistics import NormLayer
@@ -81,15 +81,11 @@ def measure(
         return see
 
     handles = [layer.module.register_forward_pre_hook(hook(name, layer)) for name, layer in layers.items()]
-    try:
-        with one_thread(device):
-            for images in batches:
-                forward(model, images.to(device))
-                total |= {name: total[name].merge(new) if name in total else new for name, new in last.items()}
-                last.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), one_thread(device):
+        for images in batches:
+            forward(model, images.to(device))
+            total |= {name: total[name].merge(new) if name in total else new for name, new in last.items()}
+            last.clear()
     return {name: total[name] for name in layers if name in total}
 
 
