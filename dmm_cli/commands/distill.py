@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..devices import require_precision
+from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..distillation.lessons import Lessons
-    from ..distillation.refine import Settings
     from ..manifest import DistillManifest, Start
     from ..synthesis.pseudodata import PseudoData
 
@@ -35,7 +35,6 @@ EPILOG = epilog(
     "dmm distill 'merged/group-*.safetensors' merged/merge.json --data pseudo.safetensors -o model.safetensors",
     "dmm distill student.safetensors site-*.safetensors --data pseudo.safetensors --steps 1000 -o out.safetensors",
 )
-STEPS, BATCH, RATE, TEMPERATURE = 1800, 128, 3e-3, 4.0
 
 
 @guarded
@@ -54,16 +53,22 @@ def distill(
     ],
     data: Annotated[Path, options.option("--data", help="Pseudo-data from dmm synthesize.")],
     output: options.Output = None,
-    steps: Annotated[int, options.option("--steps", help="Optimiser steps; 0 only resets BatchNorm.", min=0)] = STEPS,
-    batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = BATCH,
+    steps: Annotated[
+        int, options.option("--steps", help="Optimiser steps; 0 only resets BatchNorm.", min=0)
+    ] = Settings.steps,
+    batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = Settings.batch,
     fail_under: Annotated[
         float | None,
         options.option(
             "--fail-under", help="Exit 1 when the student retains less than this of a class of a teacher, in per cent."
         ),
     ] = None,
-    learning_rate: Annotated[float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")] = RATE,
-    temperature: Annotated[float, options.option("--temperature", help="Softens both sides' logits.")] = TEMPERATURE,
+    learning_rate: Annotated[
+        float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")
+    ] = Settings.learning_rate,
+    temperature: Annotated[
+        float, options.option("--temperature", help="Softens both sides' logits.")
+    ] = Settings.temperature,
     arch: options.Arch = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -95,8 +100,6 @@ def distill(
         pupil = " or ".join(source.label for source in students)
         emit(f"distill {names} into {pupil} with {data}, {steps} steps -> {output}")
         return
-
-    from ..distillation.refine import Settings
 
     settings = Settings(steps, batch, learning_rate, temperature, seed=seed, precision=precision)
     with joined() as ranks:

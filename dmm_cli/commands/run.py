@@ -6,15 +6,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from ..devices import require_device_name, require_precision
+from ..distillation.settings import Settings as DistillSettings
 from ..errors import DmmError
 from ..files import write_text
 from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe
 from ..synthesis import presets
+from ..synthesis.settings import Settings as SynthesisSettings
 from . import _options as options
 from . import distill as distillation
 from . import synthesize as synthesis
@@ -24,10 +26,6 @@ from ._stages import STATE, Stages, file_hash
 from ._statistics import statistics_of
 from .evaluate import evaluate_sources
 from .merge import grouping_of
-
-if TYPE_CHECKING:
-    from ..distillation.refine import Settings as DistillSettings
-    from ..synthesis.settings import Settings as SynthesisSettings
 
 EPILOG = epilog(
     "dmm run fixtures/digits/site-*.safetensors -o out/ --data fixtures/digits/test.safetensors",
@@ -86,7 +84,7 @@ DistillSteps = Annotated[
     int | None,
     options.option(
         "--distill-steps",
-        help=f"Optimiser steps of the distillation; if not given {distillation.STEPS}, or 0, which only resets "
+        help=f"Optimiser steps of the distillation; if not given {DistillSettings.steps}, or 0, which only resets "
         "BatchNorm, where --group auto finds one group: nothing diverges.",
         min=0,
     ),
@@ -146,8 +144,6 @@ def run(
         emit(f"similarity, merge --method {method} --group {group}, synthesize {chosen.count} images from each of "
              f"{len(sources)} teachers, distill -> {output}")  # fmt: skip
         return
-
-    from ..synthesis.settings import Settings as SynthesisSettings
 
     plan = Plan(
         sources=sources,
@@ -287,14 +283,13 @@ def _synthesize(plan: Plan, files: Layout) -> None:
 
 def _distillation(plan: Plan, files: Layout) -> DistillSettings:
     """As asked; unless asked, without a divergent checkpoint there is nothing to teach."""
-    from ..distillation.refine import Settings
     from ..manifest import MergeManifest
 
     steps = plan.distill_steps
     if steps is None:
         one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
-        steps = 0 if one_start else distillation.STEPS
-    return Settings(steps, seed=plan.synthesis.seed, precision=plan.synthesis.precision)
+        steps = 0 if one_start else DistillSettings.steps
+    return DistillSettings(steps, seed=plan.synthesis.seed, precision=plan.synthesis.precision)
 
 
 def _distill(plan: Plan, files: Layout, students: Sequence[Source], settings: DistillSettings) -> None:

@@ -14,9 +14,11 @@ from torch import nn
 
 from ..examples import Inputs
 from ..recalibration import balanced_weights, drawn_rows
+from ..runtime import generator as random_stream
 from ..spaces import Space
 from .augment import add_noise, draw_poses, posed
 from .committee import Committee
+from .settings import Settings
 
 BLOCK = 512  # images at once
 
@@ -60,7 +62,8 @@ class Lessons:
             poses = draw_poses(len(part), pose, stream).to(part.device)
             yield add_noise(posed(part, poses), noise, stream)
 
-    def committee(self, teachers: Sequence[nn.Module], pose: float, noise: float, stream: torch.Generator) -> Committee:
-        """The teachers as one, who have seen all images as they are, and once more disturbed."""
-        images = chain(self.in_order(BLOCK), self.disturbed(BLOCK, pose, noise, stream))
+    def committee(self, teachers: Sequence[nn.Module], settings: Settings) -> Committee:
+        """The teachers as one, who have seen all images as they are, and once more disturbed as the student's are."""
+        stream = random_stream(settings.seed, "committee")
+        images = chain(self.in_order(BLOCK), self.disturbed(BLOCK, settings.pose, settings.noise, stream))
         return Committee(teachers, images, self.targets.repeat(2), self.weights().repeat(2), len(self.classes))

@@ -6,7 +6,6 @@ Legend: N images, B images of a batch, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from ..training import Replay, Trainer, work_through
 from .augment import add_noise
 from .lessons import Lessons
 from .losses import distillation
+from .settings import Settings
 from .start import agreement
 from .views import draw_views
 
@@ -30,26 +30,6 @@ BETAS, WARM_UP = (0.9, 0.999), 0.1
 STATE = "student"
 SHOWN = ("loss", "agreement")  # while it learns
 VIEWS = 4  # of an image, on average; 16 teach the same
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to refine.
-
-    Attributes:
-        temperature: that labels and answers are softened by.
-        pose, noise: strength of the random changes of images, see ``augment``.
-        precision: that networks are run in, see ``runtime.mixed_precision``.
-    """
-
-    steps: int = 1800
-    batch: int = 128
-    learning_rate: float = 3e-3
-    temperature: float = 4.0
-    pose: float = 0.5
-    noise: float = 0.25
-    seed: int = 0
-    precision: str = "float32"
 
 
 def refine(
@@ -85,9 +65,7 @@ def refine(
         _reset(student, layers, lessons, settings.seed, "before")
         recorder = Recorder(settings.steps)
         if settings.steps:
-            stream = random_stream(settings.seed, "committee")
-            committee = lessons.committee(teachers, settings.pose, settings.noise, stream)
-            pupil = Pupil(student, lessons, committee, settings, host, recorder)
+            pupil = Pupil(student, lessons, lessons.committee(teachers, settings), settings, host, recorder)
             work_through([lambda: pupil], "distill", settings.steps, host)
         student.requires_grad_(False)
         _reset(student, layers, lessons, settings.seed, "after")

@@ -7,8 +7,10 @@ from torch import nn
 
 from dmm_cli.distillation.committee import RIDGE, Committee, fit
 from dmm_cli.distillation.lessons import Lessons
+from dmm_cli.distillation.settings import Settings
 from dmm_cli.distillation.views import draw_views
 from dmm_cli.images import InputSpec, PixelSpace
+from dmm_cli.runtime import generator
 
 
 def test_the_regression_is_the_one_of_scikit_learn():
@@ -63,7 +65,7 @@ def test_a_committee_knows_whom_to_believe():
     images = data.show(torch.arange(400))
     mean = torch.stack([teacher(images) for teacher in TEACHERS]).mean(0)
     assert (mean.argmax(1) == data.targets).float().mean() < 0.6, "the one that is sure of itself wins"
-    answers = data.committee(TEACHERS, 0.5, 0.25, stream())(images)
+    answers = data.committee(TEACHERS, Settings())(images)
     assert answers.shape == (400, 4) and (answers.argmax(1) == data.targets).float().mean() > 0.98
 
 
@@ -78,7 +80,7 @@ def test_the_committee_counts_every_class_alike():
 
 def test_views_are_answered_as_they_are_shown():
     data = lessons()
-    committee = data.committee(TEACHERS, 0.5, 0.25, stream())
+    committee = data.committee(TEACHERS, Settings())
     views = draw_views(data, committee, 200, 0.5, torch.Generator().manual_seed(1))
     numbers = torch.arange(200)
     assert torch.allclose(views.answers, committee(views.show(numbers)), atol=1e-5)
@@ -109,7 +111,7 @@ def test_a_committee_reads_what_a_teacher_has_no_class_for(places):
     data, teacher = lessons(), Quarters(places)
     images = data.show(torch.arange(400))
     assert teacher(images).std(0).max() == 0
-    answers = data.committee([teacher], 0.5, 0.25, stream())(images)
+    answers = data.committee([teacher], Settings())(images)
     assert (answers.argmax(1) == data.targets).float().mean() > 0.98
     assert not teacher.classifier._forward_pre_hooks
 
@@ -121,8 +123,8 @@ def test_a_committee_is_fitted_to_disturbed_images_too():
     plain = data.show(torch.arange(400))
     assert torch.allclose(seen[0], plain, atol=1e-5)
     assert all((part - plain).abs().mean() > 0.05 for part in seen[1:])
-    twice = [plain, *data.disturbed(512, 0.5, 0.25, stream())]
+    twice = [plain, *data.disturbed(512, 0.5, 0.25, generator(0, "committee"))]
     expected = Committee(TEACHERS, twice, data.targets.repeat(2), torch.ones(800), 4)
-    assert torch.allclose(data.committee(TEACHERS, 0.5, 0.25, stream())(plain), expected(plain), atol=1e-3)
+    assert torch.allclose(data.committee(TEACHERS, Settings())(plain), expected(plain), atol=1e-3)
     once = Committee(TEACHERS, [plain, plain], data.targets.repeat(2), torch.ones(800), 4)
     assert not torch.allclose(expected(plain), once(plain), atol=1e-2)

@@ -15,7 +15,8 @@ from torch import nn
 
 from dmm_cli.architectures import norm_layers
 from dmm_cli.distillation.lessons import Lessons
-from dmm_cli.distillation.refine import Settings, refine
+from dmm_cli.distillation.refine import refine
+from dmm_cli.distillation.settings import Settings
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.manifest import History

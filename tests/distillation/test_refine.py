@@ -10,7 +10,8 @@ from torch import nn
 from dmm_cli.architectures import load_model, norm_layers
 from dmm_cli.distillation import losses
 from dmm_cli.distillation.lessons import Lessons
-from dmm_cli.distillation.refine import Settings, refine
+from dmm_cli.distillation.refine import refine
+from dmm_cli.distillation.settings import Settings
 from dmm_cli.evaluation import load_labelled
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source

@@ -14,10 +14,9 @@ from torch import nn
 
 from dmm_cli.architectures import load_model
 from dmm_cli.distillation.lessons import Lessons
-from dmm_cli.distillation.refine import Settings
+from dmm_cli.distillation.settings import Settings
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
-from dmm_cli.runtime import generator
 from dmm_cli.synthesis.pseudodata import load_pseudo_data
 
 from .training import SPEC
@@ -44,9 +43,7 @@ def committee(clients: Sequence[Path], data: Path, test: Path) -> float:
     images, targets, owners = map(torch.from_numpy, arrays)
     names = tuple(teacher.label for teacher in drawn.teachers)
     lessons = Lessons(images, PixelSpace(SPEC), targets, owners, names, tuple(map(str, range(drawn.logits.shape[1]))))
-    settings = Settings()
-    stream = generator(settings.seed, "committee")
-    return _accuracy(lessons.committee(_models(clients), settings.pose, settings.noise, stream), test)
+    return _accuracy(lessons.committee(_models(clients), Settings()), test)
 
 
 def _models(clients: Sequence[Path]) -> list[nn.Module]:
