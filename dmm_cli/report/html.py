@@ -27,6 +27,7 @@ caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
 img { max-width: 100%; background: white; border-radius: 4px; } .wide { overflow-x: auto; }
 .result td { font-weight: 600; }
+@page { size: A4 landscape; } @media print { td { overflow-wrap: anywhere; } table { font-size: .8em; } }
 """
 
 
