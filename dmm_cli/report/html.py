@@ -27,7 +27,10 @@ caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
 img { max-width: 100%; background: white; border-radius: 4px; } .wide { overflow-x: auto; }
 .result td { font-weight: 600; }
-@page { size: A4 landscape; } @media print { td { overflow-wrap: anywhere; } table { font-size: .8em; } }
+@page { size: A4 landscape; }
+@media print {
+  h2 { break-after: avoid; } td { overflow-wrap: anywhere; } table { font-size: .8em; } img { max-height: 14cm; }
+}
 """
 
 
