@@ -104,17 +104,9 @@ def distill(
     settings = Settings(steps, batch, learning_rate, temperature, seed=seed, precision=precision)
     with joined() as ranks:
         manifest = distill_sources(
-            students,
-            sources,
-            pseudo,
-            output,
-            settings,
-            arch=arch,
-            device=device,
-            force=force,
-            ranks=ranks,
-            on_progress=Progress(quiet),
-        )
+            students, sources, pseudo, output, settings,
+            arch=arch, device=device, force=force, ranks=ranks, on_progress=Progress(quiet),
+        )  # fmt: skip
         if not ranks.is_first:
             return
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
