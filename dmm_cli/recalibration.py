@@ -92,7 +92,7 @@ def repair(
     """
     left_out = set(skip)
     names = [name for name, layer in model.named_modules() if _is_affine(layer) and name not in left_out]
-    targets = {name: torch.zeros(2, 1) for name in names}
+    targets: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
     for parent, share in zip(parents, shares, strict=True):
         for name, (mean, variance) in _measure(parent, names, batches).items():
             targets[name] = targets[name] + share * torch.stack([mean, variance.sqrt()])

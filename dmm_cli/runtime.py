@@ -104,19 +104,23 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """One thread for every operation on the CPU.
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Sums in the same order every time, so that the same inputs give the same bytes.
 
-    How an operation is split among threads decides the order of its sums, and with it the last bits;
-    on one thread the bytes of a result depend on neither the number of cores nor their load.
+    On the CPU one thread for every operation, for how an operation is split among threads decides the order of its
+    sums; the bytes of a result then depend on neither the number of cores nor their load. On a GPU those algorithms
+    of cuDNN that leave no order to chance.
     """
-    threads = torch.get_num_threads()
+    threads, ordered = torch.get_num_threads(), torch.backends.cudnn.deterministic
     if device.type == "cpu":
         torch.set_num_threads(1)
+    else:
+        torch.backends.cudnn.deterministic = True
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = ordered
 
 
 def workers(device: torch.device, local: int) -> int:
@@ -151,7 +155,7 @@ def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -
     stop = threading.Event()
 
     def alone(job: Callable[[Callable[[], bool]], None]) -> None:
-        with one_thread(host.device):  # of this worker; other threads keep theirs
+        with deterministic(host.device):  # of this worker; other threads keep theirs
             job(stop.is_set)
 
     with ThreadPoolExecutor(workers(host.device, host.ranks.local)) as pool:

@@ -30,7 +30,7 @@ def with_cka(
 ) -> SimilarityReport:
     """The report with the CKA of activations on pseudo-data, between checkpoints of one architecture."""
     from .. import architectures
-    from ..runtime import one_thread, resolve_device
+    from ..runtime import deterministic, resolve_device
     from ..similarity.cka import BATCH
     from ..synthesis.pseudodata import load_pseudo_data
 
@@ -41,7 +41,7 @@ def with_cka(
         own = [sources[i] for i in kind]
         models = [architectures.load_model(source, arch)[0].to(where) for source in own]
         images = balanced_images(pseudo, own, seed, "cka", where)
-        with one_thread(where), readable_errors(data, own[0].label):
+        with deterministic(where), readable_errors(data, own[0].label):
             batches = [part for batch in images for part in batch.split(BATCH)]
             matrix, _ = MEASURES.load("cka")(models, batches, on_progress)
         for place, row in zip(kind, matrix, strict=True):

@@ -77,14 +77,14 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
         DmmError: the pseudo-data hold nothing of a parent, or do not fit the model.
     """
     from .. import architectures
-    from ..runtime import one_thread, resolve_device
+    from ..runtime import deterministic, resolve_device
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(settings.device)
     data = load_pseudo_data(settings.data)
     model = architectures.load_model(merged, settings.arch)[0].to(where)
     work = _Work(model, data, parents, recipe, settings, where)
-    with one_thread(where), readable_errors(settings.data, merged.label):
+    with deterministic(where), readable_errors(settings.data, merged.label):
         lengths = _solve(work) if "features" in METHODS.traits(recipe.method) else {}
         done = [f"{len(lengths)} layers solved ({recipe.method})"] if lengths else []
         changed = set(lengths)

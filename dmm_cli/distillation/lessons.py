@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..examples import Inputs
-from ..recalibration import balanced_weights, drawn_rows
+from ..recalibration import balanced_weights, drawn_rows, owner_weights
 from ..runtime import generator as random_stream
 from ..spaces import Space
 from .augment import add_noise, draw_poses, posed
@@ -51,6 +51,12 @@ class Lessons:
     def balanced(self, stream: torch.Generator) -> Iterator[Inputs]:
         """Batches (B, C, H, W) in which every class is equally likely."""
         return (self.show(rows.to(self.images.device)) for rows in drawn_rows(self.weights(), stream))
+
+    def mixed(self, stream: torch.Generator) -> Iterator[Inputs]:
+        """Batches (B, C, H, W) in which every teacher is equally likely, with its images in the mix it has of them."""
+        teachers = len(self.labels)
+        rows = drawn_rows(owner_weights(self.teacher_id.cpu(), [1 / teachers] * teachers), stream)
+        return (self.show(part.to(self.images.device)) for part in rows)
 
     def in_order(self, batch: int) -> Iterator[Inputs]:
         """All images, in batches (B, C, H, W)."""

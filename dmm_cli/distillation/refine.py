@@ -15,7 +15,7 @@ from ..errors import DmmError
 from ..examples import Inputs, forward
 from ..manifest import ClassRetention, History, Retention
 from ..recalibration import reset_statistics
-from ..runtime import Host, mixed_precision, one_thread, seeded
+from ..runtime import Host, deterministic, mixed_precision, seeded
 from ..runtime import generator as random_stream
 from ..savepoint import Savepoint, State
 from ..training import Replay, Trainer, work_through
@@ -42,7 +42,8 @@ def refine(
 ) -> tuple[History, tuple[Retention, ...]]:
     """Distil pseudo-data into the student, in place; the last step is the result.
 
-    Statistics of ``layers`` are reset on class-balanced pseudo-data before and after. Processes share each batch:
+    Statistics of ``layers`` are reset on class-balanced pseudo-data before and after; where no step is to be taken, on
+    every teacher's images in their own mix of classes, as those of a merge are (``merge --recalibrate``). Processes share each batch:
     they average their gradients, and each normalises by the statistics of its own part, so that the result depends
     on how many there are.
 
@@ -60,15 +61,15 @@ def refine(
             f"a batch of {settings.batch} images cannot be shared by {host.ranks.count} processes",
             hint=f"--batch must be a multiple of {host.ranks.count}",
         )
-    with one_thread(host.device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
+    with deterministic(host.device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
         before = agreement(student, lessons)
-        _reset(student, layers, lessons, settings.seed, "before")
+        _reset(student, layers, lessons, settings, "before")
         recorder = Recorder(settings.steps)
         if settings.steps:
             pupil = Pupil(student, lessons, lessons.committee(teachers, settings), settings, host, recorder)
             work_through([lambda: pupil], "distill", settings.steps, host)
         student.requires_grad_(False)
-        _reset(student, layers, lessons, settings.seed, "after")
+        _reset(student, layers, lessons, settings, "after")
         after = agreement(student, lessons)
     return recorder.history(), _retention(lessons, before, after)
 
@@ -158,8 +159,9 @@ def _shared(student: nn.Module) -> nn.Module:
     return DistributedDataParallel(student)
 
 
-def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, seed: int, when: str) -> None:
-    reset_statistics(student, layers, lessons.balanced(random_stream(seed, "reset", when)))
+def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, settings: Settings, when: str) -> None:
+    batches = lessons.balanced if settings.steps else lessons.mixed
+    reset_statistics(student, layers, batches(random_stream(settings.seed, "reset", when)))
 
 
 def _retention(lessons: Lessons, before: torch.Tensor, after: torch.Tensor) -> tuple[Retention, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..runtime import one_thread
+from ..runtime import deterministic
 
 Method = Callable[..., torch.Tensor]
 
@@ -27,6 +27,12 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return (shape[0], prod(shape[1:])) if len(shape) > 1 and prod(shape[1:]) > 1 else None
 
 
+def prepare(device: torch.device) -> None:
+    """Load a GPU's linear algebra, which threads must not do at the same time."""
+    if device.type == "cuda":
+        torch.linalg.eigvalsh(torch.eye(2, device=device))
+
+
 def merge_matrices(
     tasks: np.ndarray, shape: tuple[int, int], device: torch.device, method: Method, parameters: dict[str, Any]
 ) -> np.ndarray:
@@ -35,7 +41,7 @@ def merge_matrices(
     Raises:
         DmmError: a parameter is out of its range.
     """
-    with one_thread(device), torch.no_grad():
+    with deterministic(device), torch.no_grad():
         stacked = torch.from_numpy(tasks).to(device).view(len(tasks), *shape)  # (N, R, S)
         return method(stacked, **parameters).cpu().numpy().reshape(-1)
 
@@ -49,7 +55,7 @@ def calibrate_matrix(
     parameters: dict[str, Any],
 ) -> np.ndarray:
     """Post-process a merged task vector (R * S,) as a matrix, next to the tasks (N, R * S)."""
-    with one_thread(device), torch.no_grad():
+    with deterministic(device), torch.no_grad():
         stacked = torch.from_numpy(tasks).to(device).view(len(tasks), *shape)  # (N, R, S)
         matrix = torch.from_numpy(merged).to(device).view(shape)  # (R, S)
         return calibration(matrix, stacked, **parameters).cpu().numpy().reshape(-1)

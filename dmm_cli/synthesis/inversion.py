@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import DmmError
 from ..examples import Inputs, joined, named
 from ..manifest import History, Steps
-from ..runtime import Host, one_thread
+from ..runtime import Host, deterministic
 from ..savepoint import Savepoint
 from ..spaces import Spec, space_of
 from . import ENGINES
@@ -52,7 +52,7 @@ def synthesize(
         DmmError: a teacher recognises none of its images.
     """
     host = replace(host, savepoint=host.savepoint or Savepoint())
-    with one_thread(host.device):
+    with deterministic(host.device):
         engine = ENGINES.load(settings.engine)(Task(teachers, spec, settings, host, student))
         ready = list(teachers)
         if any(teacher.prior is None for teacher in teachers):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..examples import joined, named
-from ..runtime import one_thread, workers
+from ..runtime import deterministic, workers
 from ..spaces import Spec
 from . import ENGINES
 from .objective import Objective
@@ -42,7 +42,7 @@ def fitting_batch(
         local: processes on this machine.
     """
     objective = Objective(settings.weights, student)
-    with one_thread(device):
+    with deterministic(device):
         small, large = ([_kept(t, spec, objective, batch, device) for t in teachers] for batch in PROBES)
     slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]
     together = ENGINES.load(settings.engine).TOGETHER

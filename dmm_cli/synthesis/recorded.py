@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
 from ..examples import Inputs, forward, hooked
 from ..inputs import Source
-from ..runtime import one_thread
+from ..runtime import deterministic
 from .statistics import NormLayer
 
 PARTS = ("mean", "var", "count")
@@ -81,7 +81,7 @@ def measure(
         return see
 
     handles = [layer.module.register_forward_pre_hook(hook(name, layer)) for name, layer in layers.items()]
-    with hooked(handles), one_thread(device):
+    with hooked(handles), deterministic(device):
         for images in batches:
             forward(model, images.to(device))
             total |= {name: total[name].merge(new) if name in total else new for name, new in last.items()}

@@ -31,7 +31,7 @@ def batch(teachers, monkeypatch, free: int, count: int = 4096, engine: str = "pi
 
 
 def test_the_batch_grows_with_the_memory_up_to_a_limit(teachers, monkeypatch):
-    found = [batch(teachers, monkeypatch, mib << 20) for mib in (1, 10, 20, 40, 1 << 20)]
+    found = [batch(teachers, monkeypatch, mib << 20) for mib in (0, 10, 20, 40, 1 << 20)]
     assert found[0] == 2 and found[-1] == memory.LARGEST
     assert found[1] > 2 and found[2] == 2 * found[1] and found[3] == 4 * found[1]
     assert batch(teachers, monkeypatch, 1 << 40, count=40) == 32

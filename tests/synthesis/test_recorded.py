@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from dmm_cli.architectures import build, norm_inputs
-from dmm_cli.runtime import one_thread
+from dmm_cli.runtime import deterministic
 from dmm_cli.synthesis.recorded import Moments, measure, to_arrays
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def trained(spec: str, size: int, steps: int) -> nn.Module:
     x = F.interpolate((torch.from_numpy(pixels).float() / 255 - 0.3) / 0.4, size=(size, size))
     y = torch.from_numpy(labels)
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
-    with one_thread(CPU):
+    with deterministic(CPU):
         for _ in range(steps):
             rows = torch.randint(len(x), (32,))
             loss = F.cross_entropy(model(x[rows]), y[rows])
