@@ -5,10 +5,14 @@ Legend: B images, C channels of a layer, L normalisation layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from ..examples import hooked
 
 DEFAULT_EPS = 1e-5  # BatchNorm's, where a layer has none or leaves it to the dtype (RMSNorm)
 
@@ -73,6 +77,17 @@ class LayerStatistics:
     eps: float
 
 
+class SelfMeasuring:
+    """A normalisation layer that measures its input itself.
+
+    Attributes:
+        tell: is given the mean of the input minus the running mean, and the variance, (C,) each, of every pass; None
+            where nobody listens.
+    """
+
+    tell: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+
 class StatisticsRecorder:
     """Records the input statistics of normalisation layers while it is open; leaves no hook behind.
 
@@ -84,26 +99,32 @@ class StatisticsRecorder:
     def __init__(self, layers: list[NormLayer]) -> None:
         self._layers = layers
         self._seen: dict[int, LayerStatistics] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._opened = ExitStack()
 
     def __enter__(self) -> StatisticsRecorder:
-        self._hooks = [
-            layer.module.register_forward_pre_hook(self._hook(index, layer)) for index, layer in enumerate(self._layers)
-        ]
+        for index, layer in enumerate(self._layers):
+            self._listen(index, layer)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._opened.close()
 
-    def _hook(self, index: int, layer: NormLayer):
-        def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            shift, variance = ShiftedMoments.apply(inputs[0], layer.mean, layer.axis)
-            self._seen[index] = LayerStatistics(
-                shift, variance, layer.variance.float(), getattr(module, "eps", None) or DEFAULT_EPS
-            )
+    def _listen(self, index: int, layer: NormLayer) -> None:
+        module, stored = layer.module, layer.variance.float()
+        eps = getattr(module, "eps", None) or DEFAULT_EPS
 
-        return record
+        def note(shift: torch.Tensor, variance: torch.Tensor) -> None:
+            self._seen[index] = LayerStatistics(shift, variance, stored, eps)
+
+        def measure(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            note(*ShiftedMoments.apply(inputs[0], layer.mean, layer.axis))
+
+        if not isinstance(module, SelfMeasuring):
+            self._opened.enter_context(hooked([module.register_forward_pre_hook(measure)]))
+            return
+        moved = None if layer.mean is module.running_mean else module.running_mean - layer.mean
+        module.tell = note if moved is None else lambda shift, variance: note(shift + moved, variance)
+        self._opened.callback(setattr, module, "tell", None)
 
     def take(self) -> list[LayerStatistics]:
         """The statistics of the last forward pass, in layer order; empties the recorder."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -53,10 +54,15 @@ class Teacher:
         return Observation(images, logits, targets, self.pool(layers) if self.pool else layers, answers)
 
     def view(self) -> Teacher:
-        """The same weights in modules of their own, so that two threads can record statistics at once."""
+        """The same weights in modules of their own, so that two threads can record statistics at once.
+
+        Where its passes run in bfloat16, weights of products are converted once, not in every step.
+        """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         names = {module: name for name, module in self.model.named_modules()}
         model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        if self.precision == "bfloat16":
+            _convert(model)
         layers = [replace(layer, module=model.get_submodule(names[layer.module])) for layer in self.layers]
         return replace(self, model=model, layers=layers)
 
@@ -67,9 +73,26 @@ class Teacher:
 
 
 def freeze(model: nn.Module, device: torch.device) -> nn.Module:
-    """Eval mode, no gradients for weights (a third of the cost of a step), channels last, embeddings of soft tokens."""
+    """Eval mode, no gradients for weights (a third of the cost of a step), channels last, embeddings of soft tokens.
+
+    On a GPU its BatchNorm layers measure their input as they normalise it.
+    """
     model = soften(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return fold_stems(model) if device.type == "cpu" else model
+    if device.type == "cpu":
+        return fold_stems(model)
+    if find_spec("triton"):  # comes with torch for CUDA where it runs
+        from .fusednorm import fuse_norms
+
+        return fuse_norms(model, device)
+    return model
+
+
+def _convert(model: nn.Module) -> None:
+    """Weights of plain products and convolutions in bfloat16; whoever shares them keeps them as they are."""
+    for module in model.modules():
+        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            for name, value in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(value.bfloat16(), requires_grad=False))
 
 
 def require_statistics(label: str, layers: list[NormLayer]) -> None:

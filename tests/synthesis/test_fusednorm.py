@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import shell
+from torch import nn
+
+pytest.importorskip("triton", reason="triton comes with torch for CUDA alone")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+class Network(nn.Module):
+    """Three layers that are measured: a ReLU in place follows one at once, one after a sum, and one is left alone."""
+
+    def __init__(self, width: int, affine: bool) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 5, 3)]
+        )
+        self.norms = nn.ModuleList([*(nn.BatchNorm2d(width, affine=affine) for _ in range(2)), nn.BatchNorm2d(5)])
+        self.relus = nn.ModuleList([nn.ReLU(inplace=True), nn.ReLU(inplace=True), nn.ReLU()])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first = self.relus[0](self.norms[0](self.convs[0](images)))
+        second = self.norms[1](self.convs[1](first))
+        second += first
+        return self.relus[2](self.norms[2](self.convs[2](self.relus[1](second))))
+
+
+def network(width: int, affine: bool = True) -> Network:
+    torch.manual_seed(0)
+    model = Network(width, affine)
+    for layer in model.norms:
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2.0)
+        if layer.affine:
+            layer.weight.data.normal_()
+            layer.bias.data.normal_()
+    return model.eval().requires_grad_(False)
+
+
+def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, tolerance: float) -> None:
+    """Outputs, statistics and gradients against float64 on plain layers, in the first pass and in a later one."""
+    from dmm_cli.synthesis.fusednorm import fuse_norms
+    from dmm_cli.synthesis.statistics import NormLayer, StatisticsRecorder
+
+    plain = network(width, affine)
+    fused = fuse_norms(copy.deepcopy(plain), DEVICE).to(DEVICE, dtype)
+    for mine, layer in zip(fused.norms, plain.norms, strict=True):
+        for name, value in layer.state_dict().items():
+            getattr(mine, name).data = value.to(DEVICE)  # float32 in mixed precision
+    reference = plain.double()
+    for mine, theirs in zip(fused.convs, reference.convs, strict=True):  # their rounding is not what is tested
+        theirs.weight.data, theirs.bias.data = mine.weight.cpu().double(), mine.bias.cpu().double()
+
+    def passed(model, given, means):
+        given = given.clone().requires_grad_(True)
+        layers = [NormLayer(norm, mean, norm.running_var) for norm, mean in zip(model.norms, means, strict=True)]
+        with StatisticsRecorder(layers) as recorder:
+            answer = model(given)
+            seen = recorder.take()
+        terms = [part.shift.square().sum() + part.variance.log().sum() for part in seen]
+        (grad,) = torch.autograd.grad(answer.double().sin().sum() + 100 * sum(terms), given)
+        return [answer, grad, *(value for part in seen for value in (part.shift, part.variance))]
+
+    other = torch.linspace(-1, 1, 5)  # statistics that were recorded elsewhere
+    means = [norm.running_mean for norm in reference.norms[:2]]
+    expected = passed(reference, images.double(), [*means, other.double()])
+    means = [norm.running_mean for norm in fused.norms[:2]]
+    for turn in range(2):
+        found = passed(fused, images.to(DEVICE, dtype), [*means, other.to(DEVICE)])
+        assert [norm.rectifies for norm in fused.norms] == [True, False, False]
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine.detach().cpu().double() - theirs).norm() <= tolerance * theirs.norm(), turn
+
+
+CASES = [(70, (5, 3, 11, 9), True), (3, (2, 3, 40, 40), True), (130, (3, 3, 6, 7), False)]
+
+
+@pytest.mark.parametrize(("width", "shape", "affine"), CASES)
+def test_a_fused_layer_is_the_plain_one_measured(width, shape, affine):
+    if ON_GPU:
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        check(width, images, torch.float32, affine, 1e-3)
+        check(width, images.bfloat16().float(), torch.bfloat16, affine, 3e-2)
+        return
+    call = f"test_fusednorm.check({width}, torch.randn({shape}), torch.float32, {affine}, 1e-3)"
+    code = f"import torch, test_fusednorm; torch.manual_seed(1); {call}"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    done = shell(code=code, env={"TRITON_INTERPRET": "1", "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not ON_GPU, reason="where no kernel can be built all layers stay")
+def test_other_layers_stay_as_they_are():
+    from dmm_cli.synthesis.fusednorm import fuse_norms
+
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3), nn.GELU()
+    )
+    kinds = [type(layer) for layer in model]
+    assert [type(layer) for layer in fuse_norms(model, DEVICE)] == kinds
