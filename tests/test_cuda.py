@@ -1,0 +1,110 @@
+"""What only a GPU can show: the same results as on the CPU within its rounding, and the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import DIGITS, dmm
+from safetensors.torch import load_file
+
+from dmm_cli import training
+from dmm_cli.commands.synthesize import synthesize_sources
+from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.synthesis.pseudodata import load_pseudo_data
+from dmm_cli.synthesis.settings import Settings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+
+SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "abcde"]
+TEST = DIGITS / "test.safetensors"
+SHORT = {
+    "generator": Settings(12, 64, 16),
+    "pixels": Settings(12, 64, 16, engine="pixels"),
+    "generator with all options": Settings(16, 64, 16, jitter=1, flip=True, plateau=0.9, norm_average=0.8),
+    "pixels with all options": Settings(16, 64, 16, engine="pixels", jitter=1, flip=True, keep_best=True, plateau=0.9),
+}
+
+
+def made(path, settings, device="cuda", sites=SITES[3:], on_progress=None) -> bytes:
+    student = resolve_source(SITES[1]) if settings.plateau else None
+    synthesize_sources(
+        resolve_sources(sites), path, settings, arch=None, device=device, student=student, on_progress=on_progress
+    )
+    return path.read_bytes()
+
+
+def run(*words: object) -> str:
+    result = dmm(*words)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_synthesis_gives_the_same_bytes_again_and_after_a_kill(tmp_path, monkeypatch, name):
+    settings = SHORT[name]
+    whole = made(tmp_path / "whole.safetensors", settings)
+    assert made(tmp_path / "again.safetensors", settings) == whole
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+
+    def kill(stage, done, total, **numbers):
+        if done > 0.6 * total:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "killed.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        made(out, settings, on_progress=kill)
+    assert made(out, settings) == whole
+
+
+@pytest.mark.parametrize("engine", ["generator", "pixels"])
+def test_in_float32_the_losses_are_those_of_the_cpu(tmp_path, engine):
+    curves = []
+    for device in ("cpu", "cuda"):
+        path = tmp_path / f"{device}.safetensors"
+        made(path, Settings(12, 64, 32, engine=engine, precision="float32"), device)
+        curves.append(load_pseudo_data(resolve_source(str(path))).bn_loss)
+    assert curves[1][:5] == pytest.approx(curves[0][:5], rel=0.05)  # convolutions there round to 10 bits
+    assert curves[1][-1] == pytest.approx(curves[0][-1], rel=0.2)  # and a path that forks stays forked
+
+
+def test_in_bfloat16_the_losses_come_down_as_in_float32(tmp_path):
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        path = tmp_path / f"{precision}.safetensors"
+        made(path, Settings(150, 64, 64, engine="pixels", precision=precision))
+        curves.append(load_pseudo_data(resolve_source(str(path))).bn_loss)
+    assert curves[0][-1] < 0.2 * curves[0][0]
+    assert curves[1][-1] == pytest.approx(curves[0][-1], rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi"])
+def test_merges_of_matrices_agree_with_the_cpu(tmp_path, method):
+    merged = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.safetensors"
+        base = DIGITS / "base.safetensors"
+        run("merge", *SITES[:3], "--base", base, "--method", method, "--device", device, "-o", out)
+        merged.append(load_file(out))
+    for name, expected in merged[0].items():
+        difference = (merged[1][name].double() - expected.double()).norm()
+        assert difference <= 1e-3 * expected.double().norm(), name
+
+
+def test_the_pipeline_reads_digits_and_distillation_gives_the_same_bytes(tmp_path):
+    out = tmp_path / "run"
+    run("run", *SITES, "-o", out, "--data", TEST, "--device", "cuda")
+    rows = json.loads((out / "evaluation.json").read_text())["rows"]
+    accuracy = {row["label"]: row["accuracy"] for row in rows}
+    assert accuracy["dmm run"] > 90 > accuracy["ensemble"]
+    words = ["distill", out / "merged" / "group-0.safetensors", *SITES, "--data", out / "pseudo.safetensors"]
+    for name in ("one", "two"):
+        run(*words, "--device", "cuda", "--steps", 40, "-o", tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_the_batch_fits_the_memory_of_the_gpu(tmp_path):
+    words = ["--batch", "auto", "--count", 64, "--steps", 2, "-o", tmp_path / "p.safetensors", "--json"]
+    manifest = json.loads(run("synthesize", *SITES[3:], *words, "--device", "cuda"))
+    assert manifest["device"].startswith("cuda")
