@@ -1,7 +1,7 @@
 """Every method on clients of CIFAR-10 that share no image: one table per setting.
 
     python tests/benchmarks/cifar_clients.py --cifar10 DIRECTORY [--profile small|full] [--work DIRECTORY]
-        [--settings NAME ...] [--seeds N ...] [--minutes M] [--class-counts]
+        [--settings NAME ...] [--seeds N ...] [--rows NAME ...] [--minutes M] [--class-counts]
 
 DIRECTORY is that of merge_quality.py. A setting is what clients differ in and where they start: ``0.01-own`` (classes
 by Dirichlet(.01), each client from its own random weights), ``100-shared`` (from one network that was trained on a
@@ -82,7 +82,7 @@ def tell(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def make(cells: list[Cell], clock: Clock) -> None:
+def make(cells: list[Cell], rows: list[str] | None, clock: Clock) -> None:
     """Train and measure what is missing."""
     for seed in sorted({cell.seed for cell in cells}):
         mine = [cell for cell in cells if cell.seed == seed]
@@ -93,7 +93,7 @@ def make(cells: list[Cell], clock: Clock) -> None:
         train(list(starts.values()), host(clock))
         for cell in mine:
             train(cell.trainings(), host(clock))
-            make_missing(cell, clock, lambda row, cell=cell: tell(f"{cell.setting}, seed {cell.seed}: {row}"))
+            make_missing(cell, rows, clock, lambda row, cell=cell: tell(f"{cell.setting}, seed {cell.seed}: {row}"))
 
 
 def main() -> None:
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dmm-cifar-clients")
     parser.add_argument("--settings", nargs="+", help="default: those of the profile")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the profile")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="their folders' names, dmm among them; default: all")
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
     parser.add_argument("--class-counts", action="store_true", help="clients tell how often they saw each class")
     options = parser.parse_args()
@@ -118,12 +119,12 @@ def main() -> None:
         for seed in options.seeds or range(profile.seeds)
     ]
     try:
-        make(cells, clock)
+        make(cells, options.rows, clock)
     except OutOfTime:
         tell(f"stopped after {options.minutes} minutes; the same line goes on")
         raise SystemExit(STOPPED) from None
     for setting in dict.fromkeys(cell.setting for cell in cells):
-        print(markdown([cell for cell in cells if cell.setting == setting]), end="\n\n")
+        print(markdown([cell for cell in cells if cell.setting == setting], options.rows), end="\n\n")
     print(conditions(profile, cells))
 
 

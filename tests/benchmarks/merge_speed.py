@@ -1,6 +1,7 @@
 """Speed, memory and agreement of ``dmm merge`` next to mergekit and to a plain streamed mean, in one run.
 
     python tests/benchmarks/merge_speed.py --mergekit VENV/bin/mergekit-pytorch [--part NAME ...] [--work DIRECTORY]
+        [--device cpu|cuda]
 
 Checkpoints are made: the tensors of timm models with random values, fine-tunings that move them a little. Every
 command runs as a process of its own, start-up included, from a warm page cache, in turn with the others, its output
@@ -150,7 +151,7 @@ def difference(ours: Path, theirs: Path) -> float:
     return worst
 
 
-def against_mergekit(work: Path, program: str) -> None:
+def against_mergekit(work: Path, options: argparse.Namespace) -> None:
     """Four ViT-B/16, or a base and three: seconds, MiB, and how far results lie apart."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 4)
     print(
@@ -160,7 +161,7 @@ def against_mergekit(work: Path, program: str) -> None:
         + "|"
     )
     for method in MERGEKIT:
-        ours, theirs = dmm(method, paths, work / "out.safetensors"), mergekit(program, method, paths, work)
+        ours, theirs = dmm(method, paths, work / "out.safetensors"), mergekit(options.mergekit, method, paths, work)
         found = compare({"first": ours._replace(first=True), "dmm": ours, "mergekit": theirs})
         apart = "random" if method.startswith("dare") else f"{difference(ours.output, theirs.output):.0e}"
         (first, _), (seconds, memory), (other, more) = found.values()
@@ -171,7 +172,7 @@ def against_mergekit(work: Path, program: str) -> None:
         )
 
 
-def against_the_floor(work: Path, _: str) -> None:
+def against_the_floor(work: Path, _: argparse.Namespace) -> None:
     """A linear merge of four ViT-B/16 next to a streamed mean in plain numpy."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 4)
     ours, plain = dmm("linear", paths, work / "out.safetensors"), work / "mean.safetensors"
@@ -182,7 +183,7 @@ def against_the_floor(work: Path, _: str) -> None:
     print(f"streamed mean in numpy: {floor:.2f} s, {less:.0f} MiB; ratio {first / floor:.2f}, {seconds / floor:.2f}")
 
 
-def scaling(work: Path, _: str) -> None:
+def scaling(work: Path, _: argparse.Namespace) -> None:
     """Seconds and MiB by number of models, and by their size."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 16)
     large = checkpoints(work, "vit4x", shapes("vit_base_patch16_224", 4), 4)
@@ -196,7 +197,7 @@ def scaling(work: Path, _: str) -> None:
         print(f"| {len(files)} | {size} | {cells} |", flush=True)
 
 
-def large(work: Path, _: str) -> None:
+def large(work: Path, _: argparse.Namespace) -> None:
     """Two models of 1.2 billion bfloat16 values, 263 million of them in one tensor, next to copying them."""
     like = {"embed.weight": torch.empty(128256, 2048, dtype=torch.bfloat16, device="meta")}
     like |= {f"layers.{n}.weight": torch.empty(8192, 2048, dtype=torch.bfloat16, device="meta") for n in range(56)}
@@ -217,12 +218,14 @@ def large(work: Path, _: str) -> None:
     print(f"then {seconds:.1f} s, {memory:.0f} MiB; copying one {single:.1f} s, both {double:.1f} s")
 
 
-def spectral(work: Path, _: str) -> None:
-    """Methods on matrices: eight ViT-B/16 and their base."""
+def spectral(work: Path, options: argparse.Namespace) -> None:
+    """Methods on matrices: eight ViT-B/16 and their base, on the CPU or a GPU."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 9)
     print("\n| eight ViT-B/16 and a base | s | MiB |\n|---|---|---|")
     for method in SPECTRAL:
-        seconds, memory = compare({method: dmm(method, paths, work / "out.safetensors")}, 1)[method]
+        command = dmm(method, paths, work / "out.safetensors")
+        command = command._replace(arguments=[*command.arguments, "--device", options.device])
+        seconds, memory = compare({method: command}, 1)[method]
         print(f"| {method} | {seconds:.0f} | {memory:.0f} |", flush=True)
 
 
@@ -237,12 +240,13 @@ def main() -> None:
     parser.add_argument("--mergekit", help="the mergekit-pytorch program of another environment")
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dmm-merge-speed")
+    parser.add_argument("--device", default="cpu", help="of the part spectral")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}, n = {RUNS} unless told")
     for name in options.part or PARTS:
         if name != "mergekit" or options.mergekit:
-            PARTS[name](options.work, options.mergekit)
+            PARTS[name](options.work, options)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
 """Speed of ``dmm synthesize --engine pixels`` next to the textbook loop, at equal steps, in one run.
 
     python tests/benchmarks/synthesis_speed.py [--device cpu|cuda] [--network NAME ...] [--part speed|quality ...]
+        [--runs N]
 
 The textbook loop is the algorithm as published (DeepInversion, Yin et al., CVPR 2020) in plain PyTorch: the teacher's
 weights take gradients that nobody reads, every BatchNorm layer has a hook with operations of its own, Adam is torch's
 default, float32, every term is read back at every step, images are stored as PNG files. Losses, weights, schedule,
-targets' distribution and start are those of dmm. Loops take turns; times are of the loop and the writing, without
-start-up and loading. "Forward" is a bare forward pass of one batch, on a GPU in bf16, channels_last, as a CUDA graph;
-the floor is twice that: forward, and the gradient of the images. "Share of the peak": floating-point operations of
-that floor, over what a wide convolution in float32 (on a GPU a large product in bfloat16) does in the time dmm took.
-Speed: networks as initialised, with statistics of coloured noise. Quality: the five digit sites, whose students are
-judged on held-out digits. Prints Markdown.
+targets' distribution and start are those of dmm. Loops take turns in one process, after a few steps of each that are
+not counted; times are of the loop and the writing. "Forward" is a bare forward pass of
+one batch, on a GPU in bf16, channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient of the
+images. "Share of the peak": floating-point operations of that floor, over what a wide convolution in float32 (on a GPU
+a large product in bfloat16) does in the time dmm took. Speed: networks as initialised, with statistics of coloured
+noise. Quality: the five digit sites, whose students are judged on held-out digits. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +35,17 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmm_cli.architectures import build, load_model, num_classes
+from dmm_cli.architectures import build, load_model
 from dmm_cli.checkpoint import save_arrays
+from dmm_cli.commands.synthesize import synthesize_sources
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, load_pseudo_data, save_pseudo_data
+from dmm_cli.synthesis.settings import Settings
 
 RUNS = 5
+WARM_UP = 6  # steps, in which libraries load and kernels are built
+CLASSES = 10
 PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 RATE, BETAS, NORM, CROSS_ENTROPY = 0.1, (0.9, 0.99), 1.0, 0.1
 DIGITS = Path(__file__).parents[2] / "fixtures" / "digits"
@@ -71,8 +78,8 @@ NETWORKS = {
         "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 8, 2, 4),
     },
     "cuda": {
-        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 256, 2, 500),
-        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 64, 2, 100),
+        "ResNet-18, CIFAR stem": Network("synthesis_speed:cifar_resnet18", 32, 256, 1, 800),
+        "ResNet-50 at 224": Network("resnet50,num_classes=10", 224, 64, 1, 150),
     },
 }
 
@@ -117,14 +124,15 @@ def textbook(
     return curve
 
 
-def ours(checkpoint: Path, out: Path, count: int, batch: int, steps: int, seed: int, *flags: object) -> float:
-    """Seconds of the same by ``dmm synthesize``."""
-    loss = ("--loss", f"norm={NORM}", "--loss", f"cross_entropy={CROSS_ENTROPY}")
-    sizes = ("--count", count, "--batch", batch, "--steps", steps, "--seed", seed)
-    manifest = json.loads(
-        dmm("synthesize", checkpoint, "--engine", "pixels", *loss, *sizes, *flags, "-o", out, "--force", "--json")
-    )
-    return manifest["seconds"]
+def ours(checkpoint: Path, out: Path, network: Network, device: str, precision: str, seed: int) -> float:
+    """Seconds of the same by what ``dmm synthesize`` calls."""
+    settings = Settings(
+        network.steps, network.batch * network.batches, network.batch, seed, "pixels", precision,
+        {"norm": NORM, "cross_entropy": CROSS_ENTROPY},
+    )  # fmt: skip
+    options = {"arch": None, "device": device, "prior": (1 / CLASSES,) * CLASSES, "force": True}
+    manifest, _ = synthesize_sources([resolve_source(str(checkpoint))], out, settings, **options)
+    return manifest.seconds
 
 
 def teacher(network: Network, path: Path) -> tuple[nn.Module, InputSpec]:
@@ -149,7 +157,8 @@ def forward_seconds(model: nn.Module, images: torch.Tensor) -> float:
     if images.device.type == "cpu":
         with torch.no_grad():
             return _median_of(lambda: model(images))
-    model, images = (value.to(torch.bfloat16, memory_format=torch.channels_last) for value in (model, images))
+    half = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    model, images = copy.deepcopy(model).to(**half), images.to(**half)
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad():
         with torch.cuda.stream(side):
@@ -204,31 +213,32 @@ def _median_of(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def speed(name: str, network: Network, device: str, work: Path) -> list[str]:
+def speed(name: str, network: Network, device: str, runs: int, work: Path) -> list[str]:
     """A row for every precision of dmm: the loops on one teacher, in turn."""
     checkpoint, images = work / "teacher.safetensors", network.batch * network.batches
     model, spec = teacher(network, checkpoint)
     model = model.to(device)
-    classes = num_classes(model)
-    prior = ("--class-prior", ",".join("1" * classes), "--device", device)
-    plain: list[float] = []
-    fast: dict[str, list[float]] = {precision: [] for precision in PRECISIONS[device]}
-    for seed in range(RUNS):
+
+    def plain(network: Network, seed: int) -> float:
         begin = time.perf_counter()
         for number in range(network.batches):
-            targets = torch.randint(classes, (network.batch,), generator=torch.Generator().manual_seed(seed))
+            targets = torch.randint(CLASSES, (network.batch,), generator=torch.Generator().manual_seed(seed))
             textbook(model, spec, targets, network.steps, seed * network.batches + number, work)
-        plain.append(time.perf_counter() - begin)
-        for precision, seconds in fast.items():
-            flags = (*prior, "--precision", precision)
-            out = work / "ours.safetensors"
-            seconds.append(ours(checkpoint, out, images, network.batch, network.steps, seed, *flags))
-    textbook_s = statistics.median(plain)
+        return time.perf_counter() - begin
+
+    def fast(network: Network, seed: int, precision: str) -> float:
+        return ours(checkpoint, work / "ours.safetensors", network, device, precision, seed)
+
+    loops = {"textbook": plain, **{precision: partial(fast, precision=precision) for precision in PRECISIONS[device]}}
+    for loop in loops.values():
+        loop(network._replace(batches=1, steps=WARM_UP), 0)
+    rounds = [{name: loop(network, seed) for name, loop in loops.items()} for seed in range(runs)]
+    times = {name: statistics.median(turn[name] for turn in rounds) for name in loops}
+    textbook_s = times.pop("textbook")
     batch = torch.randn(network.batch, *spec.size, device=device)
     bare, work_of_one = forward_seconds(model, batch), operations(model, batch[:1])
     steps, limit, rows = network.batches * network.steps, peak(device), []
-    for precision, seconds in fast.items():
-        ours_s = statistics.median(seconds)
+    for precision, ours_s in times.items():
         reached = 2 * work_of_one * images * network.steps / ours_s / limit
         cells = [
             name, precision, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
@@ -319,6 +329,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=list(NETWORKS))
     parser.add_argument("--network", nargs="*", help="default: all")
     parser.add_argument("--part", nargs="*", choices=("speed", "quality"), default=["speed", "quality"])
+    parser.add_argument("--runs", type=int, default=RUNS, help="of the loops whose speed is measured")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -331,7 +342,7 @@ def main() -> None:
             )
             for name, network in NETWORKS[arguments.device].items():
                 if not arguments.network or name in arguments.network:
-                    print("\n".join(speed(name, network, arguments.device, work)), flush=True)
+                    print("\n".join(speed(name, network, arguments.device, arguments.runs, work)), flush=True)
         if "quality" in arguments.part:
             print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
             print(quality(work))

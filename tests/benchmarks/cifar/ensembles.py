@@ -17,6 +17,7 @@ from dmm_cli.distillation.lessons import Lessons
 from dmm_cli.distillation.settings import Settings
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.runtime import resolve_device
 from dmm_cli.synthesis.pseudodata import load_pseudo_data
 
 from .training import SPEC
@@ -26,7 +27,8 @@ BATCH = 500
 
 def within_known_classes(clients: Sequence[Path], data: Path, test: Path) -> float:
     """Accuracy in per cent of the mean of the logits of those clients that know a class, by dmm's estimate."""
-    known = _tensor(load_pseudo_data(resolve_source(str(data))).priors() > 0)  # (T, K)
+    priors = load_pseudo_data(resolve_source(str(data))).priors()
+    known = torch.from_numpy(priors > 0).float().to(resolve_device("auto"))  # (T, K)
     models = _models(clients)
 
     def answer(images: torch.Tensor) -> torch.Tensor:
@@ -40,24 +42,25 @@ def committee(clients: Sequence[Path], data: Path, test: Path) -> float:
     """Accuracy in per cent of what dmm teaches its student: the committee of all clients, fitted on pseudo-data."""
     drawn = load_pseudo_data(resolve_source(str(data)))
     arrays = (drawn.images, drawn.targets, drawn.teacher_id.astype(np.int64))
-    images, targets, owners = map(torch.from_numpy, arrays)
+    device = resolve_device("auto")
+    images, targets, owners = (torch.from_numpy(array).to(device) for array in arrays)
     names = tuple(teacher.label for teacher in drawn.teachers)
-    lessons = Lessons(images, PixelSpace(SPEC), targets, owners, names, tuple(map(str, range(drawn.logits.shape[1]))))
+    classes = tuple(map(str, range(drawn.logits.shape[1])))
+    lessons = Lessons(images, PixelSpace(SPEC, device), targets, owners, names, classes)
     return _accuracy(lessons.committee(_models(clients), Settings()), test)
 
 
 def _models(clients: Sequence[Path]) -> list[nn.Module]:
-    return [load_model(resolve_source(str(path)))[0].requires_grad_(False) for path in clients]
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).float()
+    models = (load_model(resolve_source(str(path)))[0] for path in clients)
+    return [model.requires_grad_(False).to(resolve_device("auto")) for model in models]
 
 
 @torch.inference_mode()
 def _accuracy(answer, test: Path) -> float:
     with np.load(test) as file:
         images, labels = map(torch.from_numpy, (file["images"], file["labels"]))
-    space = PixelSpace(SPEC)
-    answers = torch.cat([answer(space.from_bytes(part)).argmax(1) for part in images.split(BATCH)])
+    device = resolve_device("auto")
+    space = PixelSpace(SPEC, device)
+    parts = (space.from_bytes(part.to(device)) for part in images.split(BATCH))
+    answers = torch.cat([answer(part).argmax(1).cpu() for part in parts])
     return 100.0 * float((answers == labels).double().mean())

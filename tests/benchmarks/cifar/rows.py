@@ -249,9 +249,14 @@ ROWS: dict[str, Row] = {
 }
 
 
-def make_missing(cell: Cell, clock: Clock, on_progress: Callable[[str], None]) -> None:
-    """Make and judge every row of a cell that is not there yet."""
-    names = sorted((name for name in ROWS if ROWS[name].fits(cell)), key=lambda name: ROWS[name].make is not pipeline)
+def chosen(cell: Cell, slugs: Sequence[str] | None) -> dict[str, Row]:
+    """The rows of a cell; of these slugs alone, if any are given."""
+    return {name: row for name, row in ROWS.items() if row.fits(cell) and (slugs is None or row.slug in slugs)}
+
+
+def make_missing(cell: Cell, slugs: Sequence[str] | None, clock: Clock, on_progress: Callable[[str], None]) -> None:
+    """Make and judge every row of a cell, see ``chosen``, that is not there yet."""
+    names = sorted(chosen(cell, slugs), key=lambda name: ROWS[name].make is not pipeline)
     table = {name: ROWS[name].place(cell, clock) for name in names}  # the pipeline first: others use what it drew
     for name, place in table.items():
         if not place.record.exists():

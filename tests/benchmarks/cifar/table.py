@@ -16,27 +16,26 @@ from dmm_cli import __version__
 from dmm_cli.runtime import resolve_device
 
 from .cells import Cell, Profile
-from .rows import CLIENTS, ROWS, Clock
+from .rows import CLIENTS, Clock, chosen
 from .training import seconds_file
 
 ENSEMBLES = {"ensemble": "ensemble of probabilities", "ensemble of logits": "ensemble of logits"}
 
 
-def markdown(cells: Sequence[Cell]) -> str:
-    """One setting: a row per method, a column per seed; cells are the same setting under several seeds."""
+def markdown(cells: Sequence[Cell], slugs: Sequence[str] | None) -> str:
+    """One setting: a row per method, see ``rows.chosen``, a column per seed; cells are the same setting, its seeds."""
     seeds = [f"seed {cell.seed}" for cell in cells]
     lines = [
         f"| {cells[0].setting}: accuracy, % | {' | '.join(seeds)} | mean | seconds | images |",
         "|---|" + "---|" * (len(cells) + 3),
     ]
     lines += _clients(cells)
-    for name, row in ROWS.items():
-        if row.fits(cells[0]):
-            records = [json.loads(row.place(cell, Clock(None)).record.read_text()) for cell in cells]
-            best = [max(record["accuracy"]) for record in records]
-            seconds, images = (statistics.mean(record[key] for record in records) for key in ("seconds", "images"))
-            shown = [f"{value:.1f}" for value in best]
-            lines.append(_line(name, shown, best, f"{seconds:.0f}", f"{images:,.0f}" if images else ""))
+    for name, row in chosen(cells[0], slugs).items():
+        records = [json.loads(row.place(cell, Clock(None)).record.read_text()) for cell in cells]
+        best = [max(record["accuracy"]) for record in records]
+        seconds, images = (statistics.mean(record[key] for record in records) for key in ("seconds", "images"))
+        shown = [f"{value:.1f}" for value in best]
+        lines.append(_line(name, shown, best, f"{seconds:.0f}", f"{images:,.0f}" if images else ""))
     return "\n".join(lines)
 
 
