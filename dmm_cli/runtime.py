@@ -62,6 +62,8 @@ def resolve_device(name: str) -> torch.device:
             evidence=[f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"],
             hint="use --device cpu, or install a torch built for your GPU",
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs and kernels are launched on the current one
     return device
 
 
