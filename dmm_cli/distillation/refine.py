@@ -43,9 +43,9 @@ def refine(
     """Distil pseudo-data into the student, in place; the last step is the result.
 
     Statistics of ``layers`` are reset on class-balanced pseudo-data before and after; where no step is to be taken, on
-    every teacher's images in their own mix of classes, as those of a merge are (``merge --recalibrate``). Processes share each batch:
-    they average their gradients, and each normalises by the statistics of its own part, so that the result depends
-    on how many there are.
+    every teacher's images in their own mix of classes, as those of a merge are (``merge --recalibrate``). Processes
+    share each batch: they average their gradients, and each normalises by the statistics of its own part, so that the
+    result depends on how many there are.
 
     Args:
         student: on the host's device, as all else is. teachers: frozen; not needed where no step is to be taken.
