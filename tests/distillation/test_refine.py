@@ -74,3 +74,16 @@ def test_no_step_needs_no_teacher_and_leaves_the_weights():
     history, _ = refine(model, [], real_lessons(), [], Settings(steps=0), CPU)
     assert history.step == [] or not history.curves
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_without_a_step_statistics_are_those_of_every_teachers_own_mix():
+    """One teacher has nine dark images of one class and a bright one of another, one has ten of the first, in grey."""
+    levels = torch.tensor([0] * 9 + [255] + [128] * 10, dtype=torch.uint8)
+    images = levels.view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    targets, owners = torch.tensor([0] * 9 + [1] + [0] * 10), torch.tensor([0] * 10 + [1] * 10)
+    space = PixelSpace(InputSpec((1, 2, 2), (0.0,), (1.0,)))
+    norm = nn.BatchNorm2d(1)
+    student = nn.Sequential(norm, nn.Flatten(), nn.Linear(4, 2)).eval()
+    lessons = Lessons(images, space, targets, owners, ("a", "b"), ("dark", "bright"))
+    refine(student, [norm], lessons, [], Settings(steps=0), CPU)
+    assert norm.running_mean.item() == pytest.approx((0.1 + 128 / 255) / 2, abs=0.02)  # .5 if classes counted alike
