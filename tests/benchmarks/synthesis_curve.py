@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
 import make_digits
 
 COUNT, STEPS = 1024, 300
-COUNTS, BUDGETS = (256, 512, 1024, 2048), (75, 150, 300, 600)
+COUNTS, BUDGETS = (256, 512, 1024, 2048, 4096), (75, 150, 300, 600)
 KEPT_BACK = 30  # digits of each class
 EPOCHS, RATE = 12, 3e-3
 POINTS = [(count, STEPS) for count in COUNTS] + [(COUNT, steps) for steps in BUDGETS if steps != STEPS]
