@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -58,10 +58,13 @@ def evaluate(
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
 
     from ..manifest import dump
-    from ..report.console import emit
+    from ..report.console import Progress, emit
     from ..report.tables import accuracy_table, render
 
-    result = evaluate_sources(sources, data, arch=arch, flags=flags, device=device, ensemble=ensemble)
+    progress = Progress(quiet or len(sources) == 1)
+    result = evaluate_sources(
+        sources, data, arch=arch, flags=flags, device=device, ensemble=ensemble, on_progress=progress
+    )
     if quiet:
         emit("\n".join(f"{row.accuracy:.4f}" for row in result.rows), output, force=force)
     else:
@@ -79,17 +82,16 @@ def evaluate_sources(
     flags: options.InputFlags,
     device: str,
     ensemble: bool,
+    on_progress: Callable[..., None],
 ) -> Evaluation:
     """Accuracy of every checkpoint and, if asked, of their ensembles."""
     from .. import architectures, evaluation
     from ..examples import named
     from ..manifest import Evaluation
-    from ..report.console import Progress
     from ..runtime import resolve_device
 
     where = resolve_device(device)
     load = cache(evaluation.load_labelled)
-    progress = Progress(quiet=len(sources) < 3)
     predictions, classes = [], ()
     for number, source in enumerate(sources):
         model, _ = architectures.load_model(source, arch)
@@ -97,7 +99,7 @@ def evaluate_sources(
         labelled = load(data, tuple(named(spec)))
         predictions.append(evaluation.predict(model, labelled, spec, where))
         classes = classes or labelled.classes or architectures.class_names(source) or ()
-        progress("evaluate", number + 1, len(sources))
+        on_progress("evaluate", number + 1, len(sources))
     rows = [evaluation.score(s.label, p, labelled.labels) for s, p in zip(sources, predictions, strict=True)]
     if ensemble:
         together = evaluation.ensembles(predictions)

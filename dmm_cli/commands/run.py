@@ -307,6 +307,7 @@ def _evaluate(plan: Plan, files: Layout) -> None:
     """Every checkpoint, their ensembles, both linear merges, and the result."""
     from ..manifest import MergeManifest, dump
     from ..merging import engine
+    from ..report.console import Progress
 
     recipe = Recipe("linear")
     engine.merge(plan.sources, files.everything, recipe, metadata_of(plan.sources, recipe), force=True)
@@ -318,12 +319,9 @@ def _evaluate(plan: Plan, files: Layout) -> None:
     ]
     everything = replace(resolve_source(str(files.everything)), label="linear merge of all")
     model = replace(resolve_source(str(files.model)), label="dmm run")
-    first = evaluate_sources(
-        plan.sources, plan.data, arch=plan.arch, flags=plan.flags, device=plan.device, ensemble=True
-    )
-    extra = evaluate_sources(
-        [everything, *groups, model], plan.data, arch=plan.arch, flags=plan.flags, device=plan.device, ensemble=False
-    )
+    how = {"arch": plan.arch, "flags": plan.flags, "device": plan.device, "on_progress": Progress(plan.quiet)}
+    first = evaluate_sources(plan.sources, plan.data, ensemble=True, **how)
+    extra = evaluate_sources([everything, *groups, model], plan.data, ensemble=False, **how)
     write_text(files.evaluation, dump(replace(first, rows=first.rows + extra.rows)) + "\n", force=True)
 
 

@@ -16,6 +16,7 @@ from conftest import DIGITS, ROOT, dmm, shell
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import __version__
+from dmm_cli.report import console
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
 
@@ -219,6 +220,13 @@ def test_evaluate_scores_models_and_their_ensembles():
     assert values == pytest.approx([row["accuracy"] for row in record["rows"]], abs=1e-4)
     failed = dmm(*command, "--fail-under", 60)
     assert failed.exit_code == 1 and "accuracy below 60" in failed.stderr
+
+
+def test_quiet_tells_no_progress(monkeypatch):
+    monkeypatch.setattr(console, "PATIENCE", -1.0)
+    command = ["evaluate", *SITES[:3], "--data", DIGITS / "test.safetensors"]
+    assert "evaluate 100%" in dmm(*command).stderr
+    assert dmm(*command, "-q").stderr == ""
 
 
 def test_names_from_outside_cannot_speak_to_the_terminal(tmp_path):
