@@ -20,10 +20,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "abcde"]
 TEST = DIGITS / "test.safetensors"
 SHORT = {
-    "generator": Settings(12, 64, 16),
-    "pixels": Settings(12, 64, 16, engine="pixels"),
-    "generator with all options": Settings(16, 64, 16, jitter=1, flip=True, plateau=0.9, norm_average=0.8),
-    "pixels with all options": Settings(16, 64, 16, engine="pixels", jitter=1, flip=True, keep_best=True, plateau=0.9),
+    "generator": Settings(count=12, steps=64, batch=16),
+    "pixels": Settings(count=12, steps=64, batch=16, engine="pixels"),
+    "generator with all options": Settings(
+        count=16, steps=64, batch=16, jitter=1, flip=True, plateau=0.9, norm_average=0.8
+    ),
+    "pixels with all options": Settings(
+        count=16, steps=64, batch=16, engine="pixels", jitter=1, flip=True, keep_best=True, plateau=0.9
+    ),
 }
 
 
@@ -63,7 +67,7 @@ def test_in_float32_the_losses_are_those_of_the_cpu(tmp_path, engine):
     curves = []
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.safetensors"
-        made(path, Settings(12, 64, 32, engine=engine, precision="float32"), device)
+        made(path, Settings(count=12, steps=64, batch=32, engine=engine, precision="float32"), device)
         curves.append(load_pseudo_data(resolve_source(str(path))).bn_loss)
     assert curves[1][:5] == pytest.approx(curves[0][:5], rel=0.05)  # convolutions there round to 10 bits
     assert curves[1][-1] == pytest.approx(curves[0][-1], rel=0.2)  # and a path that forks stays forked
@@ -73,7 +77,7 @@ def test_in_bfloat16_the_losses_come_down_as_in_float32(tmp_path):
     curves = []
     for precision in ("float32", "bfloat16"):
         path = tmp_path / f"{precision}.safetensors"
-        made(path, Settings(150, 64, 64, engine="pixels", precision=precision))
+        made(path, Settings(count=150, steps=64, batch=64, engine="pixels", precision=precision))
         curves.append(load_pseudo_data(resolve_source(str(path))).bn_loss)
     assert curves[0][-1] < 0.2 * curves[0][0]
     assert curves[1][-1] == pytest.approx(curves[0][-1], rel=0.1)

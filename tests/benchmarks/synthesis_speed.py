@@ -7,11 +7,11 @@ The textbook loop is the algorithm as published (DeepInversion, Yin et al., CVPR
 weights take gradients that nobody reads, every BatchNorm layer has a hook with operations of its own, Adam is torch's
 default, float32, every term is read back at every step, images are stored as PNG files. Losses, weights, schedule,
 targets' distribution and start are those of dmm. Loops take turns in one process, after a few steps of each that are
-not counted; times are of the loop and the writing. "Forward" is a bare forward pass of
-one batch, on a GPU in bf16, channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient of the
-images. "Share of the peak": floating-point operations of that floor, over what a wide convolution in float32 (on a GPU
-a large product in bfloat16) does in the time dmm took. Speed: networks as initialised, with statistics of coloured
-noise. Quality: the five digit sites, whose students are judged on held-out digits. Prints Markdown.
+not counted; times are of the loop and the writing. "Forward" is a bare forward pass of one batch, on a GPU in bf16,
+channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient of the images. "Share of the peak":
+floating-point operations of that floor, over what a wide convolution in float32 (on a GPU a large product in bfloat16)
+does in the time dmm took. Speed: networks as initialised, with statistics of coloured noise. Quality: the five digit
+sites, whose students are judged on held-out digits. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -127,9 +127,14 @@ def textbook(
 def ours(checkpoint: Path, out: Path, network: Network, device: str, precision: str, seed: int) -> float:
     """Seconds of the same by what ``dmm synthesize`` calls."""
     settings = Settings(
-        network.steps, network.batch * network.batches, network.batch, seed, "pixels", precision,
-        {"norm": NORM, "cross_entropy": CROSS_ENTROPY},
-    )  # fmt: skip
+        count=network.batch * network.batches,
+        steps=network.steps,
+        batch=network.batch,
+        seed=seed,
+        engine="pixels",
+        precision=precision,
+        weights={"norm": NORM, "cross_entropy": CROSS_ENTROPY},
+    )
     options = {"arch": None, "device": device, "prior": (1 / CLASSES,) * CLASSES, "force": True}
     manifest, _ = synthesize_sources([resolve_source(str(checkpoint))], out, settings, **options)
     return manifest.seconds
