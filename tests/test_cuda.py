@@ -111,4 +111,4 @@ def test_the_pipeline_reads_digits_and_distillation_gives_the_same_bytes(tmp_pat
 def test_the_batch_fits_the_memory_of_the_gpu(tmp_path):
     words = ["--batch", "auto", "--count", 64, "--steps", 2, "-o", tmp_path / "p.safetensors", "--json"]
     manifest = json.loads(run("synthesize", *SITES[3:], *words, "--device", "cuda"))
-    assert manifest["device"].startswith("cuda")
+    assert manifest["device"].startswith("cuda") and manifest["parameters"]["batch"] == 64

@@ -27,8 +27,8 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return (shape[0], prod(shape[1:])) if len(shape) > 1 and prod(shape[1:]) > 1 else None
 
 
-def prepare(device: torch.device) -> None:
-    """Load a GPU's linear algebra, which threads must not do at the same time."""
+def load_linear_algebra(device: torch.device) -> None:
+    """On a GPU, once: threads that load it at the same time crash."""
     if device.type == "cuda":
         torch.linalg.eigvalsh(torch.eye(2, device=device))
 

@@ -74,10 +74,10 @@ class Tensors:
     def _open_device(self) -> None:
         if self.on_matrices:
             from ..runtime import resolve_device  # loads torch, which no other method needs
-            from .matrices import prepare
+            from .matrices import load_linear_algebra
 
             self.device = resolve_device(self._recipe.device)
-            prepare(self.device)
+            load_linear_algebra(self.device)
             if self._recipe.calibrate:
                 self._calibration = CALIBRATIONS.load(self._recipe.calibrate)
                 self._calibration_parameters = effective_parameters(self._calibration, self._recipe.calibration)

@@ -39,7 +39,7 @@ class Member:
     def __init__(self, number: int, task: Task) -> None:
         settings = task.settings
         self._number, self._settings, self._host = number, settings, task.host
-        self._frozen = task.teachers
+        self._originals = task.teachers
         self._teachers = [_pooling(teacher.view(), settings.norm_average) for teacher in task.teachers]
         self._space = task.space()
         widths = torch.tensor([0, *(teacher.num_classes for teacher in task.teachers)])
@@ -120,7 +120,7 @@ class Member:
         """Every teacher's logits (count, K) on images drawn without regard to class, when first asked."""
         stream = random_stream(self._settings.seed, "explored", self._number)
         for number in range(len(self._explored), len(self._teachers)):
-            teacher = self._frozen[number]
+            teacher = self._originals[number]
             targets = torch.randint(teacher.num_classes, (count,), generator=stream)
             latent = torch.randn(count, LATENT, generator=stream)
             self._explored.append(teacher.logits(self._draw(number, latent, targets)).cpu())

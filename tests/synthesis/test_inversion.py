@@ -99,6 +99,20 @@ def test_half_the_bits_tell_the_same_loss_but_for_rounding(engine):
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
 
 
+def test_a_view_in_half_the_bits_computes_what_autocast_does_and_leaves_its_teacher_whole():
+    (owner,), spec = teachers("e")
+    owner = replace(owner, precision="bfloat16")
+    before = [value.clone() for value in owner.model.parameters()]
+    images, targets = torch.randn(4, *spec.size, generator=torch.Generator().manual_seed(0)), torch.zeros(4).long()
+    expected, seen = owner.observe(images, targets), owner.view().observe(images, targets)
+    assert torch.equal(seen.logits, expected.logits)
+    assert all(torch.equal(a.variance, b.variance) for a, b in zip(seen.layers, expected.layers, strict=True))
+    after = list(owner.model.parameters())
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, old) for value, old in zip(after, before, strict=True)
+    )
+
+
 def test_a_known_prior_is_kept():
     (owner,), spec = teachers("d")
     given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")
