@@ -6,6 +6,8 @@ Legend: B images, Z latent size, C channels, H height, W width.
 from __future__ import annotations
 
 import math
+from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +22,59 @@ HIDDEN = 64  # units of the network that draws numbers
 SMALLEST = 4  # side of the lowest resolution, roughly; images drawn up from 2 or 8 teach a student less
 
 
+class Style(NamedTuple):
+    """How a generator ends its images and draws up what it sketched: every style leaves marks of its own.
+
+    Attributes:
+        edges: "zeros" tell the network where an image ends, but leave a frame; "replicate" does neither.
+        sketch: how coarse sketches are drawn up, "nearest" or "bilinear".
+        margin: pixels drawn beyond every side and cut off.
+    """
+
+    edges: str = "zeros"
+    sketch: str = "nearest"
+    margin: int = 0
+
+
+PARTS = 8  # generators in a mixture
+STYLES = (Style(), Style(edges="replicate"), Style(sketch="bilinear"), Style(margin=2))
+
+
+class Resample(nn.Module):
+    """Images (B, C, h, w) at another size, (B, C, H, W).
+
+    Two products with constant matrices: the gradient of torch's own bilinear one differs from run to run on a GPU.
+
+    Args:
+        given: (h, w). wanted: (H, W). mode: "nearest" or "bilinear".
+    """
+
+    def __init__(self, given: tuple[int, int], wanted: tuple[int, int], mode: str) -> None:
+        super().__init__()
+        linear = "linear" if mode == "bilinear" else mode
+        for name, short, long in zip(("down", "across"), given, wanted, strict=True):
+            units = torch.eye(short)[None]  # (1, short, short), a row for each
+            self.register_buffer(name, F.interpolate(units, size=long, mode=linear)[0].T, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.down @ images @ self.across.T
+
+
 class Generator(nn.Module):
     """Latent (B, Z) and condition (B,) to image parameters (B, C, H, W).
+
+    An image is the sum of sketches at all resolutions, from one colour up. Without the coarse ones images of a class
+    differ too little from one another in colour and light.
 
     Args:
         size: (C, H, W) of the images.
         conditions: number of embeddings, one for each class of each teacher.
     """
 
-    def __init__(self, size: tuple[int, int, int], conditions: int) -> None:
+    def __init__(self, size: tuple[int, int, int], conditions: int, style: Style) -> None:
         super().__init__()
-        channels, height, width = size
+        channels, height, width = size[0], *(side + 2 * style.margin for side in size[1:])
+        self._style, zeros = style, int(style.edges == "zeros")
         doublings = max(0, round(math.log2(min(height, width) / SMALLEST)))
         scales = [2**i for i in reversed(range(doublings + 1))]
         self._sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in scales]
@@ -39,20 +83,61 @@ class Generator(nn.Module):
         self.project = nn.Linear(2 * LATENT, WIDTH * self._sizes[0][0] * self._sizes[0][1])
         self.norm = nn.BatchNorm2d(WIDTH)
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip([WIDTH, *widths], widths, strict=False)
+            nn.Conv2d(a, b, 3, padding=zeros) for a, b in zip([WIDTH, *widths], widths, strict=False)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
-        self.paint = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.colour = nn.Linear(2 * LATENT, channels)
+        self.sketches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, channels, 1), Resample(given, self._sizes[-1], style.sketch))
+            for width, given in zip(widths[:-1], self._sizes, strict=False)
+        )
+        self.paint = nn.Conv2d(widths[-1], channels, 3, padding=zeros)
 
     def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        features = self.project(torch.cat([latent, self.embedding(condition)], 1))
-        features = features.view(len(latent), WIDTH, *self._sizes[0])  # (B, WIDTH, h, w)
+        code = torch.cat([latent, self.embedding(condition)], 1)
+        features = self.project(code).view(len(latent), WIDTH, *self._sizes[0])  # (B, WIDTH, h, w)
         features = F.leaky_relu(self.norm(features), 0.2)
-        for size, conv, norm in zip(self._sizes, self.convs, self.norms, strict=True):
+        image = self.colour(code)[:, :, None, None]  # (B, C, 1, 1)
+        for level, (size, conv, norm) in enumerate(zip(self._sizes, self.convs, self.norms, strict=True)):
             if features.shape[2:] != size:
                 features = F.interpolate(features, size=size)
-            features = F.leaky_relu(norm(conv(features)), 0.2)
-        return self.paint(features)
+            features = F.leaky_relu(norm(conv(self._padded(features))), 0.2)
+            if level < len(self.sketches):
+                image = image + self.sketches[level](features)
+        image = image + self.paint(self._padded(features))
+        cut = self._style.margin
+        return image[:, :, cut : image.shape[2] - cut, cut : image.shape[3] - cut]
+
+    def _padded(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, h, w), with their edges repeated (B, C, h + 2, w + 2) unless convolutions add zeros."""
+        if self._style.edges == "zeros":
+            return features
+        for dim in (2, 3):  # the gradient of torch's own replication differs from run to run on a GPU
+            last = features.shape[dim] - 1
+            features = torch.cat([features.narrow(dim, 0, 1), features, features.narrow(dim, last, 1)], dim)
+        return features
+
+
+class Mixture(nn.Module):
+    """Generators that draw in turn, in all styles; for its arguments see ``Generator``.
+
+    They are trained together, so that their images have a teacher's statistics taken together, and each is free to
+    draw what the others do not.
+    """
+
+    def __init__(self, size: tuple[int, int, int], conditions: int) -> None:
+        super().__init__()
+        styles = islice(cycle(STYLES), PARTS)
+        self.parts = nn.ModuleList(Generator(size, conditions, style) for style in styles)
+
+    def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shares = [slice(first, None, len(self.parts)) for first in range(min(len(self.parts), len(latent)))]
+        drawn = [part(latent[own], condition[own]) for part, own in zip(self.parts, shares, strict=False)]
+        shape = (len(latent), *drawn[0].shape[1:])  # (B, C, H, W)
+        images = torch.empty(shape, dtype=drawn[0].dtype, device=latent.device, memory_format=torch.channels_last)
+        for own, some in zip(shares, drawn, strict=True):
+            images[own] = some
+        return images
 
 
 class NumberGenerator(nn.Module):
@@ -89,4 +174,4 @@ def drawing(spec: Spec, conditions: int) -> nn.Module:
     """A network that draws what a spec describes; for its arguments see ``Generator``."""
     if isinstance(spec, JointSpec):
         return JointGenerator(spec, conditions)
-    return (Generator if spec.is_image else NumberGenerator)(spec.free, conditions)
+    return (Mixture if spec.is_image else NumberGenerator)(spec.free, conditions)

@@ -1,0 +1,60 @@
+"""Networks that draw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dmm_cli.synthesis.network import LATENT, Generator, Mixture, Resample, Style
+
+CONDITIONS = 3
+
+
+def drawn(network: torch.nn.Module, count: int) -> torch.Tensor:
+    stream = torch.Generator().manual_seed(0)
+    latent = torch.randn(count, LATENT, generator=stream)
+    return network.eval()(latent, torch.arange(count) % CONDITIONS)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_resampling_and_its_gradient_are_those_of_torch(mode):
+    images = torch.randn(2, 3, 5, 4, requires_grad=True)
+    weights = torch.randn(2, 3, 18, 16)
+    found, expected = Resample((5, 4), (18, 16), mode)(images), F.interpolate(images, (18, 16), mode=mode)
+    assert torch.allclose(found, expected, atol=1e-5)
+    gradients = [torch.autograd.grad((out * weights).sum(), images)[0] for out in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-4)
+
+
+@pytest.mark.parametrize(("edges", "frame"), [("zeros", True), ("replicate", False)])
+def test_only_zeros_leave_a_frame(edges, frame):
+    """Where the lowest resolution is the same everywhere, nothing but the edges can tell one place from another."""
+    network = Generator((3, 32, 32), CONDITIONS, Style(edges=edges))
+    torch.nn.init.zeros_(network.project.weight)
+    bias = torch.randn(network.norm.num_features, 1)
+    network.project.bias.data.copy_(bias.expand(-1, network.project.out_features // len(bias)).flatten())
+    image = drawn(network, 1)
+    assert bool(image.var((2, 3)).max() > 1e-6) == frame
+
+
+def test_a_margin_is_drawn_and_cut_off():
+    whole, cut = Generator((1, 20, 24), CONDITIONS, Style()), Generator((1, 16, 20), CONDITIONS, Style(margin=2))
+    cut.load_state_dict(whole.state_dict())
+    assert torch.equal(drawn(cut, 4), drawn(whole, 4)[:, :, 2:-2, 2:-2])
+
+
+def test_a_mixture_lets_its_generators_draw_in_turn():
+    network = Mixture((3, 8, 8), CONDITIONS)
+    count = len(network.parts) + 3  # some draw twice, some once
+    images = drawn(network, count)
+    for number in range(count):
+        others = [drawn(part, count)[number] for part in network.parts]
+        same = [torch.allclose(images[number], other, atol=1e-5) for other in others]
+        assert same == [part == number % len(network.parts) for part in range(len(network.parts))]
+
+
+def test_fewer_images_than_generators_can_be_drawn_and_learned_from():
+    network = Mixture((1, 16, 16), CONDITIONS).train()
+    network(torch.randn(1, LATENT), torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert network.parts[0].paint.bias.grad is not None and network.parts[1].paint.bias.grad is None
