@@ -6,7 +6,8 @@ Deep Image Prior, CVPR 2018), and one generator for all teachers makes every tea
 shape the strokes of the others: a teacher that saw one class alone, and learned almost nothing,
 still gets images in the style that the well-trained ones agree on. Generators per teacher are common
 in data-free distillation (CMI, Fast-Datafree, NAYER); sharing one across teachers is our addition.
-Several generators from different starts draw differently, which is worth more than training one longer.
+Several generators from different starts draw differently, which is worth more than training one longer; for images
+each is a mixture of small ones (see ``network``).
 
 Legend: K classes, B images per teacher.
 """

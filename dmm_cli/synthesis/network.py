@@ -23,7 +23,7 @@ SMALLEST = 4  # side of the lowest resolution, roughly; images drawn up from 2 o
 
 
 class Style(NamedTuple):
-    """How a generator ends its images and draws up what it sketched: every style leaves marks of its own.
+    """How a generator ends its images and draws up its sketches: each way leaves marks, which a student must not read.
 
     Attributes:
         edges: "zeros" tell the network where an image ends, but leave a frame; "replicate" does neither.
