@@ -131,13 +131,12 @@ class Mixture(nn.Module):
         self.parts = nn.ModuleList(Generator(size, conditions, style) for style in styles)
 
     def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shares = [slice(first, None, len(self.parts)) for first in range(min(len(self.parts), len(latent)))]
-        drawn = [part(latent[own], condition[own]) for part, own in zip(self.parts, shares, strict=False)]
-        shape = (len(latent), *drawn[0].shape[1:])  # (B, C, H, W)
-        images = torch.empty(shape, dtype=drawn[0].dtype, device=latent.device, memory_format=torch.channels_last)
-        for own, some in zip(shares, drawn, strict=True):
-            images[own] = some
-        return images
+        count = len(self.parts)
+        drawn = [part(latent[own::count], condition[own::count]) for own, part in enumerate(self.parts[: len(latent)])]
+        turn = torch.arange(len(latent), device=latent.device)
+        owner, more = turn % count, len(latent) % count  # the first ``more`` parts draw one image more
+        places = owner * (len(latent) // count) + owner.clamp_max(more) + turn // count
+        return torch.cat(drawn).index_select(0, places)  # (B, C, H, W)
 
 
 class NumberGenerator(nn.Module):
