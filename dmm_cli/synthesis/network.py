@@ -69,6 +69,7 @@ class Generator(nn.Module):
     Args:
         size: (C, H, W) of the images.
         conditions: number of embeddings, one for each class of each teacher.
+        style: of edges and sketches.
     """
 
     def __init__(self, size: tuple[int, int, int], conditions: int, style: Style) -> None:
