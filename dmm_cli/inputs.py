@@ -184,11 +184,23 @@ def kinds_of(sources: Sequence[Source]) -> list[tuple[int, ...]]:
 
 
 def paths_in_record(record: dict[str, Any], origin: str) -> list[str]:
-    """The checkpoint paths that a JSON record of an earlier stage names."""
+    """The checkpoint paths that a JSON record of an earlier stage names.
+
+    Raises:
+        DmmError: it names none, or one that is not there.
+    """
     entries = record.get("sources")
     if not str(record.get("schema", "")).startswith("dmm.") or not isinstance(entries, list):
         raise DmmError(f"{origin} is not a record of a dmm stage that names checkpoints")
-    return [str(entry["path"]) for entry in entries]
+    paths = [str(entry["path"]) for entry in entries]
+    absent = [printable(path) for path in paths if not Path(path).exists()]
+    if absent:
+        raise DmmError(
+            f"{origin} names checkpoints that are not there",
+            evidence=capped(f"no such file: {path}" for path in absent),
+            hint="it keeps paths as they were typed: go on in the directory of that stage, or name the files yourself",
+        )
+    return paths
 
 
 def read_record(text: str, origin: str) -> dict[str, Any]:

@@ -106,6 +106,18 @@ def test_records_that_are_not_ours(tmp_path):
             resolve_sources([str(tmp_path / "r.json")])
 
 
+def test_a_record_that_is_read_elsewhere_says_whose_paths_are_missing(write, tmp_path, monkeypatch):
+    write("a", w=W)
+    record = {"schema": "dmm.merge/1", "sources": [{"label": "a", "path": "a.safetensors"}]}
+    (tmp_path / "merge.json").write_text(json.dumps(record))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(DmmError, match=r"\.\./merge\.json names checkpoints that are not there") as caught:
+        resolve_sources(["../merge.json"])
+    assert caught.value.evidence == ("no such file: a.safetensors",)
+    assert "directory of that stage" in caught.value.hint
+
+
 def test_too_few(write):
     with pytest.raises(DmmError, match="2 checkpoints or more, got 1"):
         resolve_sources([str(write("a", w=W))], minimum=2)
