@@ -236,6 +236,46 @@ def score(label: str, answers: torch.Tensor, labels: torch.Tensor) -> Evaluation
     return EvaluationRow(label, 100.0 * float(hits.double().mean()), tuple(recall))
 
 
+def labels_for(data: LabelledData, names: Sequence[str], classes: int, label: str) -> torch.Tensor:
+    """Labels (N,) as a model numbers its classes.
+
+    Where the data name theirs and the model does, they are matched by name; where no name agrees, or the model has
+    none, they are taken in order.
+
+    Args:
+        names: of the model's classes, if known. classes: how many it has. label: what the model is called.
+
+    Raises:
+        DmmError: the data have a class that the model cannot name, or another number of classes.
+    """
+    if names and len(names) != classes:
+        raise DmmError(f"{printable(label)} has {classes} classes, but dmm.classes in its metadata names {len(names)}")
+    if not data.classes:
+        return data.labels
+    counts = class_counts(data.labels, len(data.classes), "the list of their names")
+    if set(names).isdisjoint(data.classes):
+        if len(data.classes) != classes:
+            raise DmmError(
+                f"the data have {len(data.classes)} classes, {printable(label)} has {classes}, and no name agrees",
+                evidence=[f"the data: {_listed(data.classes)}", f"{printable(label)}: {_listed(names) or 'no names'}"],
+                hint="name the classes of the data, or the folders of their images, as the model does: dmm inspect",
+            )
+        return data.labels
+    absent = [name for name, count in zip(data.classes, counts, strict=True) if count and name not in names]
+    if absent:
+        raise DmmError(
+            f"the data have classes that {printable(label)} cannot name",
+            evidence=capped(map(printable, absent)),
+            hint=f"it names {_listed(names)}",
+        )
+    numbers = [names.index(name) if name in names else -1 for name in data.classes]
+    return torch.tensor(numbers)[data.labels]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(capped(map(printable, names)))
+
+
 def class_counts(labels: torch.Tensor, classes: int, label: str) -> tuple[int, ...]:
     """How many of the labels (N,) are of every class.
 

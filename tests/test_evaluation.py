@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS
+from conftest import DIGITS, dmm
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 
 from dmm_cli import evaluation
@@ -59,6 +61,62 @@ def test_npz_safetensors_and_folders_hold_the_same(tmp_path, write):
         data = evaluation.load_labelled(path)
         assert data.classes == ("x", "y", "z") and data.labels.tolist() == labels.tolist()
         assert torch.allclose(data.batch(0, 6, SPEC), torch.from_numpy(images).float() / 255)
+
+
+def labelled(*classes: str) -> evaluation.LabelledData:
+    return evaluation.LabelledData(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 1]), classes)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "expected"),
+    [
+        (("owl", "cat"), ("cat", "dog", "owl"), [2, 0, 0]),  # some of the model's, in another order
+        (("n01", "n02", "n03"), ("cat", "dog", "owl"), [0, 1, 1]),  # other names, as many
+        (("n01", "n02", "n03"), (), [0, 1, 1]),
+        ((), ("cat", "dog", "owl"), [0, 1, 1]),
+        (("owl", "cat", "eel"), ("cat", "dog", "owl"), [2, 0, 0]),  # nothing shows an eel
+    ],
+)
+def test_classes_are_found_by_their_names(data, model, expected):
+    assert evaluation.labels_for(labelled(*data), model, 3, "x").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "words"),
+    [
+        (("owl", "eel"), ("cat", "dog", "owl"), "classes that x cannot name"),
+        (("n01", "n02"), ("cat", "dog", "owl"), "the data have 2 classes, x has 3, and no name agrees"),
+        (("n01", "n02"), (), "the data have 2 classes, x has 3"),
+        (("owl",), ("cat", "dog", "owl"), "it has 1"),  # of its two labels one has no name
+        (("owl", "cat"), ("cat", "owl"), "x has 3 classes, but dmm.classes in its metadata names 2"),
+    ],
+)
+def test_classes_that_the_model_does_not_have_are_refused(data, model, words):
+    with pytest.raises(DmmError, match=words):
+        evaluation.labels_for(labelled(*data), model, 3, "x")
+
+
+def test_folders_of_some_classes_are_judged_as_the_same_images_in_a_file(tmp_path):
+    file = load_file(DIGITS / "test.safetensors")
+    shown = np.isin(file["labels"], [7, 9])
+    for number, (image, label) in enumerate(zip(file["images"][shown], file["labels"][shown], strict=True)):
+        (tmp_path / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(image[0]).save(tmp_path / str(label) / f"{number}.png")
+    result = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", tmp_path, "--json")
+    whole = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", DIGITS / "test.safetensors", "--json")
+    some, every = (json.loads(found.stdout)["rows"][0]["recall"] for found in (result, whole))
+    assert [some[7], some[9]] == [every[7], every[9]] and some[7] > 90
+    assert all(recall is None for digit, recall in enumerate(some) if digit not in (7, 9))
+
+
+def test_models_of_different_classes_are_not_put_in_one_table(tmp_path):
+    other = tmp_path / "other.safetensors"
+    path = DIGITS / "site-d.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = {**file.metadata(), "dmm.classes": json.dumps(list("1234567890"))}
+    save_file(load_file(path), other, metadata)
+    result = dmm("evaluate", path, other, "--data", DIGITS / "test.safetensors")
+    assert result.exit_code == 2 and "do not have the same classes" in result.stderr
 
 
 def test_images_are_resized_and_normalised():

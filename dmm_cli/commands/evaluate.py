@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..errors import CheckFailed
+from ..errors import CheckFailed, DmmError
 from ..inputs import Source, resolve_sources
 from . import _options as options
 from ._run import epilog, guarded
@@ -49,7 +49,7 @@ def evaluate(
     """Measure accuracy and recall per class on labelled data.
 
     Images are resized to the model's input and normalised as the checkpoint says. Of a model with several
-    inputs the file holds an array for each, by its name.
+    inputs the file holds an array for each, by its name. Classes that the data name are found by name.
     """
     import sys
 
@@ -92,17 +92,24 @@ def evaluate_sources(
 
     where = resolve_device(device)
     load = cache(evaluation.load_labelled)
-    predictions, classes = [], ()
+    predictions, labels, names = [], [], ()
     for number, source in enumerate(sources):
         model, _ = architectures.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
         labelled = load(data, tuple(named(spec)))
-        predictions.append(evaluation.predict(model, labelled, spec, where))
-        classes = classes or labelled.classes or architectures.class_names(source) or ()
+        answers = evaluation.predict(model, labelled, spec, where)  # (N, K)
+        own = architectures.class_names(source) or ()
+        if predictions and (answers.shape != predictions[0].shape or (own and names and own != names)):
+            raise DmmError(
+                f"{source.label} and {sources[0].label} do not have the same classes", hint="evaluate them one by one"
+            )
+        predictions.append(answers)
+        labels.append(evaluation.labels_for(labelled, own, answers.shape[1], source.label))
+        names = names or own
         on_progress("evaluate", number + 1, len(sources))
-    rows = [evaluation.score(s.label, p, labelled.labels) for s, p in zip(sources, predictions, strict=True)]
+    scored = [(source.label, *pair) for source, *pair in zip(sources, predictions, labels, strict=True)]
     if ensemble:
-        together = evaluation.ensembles(predictions)
-        rows += [evaluation.score(name, answers, labelled.labels) for name, answers in together.items()]
-    names = tuple(classes) or tuple(str(i) for i in range(predictions[0].shape[1]))
-    return Evaluation(str(data), len(labelled.labels), names, tuple(rows))
+        scored += [(name, answers, labels[0]) for name, answers in evaluation.ensembles(predictions).items()]
+    rows = tuple(evaluation.score(*item) for item in scored)
+    names = names or labelled.classes or tuple(map(str, range(predictions[0].shape[1])))
+    return Evaluation(str(data), len(labelled), names, rows)

@@ -105,7 +105,9 @@ def record_source(
         raise DmmError(f"{source.path} has no normalisation layers", hint="there is nothing to record, or to invert")
     counts = ()
     if images.labels is not None:
-        counts = evaluation.class_counts(images.labels, architectures.num_classes(module), source.label)
+        own, width = architectures.class_names(source) or (), architectures.num_classes(module)
+        labels = evaluation.labels_for(images, own, width, source.label)
+        counts = evaluation.class_counts(labels, width, source.label)
     started = time.monotonic()
     found = measure(module, layers, images.batches(BATCH, spec, on_progress), where)
     metadata = stamp("record", {}, device=where.type, **describe(source, spec, len(images), counts))
