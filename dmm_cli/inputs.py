@@ -190,7 +190,8 @@ def paths_in_record(record: dict[str, Any], origin: str) -> list[str]:
         DmmError: it names none, or one that is not there.
     """
     entries = record.get("sources")
-    if not str(record.get("schema", "")).startswith("dmm.") or not isinstance(entries, list):
+    ours = str(record.get("schema", "")).startswith("dmm.") and isinstance(entries, list)
+    if not ours or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
         raise DmmError(f"{origin} is not a record of a dmm stage that names checkpoints")
     paths = [str(entry["path"]) for entry in entries]
     absent = [printable(path) for path in paths if not Path(path).exists()]

@@ -100,7 +100,9 @@ def test_inputs_that_are_not_there(tmp_path, monkeypatch, arguments, words):
 
 
 def test_records_that_are_not_ours(tmp_path):
-    for text, words in (("{", "not valid JSON"), ("[]", "not a JSON object"), ("{}", "not a record of a dmm stage")):
+    torn = '{"schema": "dmm.merge/1", "sources": [{"label": "a"}]}'
+    ours = "not a record of a dmm stage"
+    for text, words in (("{", "not valid JSON"), ("[]", "not a JSON object"), ("{}", ours), (torn, ours)):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(DmmError, match=words):
             resolve_sources([str(tmp_path / "r.json")])
