@@ -5,6 +5,8 @@ Legend: N samples, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +163,8 @@ def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*names, "classes") if name in file}
-    except (OSError, ValueError) as error:
-        raise DmmError(f"cannot read {path}: {printable(str(error))}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DmmError(f"cannot read {path}: {printable(str(error))}", hint="copy or download the file again") from None
     return arrays, tuple(map(str, arrays.pop("classes", ())))
 
 
@@ -201,7 +203,7 @@ def _decode(path: Path, channels: int) -> torch.Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow calls a broken PNG a syntax error
         raise DmmError(f"cannot read image {path}: {printable(str(error))}") from None
     return torch.from_numpy(pixels).reshape(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2)  # (1, C, H, W)
 

@@ -151,9 +151,20 @@ def test_empty_folders_and_broken_images(tmp_path):
     (tmp_path / "a" / "x.png").write_bytes(b"not a picture")
     with pytest.raises(DmmError, match=r"cannot read image .*x\.png"):
         evaluation.load_labelled(tmp_path).batch(0, 1, SPEC)
-    (tmp_path / "a.npz").write_bytes(b"junk")
-    with pytest.raises(DmmError, match="cannot read"):
-        evaluation.load_labelled(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "whole.npz", images=np.zeros((9, 1, 64, 64), np.uint8), labels=np.zeros(9, int))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    torn = bytearray(whole)
+    torn[60:90] = bytes(30)  # within the images
+    for content in (b"junk", b"", whole[:100], bytes(torn)):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(DmmError, match="cannot read"):
+            evaluation.load_labelled(tmp_path / "a.npz")
+    Image.fromarray(np.arange(64 * 64).reshape(64, 64).astype(np.uint8)).save(tmp_path / "a" / "x.png")
+    picture = bytearray((tmp_path / "a" / "x.png").read_bytes())
+    picture[45:60] = bytes(15)
+    (tmp_path / "a" / "x.png").write_bytes(picture)
+    with pytest.raises(DmmError, match=r"cannot read image .*x\.png"):
+        evaluation.load_labelled(tmp_path).batch(0, 1, SPEC)
 
 
 def test_a_site_knows_its_own_digits_and_no_others():
