@@ -31,11 +31,10 @@ SHORT = {
 }
 
 
-def made(path, settings, device="cuda", sites=SITES[3:], on_progress=None) -> bytes:
+def made(path, settings, device="cuda", prior=(), on_progress=None) -> bytes:
     student = resolve_source(SITES[1]) if settings.plateau else None
-    synthesize_sources(
-        resolve_sources(sites), path, settings, arch=None, device=device, student=student, on_progress=on_progress
-    )
+    options = {"arch": None, "device": device, "prior": prior, "student": student, "on_progress": on_progress}
+    synthesize_sources(resolve_sources(SITES[3:]), path, settings, **options)
     return path.read_bytes()
 
 
@@ -64,13 +63,14 @@ def test_synthesis_gives_the_same_bytes_again_and_after_a_kill(tmp_path, monkeyp
 
 @pytest.mark.parametrize("engine", ["generator", "pixels"])
 def test_in_float32_the_losses_are_those_of_the_cpu(tmp_path, engine):
-    curves = []
+    curves, evenly = [], (0.1,) * 10  # to estimate a prior takes steps of its own
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.safetensors"
-        made(path, Settings(count=12, steps=64, batch=32, engine=engine, precision="float32"), device)
+        made(path, Settings(count=12, steps=64, batch=32, engine=engine, precision="float32"), device, evenly)
         curves.append(load_pseudo_data(resolve_source(str(path))).bn_loss)
-    assert curves[1][:5] == pytest.approx(curves[0][:5], rel=0.05)  # convolutions there round to 10 bits
-    assert curves[1][-1] == pytest.approx(curves[0][-1], rel=0.2)  # and a path that forks stays forked
+    assert curves[1][:5] == pytest.approx(curves[0][:5], rel=0.02)  # convolutions there round to 10 bits
+    # paths fork: of two on the CPU whose first weights differ in the sixth digit, later losses differ by a third
+    assert all(curve[-1] < 0.2 * curve[0] for curve in curves)
 
 
 def test_in_bfloat16_the_losses_come_down_as_in_float32(tmp_path):
