@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
@@ -24,8 +24,12 @@ from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
 from ._stages import STATE, Stages, file_hash
 from ._statistics import statistics_of
+from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources
 from .merge import grouping_of
+
+if TYPE_CHECKING:
+    from ..manifest import DistillManifest
 
 EPILOG = epilog(
     "dmm run fixtures/digits/site-*.safetensors -o out/ --data fixtures/digits/test.safetensors",
@@ -85,7 +89,7 @@ DistillSteps = Annotated[
     options.option(
         "--distill-steps",
         help=f"Optimiser steps of the distillation; if not given {DistillSettings.steps}, or 0, which only resets "
-        "BatchNorm, where --group auto finds one group: nothing diverges.",
+        "BatchNorm, where --group auto finds one group and its merge forgets nothing.",
         min=0,
     ),
 ]
@@ -134,6 +138,7 @@ def run(
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     origin = resolve_source(base) if base else None
+    count = chosen.count(len(sources))
     require_same_tensors([*sources, *([origin] if origin else [])])
     recorded = statistics_of(statistics or [], sources)
     _check_directory(output, force)
@@ -141,7 +146,7 @@ def run(
     from ..report.console import emit, status
 
     if dry_run:
-        emit(f"similarity, merge --method {method} --group {group}, synthesize {chosen.count} images from each of "
+        emit(f"similarity, merge --method {method} --group {group}, synthesize {count} images from each of "
              f"{len(sources)} teachers, distill -> {output}")  # fmt: skip
         return
 
@@ -153,7 +158,7 @@ def run(
         arch=arch,
         flags=flags,
         device=device,
-        synthesis=SynthesisSettings(chosen.count, chosen.steps, seed=seed, precision=precision),
+        synthesis=SynthesisSettings(count, chosen.steps, seed=seed, precision=precision),
         statistics=recorded,
         distill_steps=distill_steps,
         data=data,
@@ -216,12 +221,19 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         [files.pseudo, files.synthesis, files.images],
         lambda: _synthesize(plan, files),
     )
-    settings = _distillation(plan, files)
+    settings = DistillSettings(seed=plan.synthesis.seed, precision=plan.synthesis.precision)
     groups = [resolve_source(str(path)) for path in sorted(files.merged.glob("group-*.safetensors"))]
     lessons = {"data": file_hash(files.pseudo), "sources": hashes, "names": names}
     stages.run(
         "distill",
-        {**lessons, "students": [group.sha256 for group in groups], "settings": asdict(settings), **where},
+        {
+            **lessons,
+            "students": [group.sha256 for group in groups],
+            "settings": asdict(settings),
+            "steps": plan.distill_steps,
+            "group": plan.group,
+            **where,
+        },
         [files.model, files.distillation],
         lambda: _distill(plan, files, groups, settings),
     )
@@ -281,18 +293,23 @@ def _synthesize(plan: Plan, files: Layout) -> None:
     image_grid(data, files.images, force=True)
 
 
-def _distillation(plan: Plan, files: Layout) -> DistillSettings:
-    """As asked; unless asked, without a divergent checkpoint there is nothing to teach."""
-    from ..manifest import MergeManifest
-
-    steps = plan.distill_steps
-    if steps is None:
-        one_start = plan.group == "auto" and len(_read(files.merge, MergeManifest).grouping.groups) == 1
-        steps = 0 if one_start else DistillSettings.steps
-    return DistillSettings(steps, seed=plan.synthesis.seed, precision=plan.synthesis.precision)
-
-
 def _distill(plan: Plan, files: Layout, students: Sequence[Source], settings: DistillSettings) -> None:
+    """As asked; unless asked, there is nothing to teach where none diverges and their merge forgets nothing."""
+    from ..report.console import status
+
+    if plan.distill_steps is not None:
+        settings = replace(settings, steps=plan.distill_steps)
+    elif plan.group == "auto" and len(students) == 1:
+        retention = _refine(plan, files, students, replace(settings, steps=0)).retention
+        worst = min(retention, key=lambda teacher: (teacher.after, teacher.label))
+        if worst.after >= 100.0 - FORGOTTEN:
+            return
+        words = f"the merge recognises {worst.after:.1f} % of the pseudo-images of {worst.label}: it has to learn"
+        status(words, quiet=plan.quiet)
+    _refine(plan, files, students, settings)
+
+
+def _refine(plan: Plan, files: Layout, students: Sequence[Source], settings: DistillSettings) -> DistillManifest:
     from ..manifest import dump
     from ..report.console import Progress
 
@@ -301,6 +318,7 @@ def _distill(plan: Plan, files: Layout, students: Sequence[Source], settings: Di
         arch=plan.arch, device=plan.device, force=True, on_progress=Progress(plan.quiet),
     )  # fmt: skip
     write_text(files.distillation, dump(manifest) + "\n", force=True)
+    return manifest
 
 
 def _evaluate(plan: Plan, files: Layout) -> None:

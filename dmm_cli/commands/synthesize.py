@@ -74,12 +74,12 @@ def synthesize(
     --class-prior, from dmm.class_counts in the file, or estimated from the statistics. Images that
     their teacher does not recognise are dropped. Models with several inputs are inverted through all of them.
     """
-    chosen = options.preset(preset, count, steps)
+    chosen = options.preset(preset, count, steps, engine)
     size = options.batch_size(batch)
     require_precision(precision)
     weights = {LOSSES.check(name): value for name, value in options.key_values(loss or [], "--loss").items()}
     settings = Settings(
-        chosen.count, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
+        chosen.each, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
         norm_average, coarse / 100,
     )  # fmt: skip
     _require_consistent(settings, student)
@@ -89,6 +89,7 @@ def synthesize(
         arch, options.input_flags(input_size, mean, std), device, options.numbers(class_prior, "--class-prior")
     )
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
+    settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
     rival = resolve_source(student) if student else None
     inputs = [path for source in (*sources, *recorded.values(), *([rival] if rival else [])) for path in source.files]

@@ -29,7 +29,7 @@ from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
-EPOCHS, CLIENT_EPOCHS, RATE, REAL = 10, 4, 3e-3, 1024
+EPOCHS, CLIENT_EPOCHS, RATE, REAL = 10, 4, 3e-3, 2048
 Parts = list[np.ndarray]
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from functools import partial
 
 import pytest
 from conftest import DIGITS, dmm
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dmm_cli.distillation.settings import Settings
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
 STEPS, DISTILL, COUNT = 12, 16, 64
@@ -95,7 +100,7 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
 
 def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
     out = tmp_path / "out"
-    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 8, "--count", 64]
+    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 80, "--count", 64]
 
     def changed() -> set[str]:
         merged = load_file(out / "merged" / "group-0.safetensors")
@@ -107,6 +112,22 @@ def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
     assert "No step of distillation" in (out / "report.html").read_text()
     assert dmm(*command, "--distill-steps", 2).exit_code == 0
     assert "fc.weight" in changed()
+
+
+def test_where_a_merge_of_one_group_forgets_it_is_distilled(tmp_path, monkeypatch):
+    """A twin of site a for negatives: its first layer is negated, and the mean of the two sees nothing."""
+    monkeypatch.setattr("dmm_cli.commands.run.DistillSettings", partial(Settings, steps=20))
+    tensors = load_file(SITES[0])
+    with safe_open(SITES[0], "pt") as file:
+        metadata = file.metadata()
+    twin, out = tmp_path / "negatives.safetensors", tmp_path / "out"
+    save_file({**tensors, "conv1.weight": -tensors["conv1.weight"]}, twin, metadata)
+    result = dmm("run", SITES[0], twin, "-o", out, "--synthesize-steps", 40, "--count", 64)
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in (out / "merged").glob("*.safetensors")] == ["group-0.safetensors"]
+    assert re.search(r"the merge recognises \d+\.\d % of the pseudo-images of \S+: it has to learn", result.stderr)
+    made = json.loads((out / "distill.json").read_text())
+    assert made["parameters"]["steps"] == 20 and len(made["history"]["step"]) > 1
 
 
 def test_directories_that_are_not_ours(tmp_path):

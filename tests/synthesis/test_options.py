@@ -252,8 +252,9 @@ def test_students_that_cannot_be(tmp_path):
 def test_a_flag_the_environment_and_a_file_win_over_the_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def planned(*flags: object, command: str = "synthesize") -> str:
-        return dmm(command, SITES["a"], SITES["d"], "-o", "out.safetensors", "--dry-run", *flags).stdout
+    def planned(*flags: object, command: str = "synthesize", sites: str = "abde") -> str:
+        named = [SITES[name] for name in sites]
+        return dmm(command, *named, "-o", "out.safetensors", "--dry-run", *flags).stdout
 
     assert "1024 images" in planned() and "300 steps" in planned()
     assert "512 images" in planned("--preset", "fast") and "150 steps" in planned("--preset", "fast")
@@ -267,6 +268,19 @@ def test_a_flag_the_environment_and_a_file_win_over_the_preset(tmp_path, monkeyp
     monkeypatch.setenv("DMM_SYNTHESIZE_STEPS", "9")
     assert "9 steps" in planned() and "8 steps" in planned("--steps", 8)
     assert "did you mean best?" in dmm("run", SITES["a"], SITES["d"], "-o", "out", "--preset", "bst").stderr
+
+
+def test_of_few_teachers_generators_draw_as_many_images_as_of_four(tmp_path):
+    def planned(sites: str, *flags: object, command: str = "synthesize") -> str:
+        out = tmp_path / "out.safetensors"
+        return dmm(command, *(SITES[name] for name in sites), "-o", out, "--dry-run", *flags).stdout
+
+    assert "4096 images from each of 1" in planned("a") and "1365 images from each of 3" in planned("abd")
+    assert "1024 images from each of 4" in planned("abde") and "1024 images from each of 5" in planned("abcde")
+    assert "2048 images from each of 2" in planned("ad", command="run")
+    assert "1024 images from each of 2" in planned("ad", "--preset", "fast")
+    assert "9 images from each of 1" in planned("a", "--count", 9)
+    assert "1024 images from each of 1" in planned("a", "--engine", "pixels")
 
 
 def test_options_of_the_other_engine_are_refused(tmp_path):
