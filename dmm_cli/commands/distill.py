@@ -81,7 +81,8 @@ def distill(
     """Refine a student on the pseudo-data of its teachers.
 
     All teachers answer every image together; whom to believe is learned from the pseudo-data. BatchNorm
-    statistics are reset on the pseudo-data before and after. The last step is the result.
+    statistics are reset on the pseudo-data before and after. The last step is the result, its biases set
+    right: it names every class of the pseudo-data as often as all teachers together do.
     """
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o model.safetensors")

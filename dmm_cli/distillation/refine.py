@@ -20,6 +20,7 @@ from ..runtime import generator as random_stream
 from ..savepoint import Savepoint, State
 from ..training import Replay, Trainer, work_through
 from .augment import add_noise
+from .balance import balance
 from .lessons import Lessons
 from .losses import distillation
 from .settings import Settings
@@ -43,9 +44,9 @@ def refine(
     """Distil pseudo-data into the student, in place; the last step is the result.
 
     Statistics of ``layers`` are reset on class-balanced pseudo-data before and after; where no step is to be taken, on
-    every teacher's images in their own mix of classes, as those of a merge are (``merge --recalibrate``). Processes
-    share each batch: they average their gradients, and each normalises by the statistics of its own part, so that the
-    result depends on how many there are.
+    every teacher's images in their own mix of classes, as those of a merge are (``merge --recalibrate``). In the end
+    the student's biases are set right, see ``balance``. Processes share each batch: they average their gradients, and
+    each normalises by the statistics of its own part, so that the result depends on how many there are.
 
     Args:
         student: on the host's device, as all else is. teachers: frozen; not needed where no step is to be taken.
@@ -66,10 +67,13 @@ def refine(
         _reset(student, layers, lessons, settings, "before")
         recorder = Recorder(settings.steps)
         if settings.steps:
-            pupil = Pupil(student, lessons, lessons.committee(teachers, settings), settings, host, recorder)
+            committee = lessons.committee(teachers, settings)
+            pupil = Pupil(student, lessons, committee, settings, host, recorder)
             work_through([lambda: pupil], "distill", settings.steps, host)
         student.requires_grad_(False)
         _reset(student, layers, lessons, settings, "after")
+        if settings.steps:
+            balance(student, lessons, committee)
         after = agreement(student, lessons)
     return recorder.history(), _retention(lessons, before, after)
 
