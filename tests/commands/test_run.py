@@ -122,7 +122,7 @@ def test_where_a_merge_of_one_group_forgets_it_is_distilled(tmp_path, monkeypatc
         metadata = file.metadata()
     twin, out = tmp_path / "negatives.safetensors", tmp_path / "out"
     save_file({**tensors, "conv1.weight": -tensors["conv1.weight"]}, twin, metadata)
-    result = dmm("run", SITES[0], twin, "-o", out, "--synthesize-steps", 40, "--count", 64)
+    result = dmm("run", SITES[0], twin, "-o", out, "--synthesize-steps", 12, "--count", 64)
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in (out / "merged").glob("*.safetensors")] == ["group-0.safetensors"]
     assert re.search(r"the merge recognises \d+\.\d % of the pseudo-images of \S+: it has to learn", result.stderr)
