@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..examples import forward, hooked
+from ..examples import Inputs, forward, hooked
 from .lessons import BLOCK, Lessons
 
 ITERATIONS = 100
@@ -23,7 +23,7 @@ ITERATIONS = 100
 def balance(student: nn.Module, lessons: Lessons, committee: nn.Module) -> None:
     """Shift the biases of the layer that gives the student's logits, in place; without such a layer nothing is done.
 
-    Images count as every class were equally likely.
+    Images count as if every class were equally likely.
 
     Args:
         student: left in eval mode. committee: gives logits (B, K) of inputs (B, C, H, W).
@@ -60,7 +60,7 @@ def offsets(logits: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -
     return (shifts - shifts.mean()).detach()
 
 
-def _answering(model: nn.Module, inputs) -> nn.Linear | None:
+def _answering(model: nn.Module, inputs: Inputs) -> nn.Linear | None:
     """The linear layer with biases whose output is the model's, if there is one."""
     said: dict[nn.Linear, torch.Tensor] = {}
     layers = [part for part in model.modules() if isinstance(part, nn.Linear) and part.bias is not None]
