@@ -258,12 +258,12 @@ def speed(name: str, network: Network, device: str, runs: int, work: Path) -> li
 
 
 def textbook_pseudo_data(
-    like: PseudoData, sites: list[Path], seed: int, work: Path
+    like: PseudoData, sites: list[Path], seed: int, device: str, work: Path
 ) -> tuple[PseudoData, dict[int, float]]:
     """The textbook loop's images of all sites, with class priors as dmm estimated them; its first norm curve."""
     images, targets, logits, curve = [], [], [], {}
     for number, site in enumerate(sites):
-        model = load_model(resolve_source(str(site)))[0].eval()
+        model = load_model(resolve_source(str(site)))[0].eval().to(device)
         prior = torch.tensor(like.teachers[number].prior)
         for batch in range(QUALITY["count"] // QUALITY["batch"]):
             draw = torch.Generator().manual_seed(1000 * seed + 10 * number + batch)
@@ -274,7 +274,8 @@ def textbook_pseudo_data(
             images.append(pixels)
             targets.append(wanted.numpy())
             with torch.no_grad():
-                logits.append(model(PixelSpace(DIGIT_SPEC).from_bytes(torch.from_numpy(pixels))).numpy())
+                seen = PixelSpace(DIGIT_SPEC, torch.device(device)).from_bytes(torch.from_numpy(pixels).to(device))
+                logits.append(model(seen).cpu().numpy())
     count = len(np.concatenate(targets))
     data = PseudoData(
         images=np.concatenate(images),
@@ -289,7 +290,7 @@ def textbook_pseudo_data(
     return data, curve
 
 
-def quality(work: Path) -> str:
+def quality(device: str, work: Path) -> str:
     """Images of the digit sites by both loops, what students of them know, and the loops' first batches."""
     sites, merged = sorted(DIGITS.glob("site-?.safetensors")), work / "merged"
     dmm("merge", *sites, "--group", "auto", "-o", merged, "--force", "-q")
@@ -298,24 +299,18 @@ def quality(work: Path) -> str:
     for seed in range(RUNS):
         ours_file, plain_file = work / "ours.safetensors", work / "plain.safetensors"
         sizes = [word for name, value in QUALITY.items() for word in (f"--{name}", value)]
-        made = json.loads(
-            dmm(
-                "synthesize", *sites, "--engine", "pixels", *sizes, "--seed", seed, "-o", ours_file, "--force", "--json"
-            )
-        )
+        flags = ["--seed", seed, "--device", device, "--force"]
+        made = json.loads(dmm("synthesize", *sites, "--engine", "pixels", *sizes, *flags, "-o", ours_file, "--json"))
         like = load_pseudo_data(resolve_source(str(ours_file)))
-        data, curve = textbook_pseudo_data(like, sites, seed, work)
+        data, curve = textbook_pseudo_data(like, sites, seed, device, work)
         save_pseudo_data(plain_file, data, {}, force=True)
         history = made["history"]
         for step, value in zip(history["step"], history["curves"]["norm"], strict=True):
             curves.setdefault(step, ([], []))[0].append(curve[step])
             curves[step][1].append(value)
         for name, file in (("plain", plain_file), ("fast", ours_file)):
-            student = work / "student.safetensors"
-            dmm(
-                "distill", merged / "group-0.safetensors", *sites, "--data", file, "--seed", seed, "-o", student,
-                "--force", "-q",
-            )  # fmt: skip
+            student, start = work / "student.safetensors", merged / "group-0.safetensors"
+            dmm("distill", start, *sites, "--data", file, *flags, "-o", student, "-q")
             columns[name].append(float(dmm("evaluate", student, "--data", DIGITS / "test.safetensors", "-q")))
     row = f"| {_spread(columns['plain'], 1)} | {_spread(columns['fast'], 1)} |"
     chosen = sorted(curves)[:: len(curves) // 6]
@@ -352,7 +347,7 @@ def main() -> None:
                     print("\n".join(speed(name, network, arguments.device, arguments.runs, work)), flush=True)
         if "quality" in arguments.part:
             print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
-            print(quality(work))
+            print(quality(arguments.device, work))
 
 
 if __name__ == "__main__":
