@@ -10,7 +10,7 @@ import typer
 
 from ..errors import DmmError, printable
 from ..registry import mistyped
-from ..synthesis import presets
+from ..synthesis import ENGINES, presets
 
 FORMATS = ("table", "json", "tsv", "md")
 
@@ -64,15 +64,15 @@ Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)
 
 
 def preset(name: str, count: int | None, steps: int | None, engine: str = "generator") -> presets.Preset:
-    """What a preset stands for, but for what is given; where every image costs steps, few teachers get no more.
+    """What a preset stands for, but for what is given; where every image takes steps, few teachers get no more.
 
     Raises:
-        DmmError: there is no such preset.
+        DmmError: there is no such preset, or no such engine.
     """
     if name not in presets.PRESETS:
         raise mistyped(f"unknown preset: {printable(name)}", name, presets.PRESETS)
     chosen = presets.PRESETS[name]
-    if count is not None or engine != "generator":
+    if count is not None or "draws" not in ENGINES.traits(engine):
         chosen = chosen._replace(each=count or chosen.each, together=0)
     return chosen if steps is None else chosen._replace(steps=steps)
 

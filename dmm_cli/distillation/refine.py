@@ -20,7 +20,7 @@ from ..runtime import generator as random_stream
 from ..savepoint import Savepoint, State
 from ..training import Replay, Trainer, work_through
 from .augment import add_noise
-from .balance import balance
+from .biases import calibrate_biases
 from .lessons import Lessons
 from .losses import distillation
 from .settings import Settings
@@ -45,8 +45,8 @@ def refine(
 
     Statistics of ``layers`` are reset on class-balanced pseudo-data before and after; where no step is to be taken, on
     every teacher's images in their own mix of classes, as those of a merge are (``merge --recalibrate``). In the end
-    the student's biases are set right, see ``balance``. Processes share each batch: they average their gradients, and
-    each normalises by the statistics of its own part, so that the result depends on how many there are.
+    the student's biases are set right, see ``calibrate_biases``. Processes share each batch: they average their
+    gradients, and each normalises by the statistics of its own part, so that the result depends on how many there are.
 
     Args:
         student: on the host's device, as all else is. teachers: frozen; not needed where no step is to be taken.
@@ -73,7 +73,7 @@ def refine(
         student.requires_grad_(False)
         _reset(student, layers, lessons, settings, "after")
         if settings.steps:
-            balance(student, lessons, committee)
+            calibrate_biases(student, lessons, committee)
         after = agreement(student, lessons)
     return recorder.history(), _retention(lessons, before, after)
 

@@ -26,12 +26,14 @@ LOSSES = Registry(
     },
 )
 
+# traits: "draws" (once it is fitted, further images take no steps)
 ENGINES = Registry(
     "synthesis engine",
     {
         "generator": (
             "dmm_cli.synthesis.generator:GeneratorEngine",
             "one network draws the images of every teacher",
+            "draws",
         ),
         "pixels": ("dmm_cli.synthesis.pixels:PixelEngine", "every pixel is a free parameter"),
     },

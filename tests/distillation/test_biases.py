@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmm_cli.distillation.balance import balance, offsets
+from dmm_cli.distillation.biases import calibrate_biases, offsets
 from dmm_cli.distillation.lessons import Lessons
 from dmm_cli.images import InputSpec, PixelSpace
 
@@ -30,7 +30,7 @@ def test_planted_offsets_are_found_and_taken_back():
     committee, student, data = network(), network(), lessons()
     with torch.no_grad():
         student[-1].bias += SHIFT
-    balance(student.train(), data, committee)
+    calibrate_biases(student.train(), data, committee)
     assert not student.training
     moved = (student[-1].bias - committee[-1].bias).detach()
     assert moved.tolist() == pytest.approx([SHIFT.mean().item()] * 4, abs=1e-3)
@@ -40,7 +40,7 @@ def test_a_student_names_every_class_as_often_as_the_committee_where_classes_cou
     committee, student, data = network(), network(), lessons()
     with torch.no_grad():
         student[1].weight.mul_(-1.0)
-        balance(student, data, committee)
+        calibrate_biases(student, data, committee)
         answers = [model(data.show(torch.arange(600))).softmax(1) for model in (student, committee)]
     means = [torch.stack([given[data.targets == c].mean(0) for c in range(4)]).mean(0) for given in answers]
     assert means[0].tolist() == pytest.approx(means[1].tolist(), abs=1e-5)
@@ -68,5 +68,5 @@ def test_images_count_by_their_weights():
 )
 def test_a_student_whose_logits_no_bias_gives_is_left_alone(student):
     before = copy.deepcopy(student.state_dict())
-    balance(student, lessons(), network())
+    calibrate_biases(student, lessons(), network())
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

@@ -1,4 +1,4 @@
-"""How readily a finished student names each class, set right.
+"""The last biases of a finished student, calibrated: how readily it names each class.
 
 A student is taught under noise and at a temperature, and its statistics are reset in the end. As it is then it leans to
 some classes, most of all where it is unsure, so on images unlike those it was taught with. One number for each class,
@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..examples import Inputs, forward, hooked
+from .convex import minimise
 from .lessons import BLOCK, Lessons
-
-ITERATIONS = 100
 
 
 @torch.no_grad()
-def balance(student: nn.Module, lessons: Lessons, committee: nn.Module) -> None:
+def calibrate_biases(student: nn.Module, lessons: Lessons, committee: nn.Module) -> None:
     """Shift the biases of the layer that gives the student's logits, in place; without such a layer nothing is done.
 
     Images count as if every class were equally likely.
@@ -40,23 +39,14 @@ def offsets(logits: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -
     """What, added to logits, brings their mean probabilities to those wanted: (K,), their sum 0.
 
     Minimises ``sum_n w_n CE(wanted_n, softmax(logits_n + b))``, whose gradient is the difference of the two means
-    (calibration by biases alone: Guo et al., ICML 2017), by L-BFGS.
+    (vector scaling of Guo et al., ICML 2017, of which the offsets alone).
 
     Args:
         logits: float64 (N, K). wanted: probabilities (N, K). weights: (N,).
     """
     shifts = logits.new_zeros(logits.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([shifts], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
     shares = weights / weights.sum()
-
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        total = shares @ F.cross_entropy(logits + shifts, wanted, reduction="none")
-        total.backward()
-        return total
-
-    with torch.enable_grad():
-        optimiser.step(loss)
+    minimise(lambda: shares @ F.cross_entropy(logits + shifts, wanted, reduction="none"), [shifts])
     return (shifts - shifts.mean()).detach()
 
 
@@ -66,4 +56,4 @@ def _answering(model: nn.Module, inputs: Inputs) -> nn.Linear | None:
     layers = [part for part in model.modules() if isinstance(part, nn.Linear) and part.bias is not None]
     with hooked(layer.register_forward_hook(lambda own, _, out: said.__setitem__(own, out)) for layer in layers):
         logits = forward(model, inputs)
-    return next((layer for layer, out in said.items() if out is logits or torch.equal(out, logits)), None)
+    return next((layer for layer, out in said.items() if torch.equal(out, logits)), None)
