@@ -18,6 +18,7 @@ from ..spaces import JointSpec, Spec
 
 LATENT = 32
 WIDTH, NARROWEST = 32, 16  # channels at the lowest resolution, and the least at the highest
+GREY = 2  # of the highest resolutions add the same to red, green and blue
 HIDDEN = 64  # units of the network that draws numbers
 SMALLEST = 4  # side of the lowest resolution, roughly; images drawn up from 2 or 8 teach a student less
 
@@ -64,7 +65,8 @@ class Generator(nn.Module):
     """Latent (B, Z) and condition (B,) to image parameters (B, C, H, W).
 
     An image is the sum of sketches at all resolutions, from one colour up. Without the coarse ones images of a class
-    differ too little from one another in colour and light.
+    differ too little from one another in colour and light. Fine detail is grey: left free, the colour of neighbouring
+    pixels varies ten times as much as in photographs, whose brightness alone is sharp.
 
     Args:
         size: (C, H, W) of the images.
@@ -88,11 +90,13 @@ class Generator(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
         self.colour = nn.Linear(2 * LATENT, channels)
+        grey = GREY if channels == 3 else 0
+        planes = [1 if level and level > doublings - grey else channels for level in range(doublings + 1)]
         self.sketches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, channels, 1), Resample(given, self._sizes[-1], style.sketch))
-            for width, given in zip(widths[:-1], self._sizes, strict=False)
+            nn.Sequential(nn.Conv2d(width, plane, 1), Resample(given, self._sizes[-1], style.sketch))
+            for width, plane, given in zip(widths[:-1], planes, self._sizes, strict=False)
         )
-        self.paint = nn.Conv2d(widths[-1], channels, 3, padding=zeros)
+        self.paint = nn.Conv2d(widths[-1], planes[-1], 3, padding=zeros)
 
     def forward(self, latent: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         code = torch.cat([latent, self.embedding(condition)], 1)

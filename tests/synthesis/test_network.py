@@ -44,6 +44,17 @@ def test_a_margin_is_drawn_and_cut_off():
     assert torch.equal(drawn(cut, 4), drawn(whole, 4)[:, :, 2:-2, 2:-2])
 
 
+@pytest.mark.parametrize(("channels", "grey"), [(1, False), (2, False), (3, True)])
+def test_fine_detail_of_red_green_and_blue_is_grey(channels, grey):
+    """Differences of colours are the same within blocks of 4 x 4 pixels, while brightness differs in them."""
+    with torch.no_grad():
+        image = drawn(Generator((channels, 32, 32), CONDITIONS, Style()), 4)
+    blocks = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4)
+    assert (image - blocks).abs().max() > 1e-2
+    apart = (image - blocks) - (image - blocks).mean(1, keepdim=True)  # (B, C, H, W)
+    assert (apart.abs().max() < 1e-5) == (grey or channels == 1)
+
+
 def test_a_mixture_lets_its_generators_draw_in_turn():
     network = Mixture((3, 8, 8), CONDITIONS)
     count = len(network.parts) + 3  # some draw twice, some once
