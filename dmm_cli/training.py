@@ -45,8 +45,9 @@ class Trainer:
         on_gpu = device.type == "cuda"
         first = torch.tensor(rate, device=device) if on_gpu else rate  # a captured step reads it from the device
         self._optimiser = torch.optim.Adam(module.parameters(), first, betas, fused=True, capturable=on_gpu)
+        rising = warm_up if warm_up * (steps + 1) > 1.0 else 0.0  # torch divides by the steps of a rise, less one
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimiser, rate, total_steps=steps + 1, pct_start=warm_up, cycle_momentum=False
+            self._optimiser, rate, total_steps=steps + 1, pct_start=rising, cycle_momentum=False
         )
 
     def descend(self, loss: torch.Tensor) -> None:
@@ -96,10 +97,13 @@ class Replay(Generic[Result]):
     """A function of inputs of fixed shapes: captured once in a CUDA graph and replayed, without a word from Python.
 
     The result of a replay is overwritten by the next. On the CPU the function is simply called.
+
+    Args:
+        pool: memory that the graph shares with others, all of which are replayed in the order of their first calls.
     """
 
-    def __init__(self, function: Callable[..., Result], device: torch.device) -> None:
-        self._function, self._device, self._calls = function, device, 0
+    def __init__(self, function: Callable[..., Result], device: torch.device, pool: object = None) -> None:
+        self._function, self._device, self._pool, self._calls = function, device, pool, 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Inputs, ...] = ()
         self._result: Result
@@ -118,6 +122,12 @@ class Replay(Generic[Result]):
         self._graph.replay()
         return self._result
 
+    @classmethod
+    def in_turn(cls, functions: Sequence[Callable[..., Result]], device: torch.device) -> list[Replay[Result]]:
+        """One for each function, to be called one after the other, over and over; they need the memory of one."""
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        return [cls(function, device, pool) for function in functions]
+
     def _aside(self, inputs: tuple[Inputs, ...]) -> Result:
         """Called on a stream of its own, as capture demands of the steps before it."""
         stream = torch.cuda.Stream(self._device)
@@ -130,7 +140,7 @@ class Replay(Generic[Result]):
     def _capture(self, inputs: tuple[Inputs, ...]) -> None:
         self._inputs = tuple(value.clone() for value in inputs)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=self._pool):
             self._result = self._function(*self._inputs)
 
 
