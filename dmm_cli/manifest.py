@@ -272,6 +272,7 @@ class RecordManifest(Record):
     """What a recording of statistics did.
 
     Attributes:
+        owner: the checkpoint that was trained on the data, where the network is another's.
         class_counts: images per class; empty where the data have no labels.
         unused: normalisation layers that the model holds but does not run.
     """
@@ -287,6 +288,7 @@ class RecordManifest(Record):
     device: str
     seconds: float
     output: str
+    owner: SourceRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,7 @@ class TeacherReport(Record):
 
     Attributes:
         statistics: the file they were recorded in, or None where they are running statistics.
+        elsewhere: files that tell of its data in the networks of other teachers.
     """
 
     label: str
@@ -306,6 +309,7 @@ class TeacherReport(Record):
     bn_loss: float | None
     confidence: float | None
     statistics: str | None = None
+    elsewhere: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ Legend: N tasks, n elements.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -45,6 +48,21 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(2)
+
+
+class Watcher:
+    """Notes the progress, and interrupts at a share of it."""
+
+    def __init__(self, until: float = 2.0) -> None:
+        self._until = until
+        self.last, self.steps = 0.0, 0
+
+    def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        self.last, self.steps = done / total, self.steps + 1
+        if self.last >= self._until:
+            self._until = 2.0
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # the others wait for their turn to tell, so that none is done before all are stopped
 
 
 @pytest.fixture

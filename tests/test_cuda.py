@@ -10,6 +10,7 @@ from conftest import DIGITS, dmm
 from safetensors.torch import load_file
 
 from dmm_cli import training
+from dmm_cli.commands._statistics import statistics_of
 from dmm_cli.commands.synthesize import synthesize_sources
 from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.synthesis.pseudodata import load_pseudo_data
@@ -31,10 +32,10 @@ SHORT = {
 }
 
 
-def made(path, settings, device="cuda", prior=(), on_progress=None) -> bytes:
+def made(path, settings, device="cuda", prior=(), on_progress=None, sites=SITES[3:], recorded=None) -> bytes:
     student = resolve_source(SITES[1]) if settings.plateau else None
     options = {"arch": None, "device": device, "prior": prior, "student": student, "on_progress": on_progress}
-    synthesize_sources(resolve_sources(SITES[3:]), path, settings, **options)
+    synthesize_sources(resolve_sources(sites), path, settings, recorded=recorded, **options)
     return path.read_bytes()
 
 
@@ -71,6 +72,23 @@ def test_in_float32_the_losses_are_those_of_the_cpu(tmp_path, engine):
     assert curves[1][:5] == pytest.approx(curves[0][:5], rel=0.02)  # convolutions there round to 10 bits
     # paths fork: of two on the CPU whose first weights differ in the sixth digit, later losses differ by a third
     assert all(curve[-1] < 0.2 * curve[0] for curve in curves)
+
+
+@pytest.mark.parametrize("engine", ["generator", "pixels"])
+def test_witnesses_take_turns_in_graphs_that_share_memory(tmp_path, engine):
+    """Statistics of all test digits in each network, told as those of another site's data."""
+    for number in (2, 3, 4):
+        for owner in {2, 3, 4} - {number}:
+            out = tmp_path / f"{owner}-in-{number}.safetensors"
+            run("record", SITES[number], "--data", TEST, "--owner", SITES[owner], "-o", out)
+    recorded = statistics_of([str(tmp_path / "?-in-?.safetensors")], resolve_sources(SITES[2:]))
+    settings, evenly = Settings(count=12, steps=64, batch=32, engine=engine, precision="float32"), (0.1,) * 10
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("cpu", "cuda", "again")}
+    for name, path in files.items():
+        made(path, settings, name.replace("again", "cuda"), evenly, sites=SITES[2:], recorded=recorded)
+    assert files["again"].read_bytes() == files["cuda"].read_bytes()
+    expected, curve = (load_pseudo_data(resolve_source(str(files[name]))).bn_loss for name in ("cpu", "cuda"))
+    assert curve[:5] == pytest.approx(expected[:5], rel=0.02) and curve[-1] < 0.5 * curve[0]
 
 
 def test_in_bfloat16_the_losses_come_down_as_in_float32(tmp_path):

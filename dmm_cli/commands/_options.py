@@ -39,7 +39,11 @@ Arch = Annotated[
 ]
 Statistics = Annotated[
     list[str] | None,
-    option("--statistics", help="Statistics that dmm record stored, in place of BatchNorm's. Repeatable."),
+    option(
+        "--statistics",
+        help="Statistics that dmm record stored, in place of BatchNorm's or, with its --owner, beside them. "
+        "Repeatable.",
+    ),
 ]
 InputSize = Annotated[str | None, option("--input-size", help="Channels, height, width of the input: 3,32,32.")]
 Mean = Annotated[str | None, option("--mean", help="Normalisation of pixels in 0..1: one number, or one per channel.")]

@@ -3,56 +3,90 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, printable
-from ..inputs import Source, read_record, resolve_source
+from ..inputs import Source, read_record, resolve_sources
 
 if TYPE_CHECKING:
     from ..spaces import Spec
 
 KIND = "dmm.statistics/1"
+Pair = tuple[str, str]  # SHA-256 of the checkpoint whose data it is, and of the one whose network saw them
 
 
-def describe(model: Source, spec: Spec, images: int, counts: Sequence[int]) -> dict[str, str]:
-    """Metadata of a file of statistics, for ``stamp``: which model and input, how many images of which classes."""
+def describe(model: Source, owner: Source | None, spec: Spec, images: int, counts: Sequence[int]) -> dict[str, str]:
+    """Metadata of a file of statistics, for ``stamp``: whose, which input, how many images of which classes."""
     facts = {
         "kind": KIND,
-        "model": json.dumps({"label": model.label, "sha256": model.sha256}, sort_keys=True),
+        "model": _named(model),
+        **({"owner": _named(owner)} if owner else {}),
         "input": json.dumps(asdict(spec), sort_keys=True),
         "images": str(images),
     }
     return {**facts, "class_counts": json.dumps(list(counts))} if counts else facts
 
 
-def statistics_of(files: Sequence[str], teachers: Sequence[Source]) -> dict[str, Source]:
-    """Files of recorded statistics by the SHA-256 of the teacher they belong to.
+def _named(source: Source) -> str:
+    return json.dumps({"label": source.label, "sha256": source.sha256}, sort_keys=True)
+
+
+def statistics_of(files: Sequence[str], teachers: Sequence[Source]) -> dict[Pair, Source]:
+    """Files of recorded statistics by whose data they are of, and in whose network.
+
+    Args:
+        files: paths, globs, lists, as those of checkpoints.
 
     Raises:
         DmmError: a file is of another kind or of no teacher, or two are of one.
     """
-    found: dict[str, Source] = {}
-    for path in files:
-        source = resolve_source(path)
-        label, sha256 = _model_of(source)
-        if sha256 not in {teacher.sha256 for teacher in teachers}:
-            raise DmmError(
-                f"statistics {source.path} belong to none of the checkpoints",
-                evidence=[
-                    f"they are of {printable(label)} (sha256 {printable(sha256)[:12]}...)",
-                    *(f"given: {teacher.path} (sha256 {teacher.sha256[:12]}...)" for teacher in teachers),
-                ],
-                hint="name the checkpoint they were recorded of, unchanged, or record them again with dmm record",
-            )
-        if sha256 in found:
-            raise DmmError(f"two files hold statistics of one checkpoint: {found[sha256].path} and {source.path}")
-        found[sha256] = source
+    found: dict[Pair, Source] = {}
+    for source in resolve_sources(files) if files else ():
+        model, owner = _told(source)
+        for label, sha256 in (model, owner):
+            _require_teacher(source, label, sha256, teachers)
+        pair = owner[1], model[1]
+        if pair in found:
+            raise DmmError(f"two files hold statistics of one checkpoint: {found[pair].path} and {source.path}")
+        found[pair] = source
     return found
 
 
-def _model_of(source: Source) -> tuple[str, str]:
+def recorded_counts(recorded: Mapping[Pair, Source], owner: Source) -> list[float] | None:
+    """Images of every class in the data that a checkpoint was trained on, where a file tells them.
+
+    Raises:
+        DmmError: two files tell other numbers.
+    """
+    from ..architectures import class_counts
+
+    mine = [source for (sha256, _), source in recorded.items() if sha256 == owner.sha256]
+    told = [(source.path, counts) for source in mine if (counts := class_counts(source))]
+    for path, counts in told:
+        if counts != told[0][1]:
+            raise DmmError(
+                f"statistics {told[0][0]} and {path} tell other class counts of the data of {owner.label}",
+                hint="record them again, of the same data",
+            )
+    return told[0][1] if told else None
+
+
+def _require_teacher(source: Source, label: str, sha256: str, teachers: Sequence[Source]) -> None:
+    if sha256 not in {teacher.sha256 for teacher in teachers}:
+        raise DmmError(
+            f"statistics {source.path} belong to none of the checkpoints",
+            evidence=[
+                f"they are of {printable(label)} (sha256 {printable(sha256)[:12]}...)",
+                *(f"given: {teacher.path} (sha256 {teacher.sha256[:12]}...)" for teacher in teachers),
+            ],
+            hint="name the checkpoint they were recorded of, unchanged, or record them again with dmm record",
+        )
+
+
+def _told(source: Source) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Label and SHA-256 of the network that saw the data, and of the one that was trained on them."""
     if source.metadata.get("dmm.kind") != KIND:
         raise DmmError(
             f"not a file of recorded statistics: {source.path}",
@@ -60,7 +94,11 @@ def _model_of(source: Source) -> tuple[str, str]:
             hint="make one with: dmm record MODEL --data DATA -o stats.safetensors",
         )
     model = read_record(source.metadata.get("dmm.model", "{}"), f"dmm.model of {source.path}")
-    return str(model.get("label")), str(model.get("sha256"))
+    owner = model
+    if "dmm.owner" in source.metadata:
+        owner = read_record(source.metadata["dmm.owner"], f"dmm.owner of {source.path}")
+    told = [(str(of.get("label")), str(of.get("sha256"))) for of in (model, owner)]
+    return told[0], told[1]
 
 
 def require_input(statistics: Source, spec: Spec) -> None:

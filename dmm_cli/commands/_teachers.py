@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, capped, printable
 from ..inputs import Source
 from . import _options as options
-from ._statistics import require_input
+from ._statistics import Pair, recorded_counts, require_input
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..spaces import Spec
     from ..synthesis.statistics import NormLayer
-    from ..synthesis.teacher import Teacher
+    from ..synthesis.teacher import Teacher, Witness
 
 SAME_CLASSES = "a student needs the classes of its teachers, in their order"
 
@@ -28,12 +28,12 @@ def load_teachers(
     device: torch.device,
     prior: tuple[float, ...] = (),
     flags: options.InputFlags = options.InputFlags(),
-    recorded: Mapping[str, Source] | None = None,
+    recorded: Mapping[Pair, Source] | None = None,
 ) -> tuple[list[Teacher], Spec]:
     """Frozen teachers with the priors that are known, and the input they share.
 
     Args:
-        recorded: files of recorded statistics by the SHA-256 of their teachers.
+        recorded: files of recorded statistics, as ``statistics_of`` finds them.
     """
     from .. import architectures
     from ..spaces import in_words
@@ -41,18 +41,19 @@ def load_teachers(
     from ..synthesis.soft import require_soft
     from ..synthesis.teacher import Teacher, freeze, require_statistics
 
+    recorded = recorded or {}
     teachers, specs = [], {}
     for source in sources:
         model, _ = architectures.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
         specs.setdefault(spec, source.label)
-        file = (recorded or {}).get(source.sha256)
+        file = recorded.get((source.sha256, source.sha256))
         model = freeze(model, device)
         require_soft(str(source.path), model, spec, device)
         layers = _known_layers(model, file, spec, device)
         require_statistics(str(source.path), layers)
         classes = architectures.num_classes(model)
-        counts = prior or (file and architectures.class_counts(file)) or architectures.class_counts(source)
+        counts = prior or recorded_counts(recorded, source) or architectures.class_counts(source)
         known = priors.from_counts(list(counts), classes, source.label) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
         path = str(file.path) if file else ""
@@ -63,7 +64,31 @@ def load_teachers(
             evidence=[f"{label}: {in_words(s)}" for s, label in specs.items()],
             hint="synthesize them apart, one file for each kind of input",
         )
-    return teachers, next(iter(specs))
+    spec = next(iter(specs))
+    witnesses = [_witnesses(place, teachers, recorded, spec, device) for place in range(len(teachers))]
+    return [replace(teacher, witnesses=found) for teacher, found in zip(teachers, witnesses, strict=True)], spec
+
+
+def _witnesses(
+    place: int, teachers: Sequence[Teacher], recorded: Mapping[Pair, Source], spec: Spec, device: torch.device
+) -> tuple[Witness, ...]:
+    """The other networks that a teacher's data were recorded in, the next in line first.
+
+    Where all were, no two teachers have the same witness in one turn.
+    """
+    from .. import architectures
+    from ..synthesis.recorded import load_recorded
+    from ..synthesis.teacher import Witness
+
+    found = []
+    for other in (*teachers[place + 1 :], *teachers[:place]):
+        file = recorded.get((teachers[place].sha256, other.sha256))
+        if file is not None:
+            require_input(file, spec)
+            known = load_recorded(file, architectures.norm_inputs(other.model), device)
+            layers = [known[name] for name, _ in other.model.named_modules() if name in known]
+            found.append(Witness(other.model, layers, str(file.path)))
+    return tuple(found)
 
 
 def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "dmm record vit.safetensors --data train.safetensors -o stats.safetensors",
     "dmm record convnext.safetensors --data photos/ --device cuda -o stats.safetensors --json",
+    "dmm record theirs.safetensors --data mine.npz --owner mine.safetensors -o mine-in-theirs.safetensors",
 )
 BATCH = 64
 
@@ -37,6 +38,10 @@ def record(
             "--data", help="Its training data: .safetensors or .npz (images, and labels if any), or a folder of images."
         ),
     ],
+    owner: Annotated[
+        str | None,
+        options.option("--owner", help="The checkpoint that was trained on these data, where MODEL is another's."),
+    ] = None,
     output: options.Output = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
@@ -52,15 +57,17 @@ def record(
 
     For whoever has the data of a model without BatchNorm (ViT, ConvNeXt), so that dmm synthesize can
     invert it: one mean and one variance per channel, no images. Labels, if any, are stored as counts.
+    With --owner, of what the data look like in the network of another, which tells more of them.
     """
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o stats.safetensors")
     require_device_name(device)
     flags = options.input_flags(input_size, mean, std)
     source = resolve_source(model)
+    trained = resolve_source(owner) if owner else None
     if not data.exists():
         raise DmmError(f"no such file: {data}")
-    check_output(output, inputs=[*source.files, data], force=force)
+    check_output(output, inputs=[*source.files, *(trained.files if trained else ()), data], force=force)
 
     from ..report.console import Progress, emit, status
 
@@ -69,8 +76,9 @@ def record(
         return
 
     manifest = record_source(
-        source, data, output, arch=arch, flags=flags, device=device, force=force, on_progress=Progress(quiet)
-    )
+        source, data, output, owner=trained, arch=arch, flags=flags, device=device, force=force,
+        on_progress=Progress(quiet),
+    )  # fmt: skip
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     for name in manifest.unused:
         status(f"not recorded, since the model does not use it: {name}", quiet=quiet)
@@ -82,13 +90,18 @@ def record_source(
     data: Path,
     output: Path,
     *,
+    owner: Source | None = None,
     arch: str | None,
     flags: options.InputFlags,
     device: str,
     force: bool = False,
     on_progress=None,
 ) -> RecordManifest:
-    """Run the model over the data and write the file of statistics."""
+    """Run the model over the data and write the file of statistics.
+
+    Args:
+        owner: the checkpoint that was trained on the data, where it is not the model.
+    """
     from .. import architectures, evaluation
     from ..checkpoint import save_arrays
     from ..examples import named
@@ -110,7 +123,7 @@ def record_source(
         counts = evaluation.class_counts(labels, width, source.label)
     started = time.monotonic()
     found = measure(module, layers, images.batches(BATCH, spec, on_progress), where)
-    metadata = stamp("record", {}, device=where.type, **describe(source, spec, len(images), counts))
+    metadata = stamp("record", {}, device=where.type, **describe(source, owner, spec, len(images), counts))
     save_arrays(output, to_arrays(found), metadata, inputs=[*source.files, data], force=force)
     return RecordManifest(
         sources=records([source]),
@@ -125,6 +138,7 @@ def record_source(
         device=describe_device(where),
         seconds=time.monotonic() - started,
         output=str(output),
+        owner=records([owner])[0] if owner else None,
     )
 
 

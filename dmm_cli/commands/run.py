@@ -23,7 +23,7 @@ from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
 from ._stages import STATE, Stages, file_hash
-from ._statistics import statistics_of
+from ._statistics import Pair, statistics_of
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources
 from .merge import grouping_of
@@ -74,7 +74,7 @@ class Plan:
     flags: options.InputFlags
     device: str
     synthesis: SynthesisSettings
-    statistics: Mapping[str, Source]
+    statistics: Mapping[Pair, Source]
     distill_steps: int | None
     data: Path | None
     quiet: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ from . import _inversion as inversion
 from . import _options as options
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable
-from ._statistics import statistics_of
+from ._statistics import Pair, statistics_of
 from ._teachers import load_student, load_teachers, require_other
 
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ def synthesize(
         chosen.each, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
         norm_average, coarse / 100,
     )  # fmt: skip
-    _require_consistent(settings, student)
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
     given = Given(
@@ -91,6 +90,7 @@ def synthesize(
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
     settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
+    _require_consistent(settings, student, recorded)
     rival = resolve_source(student) if student else None
     inputs = [path for source in (*sources, *recorded.values(), *([rival] if rival else [])) for path in source.files]
     check_output(output, inputs=inputs, force=force)
@@ -127,7 +127,7 @@ def _execute(
     output: Path,
     settings: Settings,
     given: Given,
-    recorded: Mapping[str, Source],
+    recorded: Mapping[Pair, Source],
     student: Source | None,
     grid: Path | None,
     force: bool,
@@ -150,8 +150,8 @@ def _execute(
         _report(manifest, quiet, json)
 
 
-def _require_consistent(settings: Settings, student: str | None) -> None:
-    """Refuse options that the engine has no use for, and a loss that lacks a student."""
+def _require_consistent(settings: Settings, student: str | None, recorded: Collection[Pair]) -> None:
+    """Refuse options that the engine has no use for, and losses that lack a student or statistics."""
     of = {"keep_best": "pixels", "coarse": "pixels", "norm_average": "generator"}
     idle = [name for name, engine in of.items() if getattr(settings, name) and engine != settings.engine]
     if idle:
@@ -161,6 +161,11 @@ def _require_consistent(settings: Settings, student: str | None) -> None:
         )
     if "adversarial" in settings.weights and student is None:
         raise DmmError("the adversarial loss compares the teacher with a student", hint="name one with --student")
+    if "cross_norm" in settings.weights and all(owner == model for owner, model in recorded):
+        raise DmmError(
+            "the cross_norm loss needs statistics of a teacher's data in another teacher's network",
+            hint="record them: dmm record OTHER --data DATA --owner TEACHER -o stats.safetensors",
+        )
 
 
 def _draw(data: PseudoData, path: Path, force: bool, quiet: bool) -> None:
@@ -180,7 +185,7 @@ def synthesize_sources(
     device: str,
     flags: options.InputFlags = options.InputFlags(),
     prior: tuple[float, ...] = (),
-    recorded: Mapping[str, Source] | None = None,
+    recorded: Mapping[Pair, Source] | None = None,
     student: Source | None = None,
     force: bool = False,
     ranks: Ranks = Ranks(),
@@ -213,7 +218,7 @@ def synthesize_sources(
     if settings.batch is None:
         fitting = fitting_batch(teachers, spec, settings, where, ranks.local, rival)
         settings = replace(settings, batch=min(ranks.gather(fitting)))
-    parameters = {**settings.record(), "weights": Objective(settings.weights, rival).weights}
+    parameters = {**settings.record(), "weights": Objective(settings.weights, teachers, rival).weights}
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
     statistics = [file.sha256 for file in files]
     depends = {
@@ -264,6 +269,7 @@ def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> T
         float(data.bn_loss[-1]) if len(data.bn_loss) else None,
         float(mine.astype(float).mean()),
         teachers[number].statistics or None,
+        tuple(witness.statistics for witness in teachers[number].witnesses),
     )
 
 

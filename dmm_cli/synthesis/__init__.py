@@ -19,6 +19,10 @@ LOSSES = Registry(
             "dmm_cli.synthesis.losses.total_variation:total_variation",
             "smoothness of the images",
         ),
+        "cross_norm": (
+            "dmm_cli.synthesis.losses.cross_norm:cross_norm",
+            "recorded against batch statistics, in the networks of other teachers",
+        ),
         "adversarial": (
             "dmm_cli.synthesis.losses.adversarial:adversarial",
             "a student disagrees with the teacher",

@@ -134,13 +134,15 @@ class Batch:
 
     def train(self) -> Iterator[dict[str, float]]:
         """Take the steps that are left, giving the newest point of the curves after each."""
-        half, step = None, None
+        half, turns = None, max(1, len(self._teacher.witnesses))
         shown: dict[str, float] = {}
         while self.done < self.total:
             if half != (self.done < self._settings.coarse_steps):
                 half = self.done < self._settings.coarse_steps
-                step = Replay(partial(self._step, half), self._host.device)
-            terms = step(self._targets, *draw_moves(len(self._targets), self._settings, self._trainer.stream))
+                ways = [partial(self._step, half, turn) for turn in range(turns)]
+                steps = Replay.in_turn(ways, self._host.device)
+            moves = draw_moves(len(self._targets), self._settings, self._trainer.stream)
+            terms = steps[self.done % turns](self._targets, *moves)
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
                 shown = self._recorder.add(self.done - 1, terms)
@@ -155,9 +157,9 @@ class Batch:
             arrays = {name: part.numpy() for name, part in {**images, TARGETS: self._targets}.items()}
         self._host.savepoint.save(self._name, arrays, notes)
 
-    def _step(self, half: bool, targets: torch.Tensor, *moves: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _step(self, half: bool, turn: int, targets: torch.Tensor, *moves: torch.Tensor) -> dict[str, torch.Tensor]:
         images = halved(self._pixels()) if half else self._pixels()
-        total, terms = self._objective(self._teacher, moved(images, *moves), targets)
+        total, terms = self._objective(self._teacher, moved(images, *moves), targets, turn)
         if not half:
             self._pixels.remember(total.detach())
         self._trainer.descend(total)

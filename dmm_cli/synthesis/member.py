@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -40,7 +41,8 @@ class Member:
         settings = task.settings
         self._number, self._settings, self._host = number, settings, task.host
         self._originals = task.teachers
-        self._teachers = [_pooling(teacher.view(), settings.norm_average) for teacher in task.teachers]
+        copies: dict[nn.Module, nn.Module] = {}
+        self._teachers = [_pooling(teacher.view(copies), settings.norm_average) for teacher in task.teachers]
         self._space = task.space()
         widths = torch.tensor([0, *(teacher.num_classes for teacher in task.teachers)])
         self._offsets = widths.cumsum(0)[:-1].tolist()
@@ -91,28 +93,29 @@ class Member:
         """Take the planned steps, giving the newest point of the curves after each."""
         self._network.train()
         uniform = [torch.full((teacher.num_classes,), 1 / teacher.num_classes) for teacher in self._teachers]
-        step = Replay(self._step, self._host.device)
+        turns = max(1, *(len(teacher.witnesses) for teacher in self._teachers))
+        steps = Replay.in_turn([partial(self._step, turn) for turn in range(turns)], self._host.device)
         shown: dict[str, float] = {}
         while self.done < min(self._until, self.total):
             targets = [draw_targets(p, self._settings.batch, self._trainer.stream) for p in self._priors or uniform]
             latent = torch.randn(sum(map(len, targets)), LATENT, generator=self._trainer.stream)
             moves = draw_moves(len(latent), self._settings, self._trainer.stream)
-            terms = step(latent, *moves, *targets)
+            terms = steps[self.done % turns](latent, *moves, *targets)
             self._trainer.advance()
             if self._priors and self.recorder.wants(self.done - 1):
                 shown = self.recorder.add(self.done - 1, terms)
             yield shown
 
-    def _step(self, latent: torch.Tensor, *drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _step(self, turn: int, latent: torch.Tensor, *drawn: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on latents (T * B, Z), their moves if any, and every teacher's targets (B,).
 
-        Gives the mean of the teachers' terms.
+        Gives the mean of the teachers' terms; ``turn`` chooses the witnesses.
         """
         moves, targets = drawn[: -len(self._teachers)], drawn[-len(self._teachers) :]
         condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)])
         images = self._paint(latent, condition)  # in one pass, so that its normalisation sees all teachers
         parts = moved(images, *moves).split([len(target) for target in targets])
-        outcomes = [self._objective(*batch) for batch in zip(self._teachers, parts, targets, strict=True)]
+        outcomes = [self._objective(*batch, turn) for batch in zip(self._teachers, parts, targets, strict=True)]
         self._trainer.descend(torch.stack([total for total, _ in outcomes]).sum())
         return {name: torch.stack([terms[name] for _, terms in outcomes]).mean() for name in outcomes[0][1]}
 

@@ -41,7 +41,7 @@ def fitting_batch(
     Args:
         local: processes on this machine.
     """
-    objective = Objective(settings.weights, student)
+    objective = Objective(settings.weights, teachers, student)
     with deterministic(device):
         small, large = ([_kept(t, spec, objective, batch, device) for t in teachers] for batch in PROBES)
     slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]
@@ -79,6 +79,7 @@ def _kept(teacher: Teacher, spec: Spec, objective: Objective, batch: int, device
     targets = torch.zeros(batch, dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _graph, _ = objective(teacher, joined(inputs), targets)  # held, so that no address is used twice
-    for tensor in (*teacher.model.parameters(), *teacher.model.buffers()):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    for model in (teacher.model, *(witness.model for witness in teacher.witnesses)):
+        for tensor in (*model.parameters(), *model.buffers()):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from . import LOSSES
 from .teacher import Teacher
 
 DEFAULT_WEIGHTS = {"norm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
+RECORDED_ELSEWHERE = {"cross_norm": 1.0}  # where statistics of a teacher's data in other networks are known
 AGAINST_STUDENT = {"adversarial": 0.01}  # where there is a student; more makes images that merely fool it
 
 
@@ -20,23 +21,27 @@ class Objective:
 
     Args:
         weights: loss name to weight; a weight of 0 switches a loss off. Missing ones take their default.
+        teachers: whether any of them has witnesses decides a default.
         student: frozen, for the losses that compare it with the teacher.
 
     Raises:
         DmmError: there is no loss of that name.
     """
 
-    def __init__(self, weights: Mapping[str, float], student: nn.Module | None = None) -> None:
-        defaults = DEFAULT_WEIGHTS if student is None else DEFAULT_WEIGHTS | AGAINST_STUDENT
+    def __init__(
+        self, weights: Mapping[str, float], teachers: Sequence[Teacher] = (), student: nn.Module | None = None
+    ) -> None:
+        defaults = DEFAULT_WEIGHTS | (RECORDED_ELSEWHERE if any(teacher.witnesses for teacher in teachers) else {})
+        defaults |= {} if student is None else AGAINST_STUDENT
         self.weights = {**defaults, **{LOSSES.check(name): value for name, value in weights.items()}}
         self._losses = {name: LOSSES.load(name) for name, weight in self.weights.items() if weight}
         self._student = student
 
     def __call__(
-        self, teacher: Teacher, images: Inputs, targets: torch.Tensor
+        self, teacher: Teacher, images: Inputs, targets: torch.Tensor, turn: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Total loss (scalar) and its unweighted terms, detached."""
-        seen = teacher.observe(images, targets, self._student)
+        """Total loss (scalar) and its unweighted terms, detached; ``turn`` chooses the witness."""
+        seen = teacher.observe(images, targets, self._student, turn)
         terms = {name: loss(seen) for name, loss in self._losses.items()}
         return torch.stack(list(self._weighted(terms))).sum(), {name: term.detach() for name, term in terms.items()}
 

@@ -31,11 +31,11 @@ class Task:
 
     def objective(self) -> Objective:
         """What images are made for."""
-        return Objective(self.settings.weights, self.student)
+        return Objective(self.settings.weights, self.teachers, self.student)
 
     def exploring(self) -> Objective:
         """The statistics alone, whatever the class: by these images a class prior is estimated."""
-        return Objective({**self.settings.weights, "cross_entropy": 0.0, "adversarial": 0.0})
+        return Objective({**self.settings.weights, "cross_entropy": 0.0, "adversarial": 0.0}, self.teachers)
 
     def space(self) -> Space:
         """Of the input, on the host's device."""

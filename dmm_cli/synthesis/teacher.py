@@ -18,8 +18,22 @@ from ..runtime import mixed_precision
 from .average import PoolStatistics
 from .losses import Observation
 from .soft import soften
-from .statistics import NormLayer, StatisticsRecorder
+from .statistics import LayerStatistics, NormLayer, StatisticsRecorder
 from .thinconv import fold_stems
+
+
+@dataclass(frozen=True)
+class Witness:
+    """The network of another teacher, and what was recorded there of this teacher's data.
+
+    Attributes:
+        model: on its device, frozen and in eval mode. layers: its normalisation layers, with the recorded statistics.
+        statistics: the file.
+    """
+
+    model: nn.Module
+    layers: list[NormLayer]
+    statistics: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class Teacher:
         layers: its normalisation layers whose statistics are known.
         statistics: the file they were recorded in; empty where they are running statistics.
         precision: that its forward and backward passes run in.
+        witnesses: they see its images in turn.
         pool: the images of many steps, whose statistics are to match; None for those of each batch.
         prior: class prior (K,), zero outside its support; None until it is known.
     """
@@ -43,28 +58,47 @@ class Teacher:
     prior_from: str = ""
     statistics: str = ""
     precision: str = "float32"
+    witnesses: tuple[Witness, ...] = ()
     pool: PoolStatistics | None = None
 
-    def observe(self, images: Inputs, targets: torch.Tensor, student: nn.Module | None = None) -> Observation:
-        """Forward images (B, C, H, W), or all inputs, and collect what the losses need."""
-        with StatisticsRecorder(self.layers) as recorder, mixed_precision(images.device, self.precision):
-            logits = forward(self.model, images)
+    def observe(
+        self, images: Inputs, targets: torch.Tensor, student: nn.Module | None = None, turn: int = 0
+    ) -> Observation:
+        """Forward images (B, C, H, W), or all inputs, and collect what the losses need; a witness for every turn."""
+        with mixed_precision(images.device, self.precision):
+            logits, layers = _measured(self.model, self.layers, images)
             answers = None if student is None else forward(student, images)
-            layers = recorder.take()
-        return Observation(images, logits, targets, self.pool(layers) if self.pool else layers, answers)
+            elsewhere = None
+            if self.witnesses:
+                witness = self.witnesses[turn % len(self.witnesses)]
+                _, elsewhere = _measured(witness.model, witness.layers, images)
+        return Observation(images, logits, targets, self.pool(layers) if self.pool else layers, answers, elsewhere)
 
-    def view(self) -> Teacher:
+    def view(self, copies: dict[nn.Module, nn.Module] | None = None) -> Teacher:
         """The same weights in modules of their own, so that two threads can record statistics at once.
 
         Where its passes run in bfloat16, weights of products are converted once, not in every step.
+
+        Args:
+            copies: of models that are there already; new ones are added.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        names = {module: name for name, module in self.model.named_modules()}
-        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-        if self.precision == "bfloat16":
-            _convert(model)
-        layers = [replace(layer, module=model.get_submodule(names[layer.module])) for layer in self.layers]
-        return replace(self, model=model, layers=layers)
+        copies = {} if copies is None else copies
+        model, layers = self._copied(self.model, self.layers, copies)
+        witnesses = [Witness(*self._copied(w.model, w.layers, copies), w.statistics) for w in self.witnesses]
+        return replace(self, model=model, layers=layers, witnesses=tuple(witnesses))
+
+    def _copied(
+        self, model: nn.Module, layers: list[NormLayer], copies: dict[nn.Module, nn.Module]
+    ) -> tuple[nn.Module, list[NormLayer]]:
+        names = {module: name for name, module in model.named_modules()}
+        if model not in copies:
+            tensors = [*model.parameters(), *model.buffers()]
+            copies[model] = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+            if self.precision == "bfloat16":
+                _convert(copies[model])
+        return copies[model], [
+            replace(layer, module=copies[model].get_submodule(names[layer.module])) for layer in layers
+        ]
 
     @torch.no_grad()
     def logits(self, images: Inputs, batch: int = 512) -> torch.Tensor:
@@ -85,6 +119,12 @@ def freeze(model: nn.Module, device: torch.device) -> nn.Module:
 
         return fuse_norms(model, device)
     return model
+
+
+def _measured(model: nn.Module, layers: list[NormLayer], images: Inputs) -> tuple[torch.Tensor, list[LayerStatistics]]:
+    """Logits of images (B, C, H, W), or all inputs, and what the layers see of them."""
+    with StatisticsRecorder(layers) as recorder:
+        return forward(model, images), recorder.take()
 
 
 def _convert(model: nn.Module) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS, in_two_processes
+from conftest import DIGITS, Watcher, in_two_processes
 
 from dmm_cli import training
 from dmm_cli.commands.synthesize import synthesize_sources
@@ -22,21 +19,6 @@ SHORT = {
     "generator with all options": Settings(12, 16, 4, jitter=1, flip=True, plateau=0.9, norm_average=0.8),
     "pixels with all options": Settings(12, 16, 4, engine="pixels", jitter=1, flip=True, keep_best=True, plateau=0.9),
 }
-
-
-class Watcher:
-    """Notes the progress, and interrupts at a share of it."""
-
-    def __init__(self, until: float = 2.0) -> None:
-        self._until = until
-        self.last, self.steps = 0.0, 0
-
-    def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
-        self.last, self.steps = done / total, self.steps + 1
-        if self.last >= self._until:
-            self._until = 2.0
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.5)  # the others wait for their turn to tell, so that none is done before all are stopped
 
 
 def made(path, settings, watcher=None, **options) -> bytes:

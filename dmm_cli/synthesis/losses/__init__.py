@@ -23,6 +23,7 @@ class Observation:
         targets: (B,), the wanted class of each image.
         layers: the statistics at every normalisation layer, in forward order.
         student_logits: (B, K), of a student that is compared with the teacher, if there is one.
+        elsewhere: the statistics at normalisation layers of another teacher's network, if any were recorded there.
     """
 
     images: Inputs
@@ -30,3 +31,4 @@ class Observation:
     targets: torch.Tensor
     layers: list[LayerStatistics]
     student_logits: torch.Tensor | None = None
+    elsewhere: list[LayerStatistics] | None = None

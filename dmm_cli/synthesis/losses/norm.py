@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ..statistics import LayerStatistics
 from . import Observation
 
 
 def norm(seen: Observation) -> torch.Tensor:
+    """The divergence of the batch from what is stored of the teacher, see ``divergence``."""
+    return divergence(seen.layers)
+
+
+def divergence(layers: list[LayerStatistics]) -> torch.Tensor:
     """Gaussian Kullback-Leibler divergence from stored to batch statistics, mean over channels, then layers.
 
     ``KL = (shift^2 + variance) / stored - 1 - log(variance / stored)`` (twice the divergence of two
@@ -18,10 +24,10 @@ def norm(seen: Observation) -> torch.Tensor:
         A scalar, 0 when every channel matches.
     """
     # all layers in one row of channels: a dozen operations instead of a dozen per layer
-    stored = torch.cat([layer.stored_variance + layer.eps for layer in seen.layers])  # (sum of C,)
-    variance = torch.cat([layer.variance + layer.eps for layer in seen.layers])
-    shift = torch.cat([layer.shift for layer in seen.layers])
+    stored = torch.cat([layer.stored_variance + layer.eps for layer in layers])  # (sum of C,)
+    variance = torch.cat([layer.variance + layer.eps for layer in layers])
+    shift = torch.cat([layer.shift for layer in layers])
     ratio = variance / stored
-    divergence = shift.square() / stored + ratio - 1.0 - torch.log(ratio)
-    widths = [len(layer.shift) for layer in seen.layers]
-    return torch.stack([part.mean() for part in divergence.split(widths)]).mean()
+    divergences = shift.square() / stored + ratio - 1.0 - torch.log(ratio)
+    widths = [len(layer.shift) for layer in layers]
+    return torch.stack([part.mean() for part in divergences.split(widths)]).mean()

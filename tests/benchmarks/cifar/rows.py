@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +135,29 @@ def pipeline(place: Place) -> None:
     place.model.hardlink_to(place.run / MODEL)
 
 
+def informed(place: Place) -> None:
+    """``dmm run``, where every client has told what its images look like in the networks of the others."""
+    statistics = place.folder / "statistics"
+    statistics.mkdir(exist_ok=True)
+    clients = place.cell.clients
+    for number, owner in enumerate(clients):
+        data = place.folder / "images.npz"
+        np.savez(data, images=place.cell.seen(number)[0])
+        others = [other for other in clients if other != owner]
+        files = [statistics / f"{number}-in-{other.stem}.safetensors" for other in others]
+
+        def record(other: Path, file: Path, data: Path = data, owner: Path = owner) -> None:
+            words = [other, "--data", data, "--owner", owner, "-o", file, "--force", "-q"]
+            dmm("record", *words, seconds=place.clock.left())
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(record, others, files))
+        data.unlink()
+    place.dmm("run", *clients, "--statistics", statistics, "-o", place.folder / "run")
+    place.model.unlink(missing_ok=True)
+    place.model.hardlink_to(place.folder / "run" / MODEL)
+
+
 def everything(place: Place) -> None:
     """The network that was trained on the images of all clients."""
     place.model.unlink(missing_ok=True)
@@ -220,6 +244,7 @@ class Row:
 
 
 PSEUDO, REAL = "dmm/run/pseudo.safetensors", "oracle/real.safetensors"
+INFORMED = "informed/run/pseudo.safetensors"
 ROWS: dict[str, Row] = {
     "ensemble of the logits of those who know the class": Row(
         "known", together(ensembles.within_known_classes), images=PSEUDO
@@ -244,6 +269,7 @@ ROWS: dict[str, Row] = {
     "FedBN: linear, statistics local, best client": Row("fedbn", local_statistics),
     "distilled from scratch (DENSE)": Row("scratch", from_scratch, images=PSEUDO),
     "**dmm** (`dmm run`)": Row("dmm", pipeline, images=PSEUDO),
+    "**dmm**, with statistics of images in the others' networks": Row("informed", informed, images=INFORMED),
     "oracle: dmm's distillation on real images": Row("oracle", oracle, images=REAL),
     "one network trained on all data": Row("pooled", everything),
 }
