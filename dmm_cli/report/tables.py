@@ -119,7 +119,8 @@ def recorded_table(manifest: RecordManifest) -> Table:
 
 
 def teacher_table(manifest: SynthesisManifest) -> Table:
-    """What synthesis drew from each teacher."""
+    """What synthesis drew from each teacher; how many other networks saw it, where any did."""
+    witnessed = any(teacher.elsewhere for teacher in manifest.teachers)
     rows = [
         [
             teacher.label,
@@ -128,10 +129,11 @@ def teacher_table(manifest: SynthesisManifest) -> Table:
             number(teacher.confidence, 3),
             " ".join(f"{value:.2f}" for value in teacher.prior),
             teacher.prior_from,
+            *([str(len(teacher.elsewhere))] if witnessed else []),
         ]
         for teacher in manifest.teachers
     ]
-    columns = ["teacher", "images", "rejected", "confidence", "class prior", "prior from"]
+    columns = ["teacher", "images", "rejected", "confidence", "class prior", "prior from", *["witnesses"] * witnessed]
     return Table(f"pseudo-data in {manifest.output}", columns, rows)
 
 

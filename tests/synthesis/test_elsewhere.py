@@ -16,6 +16,8 @@ from dmm_cli.commands._statistics import statistics_of
 from dmm_cli.commands.synthesize import load_teachers, synthesize_sources
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.manifest import SynthesisManifest
+from dmm_cli.report.tables import render, teacher_table
 from dmm_cli.synthesis import ENGINES
 from dmm_cli.synthesis.recorded import measure, to_arrays
 from dmm_cli.synthesis.settings import Settings
@@ -102,6 +104,8 @@ def test_images_look_in_other_networks_as_the_data_do(recorded, tmp_path, engine
         assert manifest["teachers"][0]["elsewhere"] == [str(file)] * len(flags[1:])
         assert manifest["teachers"][1]["elsewhere"] == []
         assert ("cross_norm" in manifest["parameters"]["weights"]) == bool(flags)
+        table = render([teacher_table(SynthesisManifest.from_json(manifest))], "table")
+        assert ("witnesses" in table) == bool(flags)
         shown = PixelSpace(spec).from_bytes(torch.from_numpy(data["images"][data["teacher_id"] == 0]))
         model = load_model(resolve_source(str(SITES["c"])), None)[0].eval()
         found[name] = divergence(model, shown, load_file(file))

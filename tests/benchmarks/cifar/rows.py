@@ -153,7 +153,7 @@ def informed(place: Place) -> None:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(record, others, files))
         data.unlink()
-    place.dmm("run", *clients, "--statistics", statistics, "-o", place.folder / "run")
+    place.dmm("run", *clients, "--statistics", statistics / "*.safetensors", "-o", place.folder / "run")
     place.model.unlink(missing_ok=True)
     place.model.hardlink_to(place.folder / "run" / MODEL)
 
