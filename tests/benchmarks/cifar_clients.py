@@ -1,7 +1,7 @@
 """Every method on clients of CIFAR-10 that share no image: one table per setting.
 
     python tests/benchmarks/cifar_clients.py --cifar10 DIRECTORY [--profile small|full] [--work DIRECTORY]
-        [--settings NAME ...] [--seeds N ...] [--rows NAME ...] [--minutes M] [--class-counts]
+        [--clients N] [--settings NAME ...] [--seeds N ...] [--rows NAME ...] [--minutes M] [--class-counts]
 
 DIRECTORY is that of merge_quality.py. A setting is what clients differ in and where they start: ``0.01-own`` (classes
 by Dirichlet(.01), each client from its own random weights), ``100-shared`` (from one network that was trained on a
@@ -21,7 +21,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, required=True)
     parser.add_argument("--profile", choices=PROFILES, default="small")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dmm-cifar-clients")
+    parser.add_argument("--clients", type=int, help="default: those of the profile; another number, another --work")
     parser.add_argument("--settings", nargs="+", help="default: those of the profile")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the profile")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="their folders' names, dmm among them; default: all")
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--class-counts", action="store_true", help="clients tell how often they saw each class")
     options = parser.parse_args()
     profile, work = PROFILES[options.profile], options.work / options.profile
+    profile = replace(profile, clients=options.clients or profile.clients)
     clock = Clock(options.minutes and 60 * options.minutes)
     work.mkdir(parents=True, exist_ok=True)
     require_same(profile, work)
