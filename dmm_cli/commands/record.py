@@ -72,7 +72,8 @@ def record(
     from ..report.console import Progress, emit, status
 
     if dry_run:
-        emit(f"record statistics of {source.label} on {data} -> {output}")
+        whose = f", the data of {trained.label}" if trained else ""
+        emit(f"record statistics of {source.label} on {data}{whose} -> {output}")
         return
 
     manifest = record_source(

@@ -157,5 +157,7 @@ def test_what_does_not_fit_is_refused(recorded, tmp_path):
         result = dmm("synthesize", *arguments, "-o", out)
         assert result.exit_code == 2 and words in result.stderr, result.stderr
         assert result.stderr.count("error:") == 1 and not out.exists()
+    words = ["record", SITES["e"], "--data", recorded / "data-d.safetensors", "--owner", SITES["d"], "-o", out]
+    assert "the data of site-d" in dmm(*words, "--dry-run").stdout and not out.exists()
     result = dmm("record", SITES["e"], "--data", recorded / "data-d.safetensors", "--owner", tmp_path / "no", "-o", out)
     assert result.exit_code == 2 and "no" in result.stderr and not out.exists()
