@@ -37,7 +37,7 @@ OPTIONS = {
 }
 SECOND = {
     "a second round": [],
-    "--student, 0.01": ["--student", "STUDENT"],
+    "--student, 0.01": ["--student", "STUDENT", "--loss", "adversarial=0.01"],
     "--student, 0.1": ["--student", "STUDENT", "--loss", "adversarial=0.1"],
     "--student, 1": ["--student", "STUDENT", "--loss", "adversarial=1"],
 }
