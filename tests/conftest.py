@@ -22,13 +22,14 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from dmm_cli.app import app
-from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.architectures import input_spec, load_model, norm_inputs
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
 from dmm_cli.merging import CALIBRATIONS, METHODS
 from dmm_cli.merging.facts import trim_threshold
 from dmm_cli.merging.method import Block, Facts, Layer, effective_parameters
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
+from dmm_cli.synthesis.recorded import measure, to_arrays
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "fixtures" / "digits"
@@ -48,6 +49,17 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(2)
+
+
+def divergence(model: torch.nn.Module, batch: torch.Tensor, stored: dict[str, np.ndarray], eps: float = 0.0) -> float:
+    """Mean over layers and channels of twice the divergence of the stored from the batch's Gaussian, in numpy."""
+    found = to_arrays(measure(model, norm_inputs(model), [batch], torch.device("cpu")))
+    values = []
+    for name in norm_inputs(model):
+        variance, known = found[f"{name}.var"] + eps, stored[f"{name}.var"] + eps
+        shift = (found[f"{name}.mean"] - stored[f"{name}.mean"]) ** 2 / known
+        values.append((shift + variance / known - 1 - np.log(variance / known)).mean())
+    return float(np.mean(values))
 
 
 class Watcher:

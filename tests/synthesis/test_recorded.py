@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIGITS, dmm
+from conftest import DIGITS, divergence, dmm
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from dmm_cli.architectures import build, norm_inputs
 from dmm_cli.runtime import deterministic
-from dmm_cli.synthesis.recorded import Moments, measure, to_arrays
+from dmm_cli.synthesis.recorded import Moments, measure
 
 CPU = torch.device("cpu")
 VIT = (
@@ -243,20 +243,9 @@ def test_a_vit_is_inverted_from_recorded_statistics(drawn):
     with torch.no_grad():
         assert torch.equal(model(shown).argmax(1), torch.from_numpy(pseudo["targets"]))
     distances = [
-        _divergence(model, batch, load_file(root / "stats.safetensors")) for batch in (shown, (noise - 0.3) / 0.4)
+        divergence(model, batch, load_file(root / "stats.safetensors")) for batch in (shown, (noise - 0.3) / 0.4)
     ]
     assert distances[0] < 0.2 * distances[1]
-
-
-def _divergence(model: nn.Module, batch: torch.Tensor, stored: dict[str, np.ndarray]) -> float:
-    """Mean over layers and channels of twice the divergence of the stored from the batch's Gaussian."""
-    found = to_arrays(measure(model, norm_inputs(model), [batch], CPU))
-    values = []
-    for name in norm_inputs(model):
-        ratio = found[f"{name}.var"] / stored[f"{name}.var"]
-        shift = (found[f"{name}.mean"] - stored[f"{name}.mean"]) ** 2 / stored[f"{name}.var"]
-        values.append((shift + ratio - 1 - np.log(ratio)).mean())
-    return float(np.mean(values))
 
 
 def test_a_fresh_vit_learns_from_the_pseudo_data(drawn, tmp_path):
