@@ -76,33 +76,43 @@ def _witnesses(
 
     Where all were, no two teachers have the same witness in one turn.
     """
-    from .. import architectures
-    from ..synthesis.recorded import load_recorded
     from ..synthesis.teacher import Witness
 
-    found = []
-    for other in (*teachers[place + 1 :], *teachers[:place]):
-        file = recorded.get((teachers[place].sha256, other.sha256))
-        if file is not None:
-            require_input(file, spec)
-            known = load_recorded(file, architectures.norm_inputs(other.model), device)
-            layers = [known[name] for name, _ in other.model.named_modules() if name in known]
-            found.append(Witness(other.model, layers, str(file.path)))
-    return tuple(found)
+    owner = teachers[place].sha256
+    others = [
+        (other.model, recorded.get((owner, other.sha256))) for other in (*teachers[place + 1 :], *teachers[:place])
+    ]
+    return tuple(
+        Witness(model, _ordered(model, _recorded_layers(model, file, spec, device)), str(file.path))
+        for model, file in others
+        if file is not None
+    )
 
 
 def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:
     """Layers with running statistics, and those with recorded ones, which win; in module order."""
     from .. import architectures
-    from ..synthesis.recorded import load_recorded
     from ..synthesis.statistics import NormLayer
 
     running = architectures.norm_layers(model)
     known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
     if statistics is not None:
-        require_input(statistics, spec)
-        known |= load_recorded(statistics, architectures.norm_inputs(model), device)
-    return [known[name] for name, _ in model.named_modules() if name in known]
+        known |= _recorded_layers(model, statistics, spec, device)
+    return _ordered(model, known)
+
+
+def _recorded_layers(model: nn.Module, statistics: Source, spec: Spec, device: torch.device) -> dict[str, NormLayer]:
+    """A network's layers by name, with the statistics of a file that must fit it and its input."""
+    from .. import architectures
+    from ..synthesis.recorded import load_recorded
+
+    require_input(statistics, spec)
+    return load_recorded(statistics, architectures.norm_inputs(model), device)
+
+
+def _ordered(model: nn.Module, layers: Mapping[str, NormLayer]) -> list[NormLayer]:
+    """Layers in the order of the modules."""
+    return [layers[name] for name, _ in model.named_modules() if name in layers]
 
 
 def require_other(student: Source, teachers: Sequence[Source]) -> None:

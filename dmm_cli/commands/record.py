@@ -125,7 +125,8 @@ def record_source(
     started = time.monotonic()
     found = measure(module, layers, images.batches(BATCH, spec, on_progress), where)
     metadata = stamp("record", {}, device=where.type, **describe(source, owner, spec, len(images), counts))
-    save_arrays(output, to_arrays(found), metadata, inputs=[*source.files, data], force=force)
+    inputs = [*source.files, *(owner.files if owner else ()), data]
+    save_arrays(output, to_arrays(found), metadata, inputs=inputs, force=force)
     return RecordManifest(
         sources=records([source]),
         data=str(data),

@@ -82,6 +82,7 @@ def synthesize(
         chosen.each, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
         norm_average, coarse / 100,
     )  # fmt: skip
+    _require_consistent(settings, student)
     if output is None:
         raise DmmError("nowhere to write", hint="name a file with -o pseudo.safetensors")
     given = Given(
@@ -90,7 +91,7 @@ def synthesize(
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
     settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
-    _require_consistent(settings, student, recorded)
+    _require_witnesses(settings, recorded)
     rival = resolve_source(student) if student else None
     inputs = [path for source in (*sources, *recorded.values(), *([rival] if rival else [])) for path in source.files]
     check_output(output, inputs=inputs, force=force)
@@ -150,8 +151,8 @@ def _execute(
         _report(manifest, quiet, json)
 
 
-def _require_consistent(settings: Settings, student: str | None, recorded: Collection[Pair]) -> None:
-    """Refuse options that the engine has no use for, and losses that lack a student or statistics."""
+def _require_consistent(settings: Settings, student: str | None) -> None:
+    """Refuse options that the engine has no use for, and a loss that lacks a student."""
     of = {"keep_best": "pixels", "coarse": "pixels", "norm_average": "generator"}
     idle = [name for name, engine in of.items() if getattr(settings, name) and engine != settings.engine]
     if idle:
@@ -161,6 +162,10 @@ def _require_consistent(settings: Settings, student: str | None, recorded: Colle
         )
     if "adversarial" in settings.weights and student is None:
         raise DmmError("the adversarial loss compares the teacher with a student", hint="name one with --student")
+
+
+def _require_witnesses(settings: Settings, recorded: Collection[Pair]) -> None:
+    """Refuse a loss that lacks statistics of one teacher's data in the network of another."""
     if "cross_norm" in settings.weights and all(owner == model for owner, model in recorded):
         raise DmmError(
             "the cross_norm loss needs statistics of a teacher's data in another teacher's network",
