@@ -22,8 +22,9 @@ from .errors import DmmError, capped, printable
 from .examples import IMAGES, Inputs, forward, joined, named
 from .images import InputSpec
 from .inputs import resolve_source
+from .layout import place
 from .manifest import EvaluationRow
-from .spaces import Spec, TokenSpec, space_of
+from .spaces import Spec, TokenSpec, example, space_of
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -211,7 +212,7 @@ def _decode(path: Path, channels: int) -> torch.Tensor:
 @torch.inference_mode()
 def predict(model: nn.Module, data: LabelledData, spec: Spec, device: torch.device, batch: int = 256) -> torch.Tensor:
     """Logits, float32 (N, K), on the CPU."""
-    model = model.to(device)
+    place(model, device, example(spec, device))
     outputs = [
         forward(model, data.batch(start, start + batch, spec).to(device)).float().cpu()
         for start in range(0, len(data.labels), batch)

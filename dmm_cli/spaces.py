@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .examples import Examples
+from .examples import Examples, Inputs, joined, named
 from .images import InputSpec, PixelSpace
 
 
@@ -53,6 +53,15 @@ def in_words(spec: Spec) -> str:
     if isinstance(spec, TokenSpec):
         return f"size {spec.size}, {spec.vocabulary} tokens"
     return f"size {spec.size}, mean {spec.mean}, std {spec.std}"
+
+
+def example(spec: Spec, device: torch.device) -> Inputs:
+    """Two examples of nothing but zeros, as a network takes them, (2, ...)."""
+    zeros = {}
+    for name, part in named(spec).items():
+        dtype = torch.int64 if isinstance(part, TokenSpec) else torch.float32
+        zeros[name] = torch.zeros(2, *part.size, dtype=dtype, device=device)
+    return joined(zeros)
 
 
 class VectorSpace:

@@ -30,8 +30,10 @@ def with_cka(
 ) -> SimilarityReport:
     """The report with the CKA of activations on pseudo-data, between checkpoints of one architecture."""
     from .. import architectures
+    from ..layout import place
     from ..runtime import deterministic, resolve_device
     from ..similarity.cka import BATCH
+    from ..spaces import example
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(device)
@@ -39,14 +41,16 @@ def with_cka(
     whole = _empty(len(sources))
     for kind in kinds_of(sources):
         own = [sources[i] for i in kind]
-        models = [architectures.load_model(source, arch)[0].to(where) for source in own]
+        models = [architectures.load_model(source, arch)[0] for source in own]
+        for model in models:
+            place(model, where, example(pseudo.spec, where))
         images = balanced_images(pseudo, own, seed, "cka", where)
         with deterministic(where), readable_errors(data, own[0].label):
             batches = [part for batch in images for part in batch.split(BATCH)]
             matrix, _ = MEASURES.load("cka")(models, batches, on_progress)
-        for place, row in zip(kind, matrix, strict=True):
+        for number, row in zip(kind, matrix, strict=True):
             for other, value in zip(kind, row, strict=True):
-                whole[place][other] = float(value)
+                whole[number][other] = float(value)
     return _with(report, "cka", whole)
 
 

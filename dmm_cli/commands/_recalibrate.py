@@ -77,12 +77,15 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
         DmmError: the pseudo-data hold nothing of a parent, or do not fit the model.
     """
     from .. import architectures
+    from ..layout import place
     from ..runtime import deterministic, resolve_device
+    from ..spaces import example
     from ..synthesis.pseudodata import load_pseudo_data
 
     where = resolve_device(settings.device)
     data = load_pseudo_data(settings.data)
-    model = architectures.load_model(merged, settings.arch)[0].to(where)
+    model, _ = architectures.load_model(merged, settings.arch)
+    place(model, where, example(data.spec, where))
     work = _Work(model, data, parents, recipe, settings, where)
     with deterministic(where), readable_errors(settings.data, merged.label):
         lengths = _solve(work) if "features" in METHODS.traits(recipe.method) else {}
@@ -111,8 +114,13 @@ class _Work:
     def parent_modules(self) -> Iterator[nn.Module]:
         """The parents' own modules, one after the other."""
         from ..architectures import load_model
+        from ..layout import place
+        from ..spaces import example
 
-        return (load_model(parent, self.settings.arch)[0].to(self.device) for parent in self.parents)
+        for parent in self.parents:
+            model, _ = load_model(parent, self.settings.arch)
+            place(model, self.device, example(self.data.spec, self.device))
+            yield model
 
     def shares(self) -> list[float]:
         """The parents' weights, summing to 1."""

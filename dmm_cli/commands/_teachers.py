@@ -48,7 +48,7 @@ def load_teachers(
         spec = architectures.input_spec(source, model, **asdict(flags))
         specs.setdefault(spec, source.label)
         file = recorded.get((source.sha256, source.sha256))
-        model = freeze(model, device)
+        model = freeze(model, spec, device)
         require_soft(str(source.path), model, spec, device)
         layers = _known_layers(model, file, spec, device)
         require_statistics(str(source.path), layers)
@@ -172,4 +172,4 @@ def load_student(
             evidence=[f"student: {in_words(taken)}", f"teachers: {in_words(spec)}"],
             hint="say what both take with --input-size, --mean and --std",
         )
-    return freeze(model, device)
+    return freeze(model, spec, device)

@@ -231,6 +231,7 @@ def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.d
         DmmError: it has other classes.
     """
     from .. import architectures
+    from ..layout import place
 
     model, _ = architectures.load_model(source, arch)
     found = architectures.num_classes(model)
@@ -239,7 +240,8 @@ def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.d
             f"{source.path} has {found} classes, the pseudo-data {len(lessons.classes)}",
             hint=SAME_CLASSES,
         )
-    return model.requires_grad_(False).to(device)
+    place(model.requires_grad_(False), device, next(lessons.in_order(2)))
+    return model
 
 
 def _check(manifest: DistillManifest, bound: float | None) -> None:

@@ -14,7 +14,9 @@ from torch import nn
 
 from ..errors import DmmError
 from ..examples import Inputs, forward
+from ..layout import place
 from ..runtime import mixed_precision
+from ..spaces import Spec, example
 from .average import PoolStatistics
 from .losses import Observation
 from .soft import soften
@@ -106,15 +108,16 @@ class Teacher:
         return torch.cat([forward(self.model, part).float() for part in images.split(batch)])
 
 
-def freeze(model: nn.Module, device: torch.device) -> nn.Module:
-    """Eval mode, no gradients for weights (a third of the cost of a step), channels last, embeddings of soft tokens.
+def freeze(model: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
+    """Eval mode, no gradients for weights (a third of the cost of a step), on its device, embeddings of soft tokens.
 
     On a GPU its BatchNorm layers measure their input as they normalise it.
     """
-    model = soften(model).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model = soften(model).eval().requires_grad_(False)
+    layout = place(model, device, example(spec, device))
     if device.type == "cpu":
         return fold_stems(model)
-    if find_spec("triton"):  # comes with torch for CUDA where it runs
+    if layout == torch.channels_last and find_spec("triton"):  # comes with torch for CUDA where it runs
         from .fusednorm import fuse_norms
 
         return fuse_norms(model, device)

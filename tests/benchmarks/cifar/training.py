@@ -20,8 +20,10 @@ from dmm_cli.architectures import build, load_state_dict
 from dmm_cli.checkpoint import save_arrays
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.layout import place
 from dmm_cli.runtime import Host, generator, mixed_precision, resolve_precision, seeded
 from dmm_cli.savepoint import Savepoint
+from dmm_cli.spaces import example
 from dmm_cli.training import Replay, Trainer, work_through
 
 SPEC = InputSpec((3, 32, 32), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
@@ -79,7 +81,8 @@ class Learner:
             model = build(task.recipe.arch)
         if task.start:
             model.load_state_dict(load_state_dict(resolve_source(str(task.start))))
-        self._model = model.to(device, memory_format=torch.channels_last).train()
+        place(model, device, example(SPEC, device))
+        self._model = model.train()
         self._space, self._precision = PixelSpace(SPEC, device), resolve_precision("auto", device)
         padded = F.pad(torch.from_numpy(task.images), [PADDING] * 4, mode="reflect")
         self._images, self._labels = padded.to(device), torch.from_numpy(task.labels).to(device)
