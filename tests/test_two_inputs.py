@@ -25,7 +25,7 @@ from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.ranks import Ranks
 from dmm_cli.synthesis.settings import Settings
 
-FEW = ["--count", 128, "--steps", 120, "--batch", 64]
+FEW = ["--count", 128, "--steps", 60, "--batch", 32]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ SITES = [DIGITS / "site-a.safetensors", DIGITS / "site-d.safetensors"]
 def drawn(tmp_path_factory):
     """Pseudo-data of two sites."""
     path = tmp_path_factory.mktemp("drawn") / "pseudo.safetensors"
-    result = dmm("synthesize", *SITES, "--count", 192, "--steps", 120, "--batch", 32, "-o", path)
+    result = dmm("synthesize", *SITES, "--count", 128, "--steps", 60, "--batch", 32, "-o", path)
     assert result.exit_code == 0, result.stderr
     return path
 

@@ -82,7 +82,7 @@ def test_other_networks_see_a_teachers_images_in_turn(recorded):
 def test_images_look_in_other_networks_as_the_data_do(recorded, tmp_path, engine):
     """Of site e, which has one class and has hardly learned to see, in the network of site c."""
     file = recorded / "in" / "e-in-c.safetensors"
-    steps = ["--engine", engine, "--steps", 24, "--count", 64, "--batch", 32]
+    steps = ["--engine", engine, "--steps", 24, "--count", 32, "--batch", 16]
     found, spec = {}, teachers(recorded, "ce")[1]
     for name, flags in {"without": [], "with": ["--statistics", file]}.items():
         out = tmp_path / f"{name}.safetensors"

@@ -24,7 +24,7 @@ from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
 HOST = Host(CPU)
-QUICK = {"generator": Settings(64, 120, 32), "pixels": Settings(32, 120, 32, engine="pixels")}
+QUICK = {"generator": Settings(64, 60, 32), "pixels": Settings(32, 120, 32, engine="pixels")}
 
 
 def teachers(*names: str):

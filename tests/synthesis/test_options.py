@@ -202,7 +202,7 @@ def test_agreement_is_one_less_the_jensen_shannon_divergence():
 
 @pytest.mark.parametrize("engine", ENGINES.names())
 def test_images_are_sought_on_which_the_student_disagrees(tmp_path, engine):
-    sizes = ["--count", 32, "--batch", 32, "--steps", 30, "--engine", engine, "--class-prior", "1,1,1,1,1,0,0,0,0,0"]
+    sizes = ["--count", 32, "--batch", 16, "--steps", 30, "--engine", engine, "--class-prior", "1,1,1,1,1,0,0,0,0,0"]
     student, _ = load_model(resolve_source(SITES["b"]))
     agreement = {}
     for name, flags in {"without": [], "with": ["--student", SITES["b"], "--loss", "adversarial=1"]}.items():
