@@ -19,7 +19,7 @@ from torch import nn
 from .architectures import class_names
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
-from .examples import IMAGES, Inputs, forward, joined, named
+from .examples import IMAGES, Inputs, answer, joined, named
 from .images import InputSpec
 from .inputs import resolve_source
 from .layout import place
@@ -214,7 +214,7 @@ def predict(model: nn.Module, data: LabelledData, spec: Spec, device: torch.devi
     """Logits, float32 (N, K), on the CPU."""
     place(model, device, example(spec, device))
     outputs = [
-        forward(model, data.batch(start, start + batch, spec).to(device)).float().cpu()
+        answer(model, data.batch(start, start + batch, spec).to(device)).float().cpu()
         for start in range(0, len(data.labels), batch)
     ]
     return torch.cat(outputs)

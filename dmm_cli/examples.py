@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import DmmError, printable
+
 IMAGES = "images"  # what files call the input of a network that has one
 
 
@@ -63,6 +65,22 @@ Inputs = torch.Tensor | Examples
 def forward(model: nn.Module, inputs: Inputs) -> Any:
     """Call a model: several inputs by their names, images alone by position."""
     return model(**inputs.parts) if isinstance(inputs, Examples) else model(inputs)
+
+
+def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Logits (B, K) of a model, which gives them alone or, among other things, under the name ``logits``.
+
+    Raises:
+        DmmError: it gives something else.
+    """
+    given = forward(model, inputs)
+    found = given.get("logits") if isinstance(given, Mapping) else getattr(given, "logits", given)
+    if not isinstance(found, torch.Tensor):
+        raise DmmError(
+            f"{type(model).__name__} answers with {printable(type(given).__name__)}, not with logits",
+            hint="let its forward return logits (N, K), or a dict that has them under the name logits",
+        )
+    return found
 
 
 @contextmanager

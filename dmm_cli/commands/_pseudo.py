@@ -94,14 +94,14 @@ def retention(
     """How far the parents, and a model in their place, agree with the targets of each parent's images."""
     import torch
 
-    from ..examples import forward
+    from ..examples import answer
     from ..manifest import Retention
 
     found = []
     for parent in parents:
         images, rows = images_of(data, [parent], device)
         with torch.no_grad():
-            answers = torch.cat([forward(model, part).argmax(1) for part in images.split(512)]).cpu().numpy()
+            answers = torch.cat([answer(model, part).argmax(1) for part in images.split(512)]).cpu().numpy()
         targets = data.targets[rows]
         shares = [100.0 * float((own == targets).mean()) for own in (data.logits[rows].argmax(1), answers)]
         found.append(Retention(parent.label, len(rows), *shares))

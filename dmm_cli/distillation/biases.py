@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..examples import Inputs, forward, hooked
+from ..examples import Inputs, answer, hooked
 from .convex import minimise
 from .lessons import BLOCK, Lessons
 
@@ -30,7 +30,7 @@ def calibrate_biases(student: nn.Module, lessons: Lessons, committee: nn.Module)
     last = _answering(student.eval(), next(lessons.in_order(1)))
     if last is None:
         return
-    batches = [(forward(student, part), committee(part)) for part in lessons.in_order(BLOCK)]
+    batches = [(answer(student, part), committee(part)) for part in lessons.in_order(BLOCK)]
     given, wanted = (torch.cat(part).double() for part in zip(*batches, strict=True))  # (N, K) each
     last.bias += offsets(given, wanted.softmax(1), lessons.weights().to(given)).to(last.bias)
 
@@ -55,5 +55,5 @@ def _answering(model: nn.Module, inputs: Inputs) -> nn.Linear | None:
     said: dict[nn.Linear, torch.Tensor] = {}
     layers = [part for part in model.modules() if isinstance(part, nn.Linear) and part.bias is not None]
     with hooked(layer.register_forward_hook(lambda own, _, out: said.__setitem__(own, out)) for layer in layers):
-        logits = forward(model, inputs)
+        logits = answer(model, inputs)
     return next((layer for layer, out in said.items() if torch.equal(out, logits)), None)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curves import Recorder
 from ..errors import DmmError
-from ..examples import Inputs, forward
+from ..examples import Inputs, answer
 from ..manifest import ClassRetention, History, Retention
 from ..recalibration import reset_statistics
 from ..runtime import Host, deterministic, mixed_precision, seeded
@@ -150,7 +150,7 @@ class Pupil:
 
     def _step(self, numbers: torch.Tensor, images: Inputs) -> dict[str, torch.Tensor]:
         with mixed_precision(self._host.device, self._settings.precision):
-            logits = forward(self._model, images)
+            logits = answer(self._model, images)
         loss = distillation(logits.float(), self._labels[numbers], self._settings.temperature)
         self._trainer.descend(loss)
         hits = logits.argmax(1) == self._targets[self._views.rows[numbers, 0]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..examples import forward
+from ..examples import answer
 from .lessons import BLOCK, Lessons
 
 
@@ -13,7 +13,7 @@ from .lessons import BLOCK, Lessons
 def agreement(model: nn.Module, lessons: Lessons) -> torch.Tensor:
     """Whether a model, as it is, names the target of every image: bool (N,)."""
     model.eval()
-    answers = torch.cat([forward(model, part).argmax(1) for part in lessons.in_order(BLOCK)])
+    answers = torch.cat([answer(model, part).argmax(1) for part in lessons.in_order(BLOCK)])
     return answers == lessons.targets
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import DmmError, printable
-from ..examples import Examples, forward
+from ..examples import Examples, answer
 from ..spaces import JointSpec, Spec, TokenSpec
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -51,8 +51,8 @@ def require_soft(label: str, model: nn.Module, spec: Spec, device: torch.device)
             hard[name] = places.view(2, *part.size)
             soft[name] = F.one_hot(hard[name], part.vocabulary).float()  # (2, ..., V)
     try:
-        answers = forward(model, Examples(hard))
-        difference = float((forward(model, Examples(soft)) - answers).abs().max() / answers.abs().max())
+        answers = answer(model, Examples(hard))
+        difference = float((answer(model, Examples(soft)) - answers).abs().max() / answers.abs().max())
     except (RuntimeError, IndexError, TypeError) as error:
         difference = str(error).splitlines()[0]
     if not isinstance(difference, float) or not difference <= TOLERANCE:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import DmmError
-from ..examples import Inputs, forward
+from ..examples import Inputs, answer
 from ..layout import place
 from ..runtime import mixed_precision
 from ..spaces import Spec, example
@@ -69,7 +69,7 @@ class Teacher:
         """Forward images (B, C, H, W), or all inputs, and collect what the losses need; a witness for every turn."""
         with mixed_precision(images.device, self.precision):
             logits, layers = _measured(self.model, self.layers, images)
-            answers = None if student is None else forward(student, images)
+            answers = None if student is None else answer(student, images)
             elsewhere = None
             if self.witnesses:
                 witness = self.witnesses[turn % len(self.witnesses)]
@@ -105,7 +105,7 @@ class Teacher:
     @torch.no_grad()
     def logits(self, images: Inputs, batch: int = 512) -> torch.Tensor:
         """Logits, float32 (B, K)."""
-        return torch.cat([forward(self.model, part).float() for part in images.split(batch)])
+        return torch.cat([answer(self.model, part).float() for part in images.split(batch)])
 
 
 def freeze(model: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
@@ -127,7 +127,7 @@ def freeze(model: nn.Module, spec: Spec, device: torch.device) -> nn.Module:
 def _measured(model: nn.Module, layers: list[NormLayer], images: Inputs) -> tuple[torch.Tensor, list[LayerStatistics]]:
     """Logits of images (B, C, H, W), or all inputs, and what the layers see of them."""
     with StatisticsRecorder(layers) as recorder:
-        return forward(model, images), recorder.take()
+        return answer(model, images), recorder.take()
 
 
 def _convert(model: nn.Module) -> None:

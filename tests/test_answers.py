@@ -1,0 +1,92 @@
+"""Networks that answer with logits alone, with logits among other things, and without."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import dmm
+from networks import lively
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from torch import nn
+
+INPUT = '{"size": [3, 8, 8], "mean": [0.5], "std": [0.25]}'
+
+
+class Plain(nn.Module):
+    """Answers with logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes = 4
+        self.look = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, images):
+        return self.head(self.look(images).mean((2, 3)))
+
+
+class Named(Plain):
+    """Answers with a dict."""
+
+    def forward(self, images):
+        return {"size": images.shape, "logits": super().forward(images)}
+
+
+class Output:
+    """What libraries of models answer with."""
+
+    def __init__(self, logits) -> None:
+        self.logits = logits
+
+
+class Told(Plain):
+    """Answers with an object."""
+
+    def forward(self, images):
+        return Output(super().forward(images))
+
+
+class Pair(Plain):
+    """Answers with logits and something else, which of them which nobody can tell."""
+
+    def forward(self, images):
+        return super().forward(images), images
+
+
+plain, named, told, pair = Plain, Named, Told, Pair
+
+
+def made(folder, kind: str):
+    """What every stage makes of two checkpoints of a kind: pseudo-data, a student, and its accuracy."""
+    folder.mkdir()
+    paths = [folder / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        facts = {"dmm.arch": f"test_answers:{kind}", "dmm.input": INPUT}
+        save_file(lively("test_answers:plain", seed).state_dict(), path, facts)
+    drawn, out = folder / "drawn.safetensors", folder / "out.safetensors"
+    for words in (
+        ["synthesize", *paths, "--count", 16, "--steps", 3, "--batch", 8, "-o", drawn],
+        ["distill", paths[0], *paths, "--data", drawn, "--steps", 3, "-o", out],
+    ):
+        result = dmm(*words)
+        if result.exit_code:
+            return result
+    pseudo = load_file(drawn)
+    np.savez(folder / "data.npz", images=pseudo["images"], labels=pseudo["targets"])
+    accuracy = dmm("evaluate", out, "--data", folder / "data.npz", "-q").stdout
+    return {**pseudo, **load_file(out)}, accuracy
+
+
+@pytest.mark.parametrize("kind", ["named", "told"])
+def test_logits_are_found_by_their_name(tmp_path, kind):
+    (arrays, accuracy), (other, same) = made(tmp_path / kind, kind), made(tmp_path / "plain", "plain")
+    assert accuracy == same and arrays.keys() == other.keys()
+    assert all(np.array_equal(arrays[name], other[name]) for name in arrays)
+
+
+def test_what_is_no_answer_is_refused(tmp_path):
+    result = made(tmp_path / "pair", "pair")
+    assert result.exit_code == 2 and "Pair answers with tuple, not with logits" in result.stderr
+    assert "under the name logits" in result.stderr
+    assert {path.name for path in (tmp_path / "pair").iterdir()} == {"0.safetensors", "1.safetensors"}
