@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -217,6 +217,15 @@ def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
     return format_arch(name, arguments) if _meta_shapes(name, **arguments) == shapes else None
 
 
+def _hint(held: Iterable[str], wanted: Iterable[str]) -> str:
+    """What to do where names do not fit; those of DataParallel are the network's own, all behind one word."""
+    parts = [name.partition(".") for name in held]
+    words, inner = {word for word, *_ in parts}, {rest for *_, rest in parts}
+    if len(words) == 1 and inner == set(wanted):
+        return f"every name begins with {printable(words.pop())}, as those of a wrapper do: save what it wraps"
+    return "name the right one with --arch"
+
+
 def load_state_dict(source: Source) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, in their own dtypes."""
     with Checkpoint(source) as file:
@@ -257,7 +266,7 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
         raise DmmError(
             f"{source.path} does not fit {printable(architecture.spec)} ({architecture.evidence})",
             evidence=capped(sorted(problems)),
-            hint="name the right one with --arch",
+            hint=_hint(held, wanted),
         )
     model.load_state_dict(load_state_dict(source))
     return model.float().eval(), architecture

@@ -99,6 +99,18 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     ]
 
 
+def test_names_of_a_wrapper_are_told(tmp_path):
+    path, spec = tmp_path / "wrapped.safetensors", "resnet18,num_classes=5"
+    wrapped = torch.nn.DataParallel(arch.build(spec))
+    save_file(wrapped.state_dict(), path)
+    with pytest.raises(DmmError) as caught:
+        arch.load_model(resolve_source(str(path)), spec)
+    assert caught.value.hint == "every name begins with module, as those of a wrapper do: save what it wraps"
+    with pytest.raises(DmmError) as caught:
+        arch.load_model(resolve_source(str(path)), "resnet34,num_classes=5")
+    assert "--arch" in caught.value.hint
+
+
 def test_half_precision_is_loaded_exactly(tmp_path):
     torch.manual_seed(0)
     state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arch.build("resnet18").state_dict().items()}
