@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .examples import Inputs, each, forward
+from .errors import DmmError, printable
+from .examples import Inputs, each, forward, named
 
 BLOCK = 16  # channels that oneDNN works on at once: 16 with AVX-512, 8 without
 
@@ -33,6 +34,20 @@ def place(model: nn.Module, device: torch.device, example: Inputs) -> torch.memo
         model.to(memory_format=torch.contiguous_format)
     model.register_forward_pre_hook(_make_contiguous, with_kwargs=True)
     return torch.contiguous_format
+
+
+@torch.no_grad()
+def require_fit(label: str, model: nn.Module, example: Inputs) -> None:
+    """Raise DmmError for a network that does not take such inputs (B, ...)."""
+    try:
+        forward(model, example)
+    except Exception as error:  # whatever it is, it is the network's
+        sizes = " and ".join(str(list(part.shape[1:])) for part in named(example).values())
+        raise DmmError(
+            f"{label} does not take inputs of {sizes}",
+            evidence=[printable((str(error).splitlines() or [type(error).__name__])[0])],
+            hint="say what it takes with --input-size, or by dmm.input in its metadata",
+        ) from error
 
 
 def _is_narrow(model: nn.Module) -> bool:

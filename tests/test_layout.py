@@ -97,3 +97,13 @@ def test_every_stage_takes_a_network_that_views_its_features(tmp_path):
     )
     assert dmm("evaluate", out, "--data", tmp_path / "data.safetensors").exit_code == 0
     assert dmm("record", out, "--data", tmp_path / "data.safetensors", "-o", tmp_path / "s.safetensors").exit_code == 0
+
+
+def test_an_input_that_does_not_fit_is_told(tmp_path):
+    path, out = tmp_path / "viewing.safetensors", tmp_path / "out.safetensors"
+    save_file(lively("test_layout:viewing").state_dict(), path, {"dmm.arch": "test_layout:viewing"})
+    for size in ("3,16,16", "1,8,8"):
+        result = dmm("synthesize", path, "--input-size", size, "--mean", "0.5", "--std", "0.25", "-o", out)
+        assert result.exit_code == 2, result.stderr
+        assert f"{path} does not take inputs of [{size.replace(',', ', ')}]" in result.stderr
+        assert "--input-size" in result.stderr and not out.exists()

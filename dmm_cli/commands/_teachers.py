@@ -36,7 +36,8 @@ def load_teachers(
         recorded: files of recorded statistics, as ``statistics_of`` finds them.
     """
     from .. import architectures
-    from ..spaces import in_words
+    from ..layout import require_fit
+    from ..spaces import example, in_words
     from ..synthesis import prior as priors
     from ..synthesis.soft import require_soft
     from ..synthesis.teacher import Teacher, freeze, require_statistics
@@ -52,6 +53,7 @@ def load_teachers(
         require_soft(str(source.path), model, spec, device)
         layers = _known_layers(model, file, spec, device)
         require_statistics(str(source.path), layers)
+        require_fit(str(source.path), model, example(spec, device))
         classes = architectures.num_classes(model)
         counts = prior or recorded_counts(recorded, source) or architectures.class_counts(source)
         known = priors.from_counts(list(counts), classes, source.label) if counts else None
