@@ -62,13 +62,14 @@ def _is_narrow(model: nn.Module) -> bool:
 @torch.no_grad()
 def _runs(model: nn.Module, example: Inputs) -> bool:
     try:
-        forward(model, each(example, _channels_last))
+        forward(model, each(example, channels_last))
     except Exception:  # what fails either way is told by whoever runs it in earnest
         return False
     return True
 
 
-def _channels_last(value: torch.Tensor) -> torch.Tensor:
+def channels_last(value: torch.Tensor) -> torch.Tensor:
+    """Images or features (B, C, H, W) in that layout, anything else as it is."""
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 

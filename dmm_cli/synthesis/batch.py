@@ -15,6 +15,7 @@ from torch import nn
 
 from ..curves import Recorder
 from ..examples import Inputs, each, joined, named
+from ..layout import channels_last
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
@@ -112,7 +113,7 @@ class Batch:
         start = _noise(task.spec, len(self._targets), stream)
         if self._settings.coarse:
             start = each(start, blocks)
-        start = each(start, _channels_last).to(self._host.device)
+        start = each(start, channels_last).to(self._host.device)
         self._pixels = Pixels(start, self._space, self._settings.keep_best)
         self._trainer = Trainer(self._pixels, LEARNING_RATE, self._settings.steps, stream, BETAS, WARM_UP)
         self._recorder = Recorder(self._settings.steps)
@@ -169,7 +170,3 @@ class Batch:
 def _noise(spec: Spec, count: int, stream: torch.Generator) -> Inputs:
     """Standard normal numbers in the shapes of all inputs."""
     return joined({name: torch.randn(count, *part.free, generator=stream) for name, part in named(spec).items()})
-
-
-def _channels_last(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
