@@ -8,7 +8,6 @@ import shutil
 from functools import partial
 
 import pytest
-import torch
 from conftest import DIGITS, dmm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -100,16 +99,8 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
 
 
 def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
-    """A twin of site a with a little noise on its weights: the mean of the two forgets nothing."""
-    tensors, draw = load_file(SITES[0]), torch.Generator().manual_seed(0)
-    with safe_open(SITES[0], "pt") as file:
-        metadata = file.metadata()
-    twin, out = tmp_path / "twin.safetensors", tmp_path / "out"
-    noise = {
-        name: 1e-3 * torch.randn(value.shape, generator=draw) for name, value in tensors.items() if value.dim() > 1
-    }
-    save_file({name: value + noise.get(name, 0) for name, value in tensors.items()}, twin, metadata)
-    command = ["run", SITES[0], twin, "-o", out, "--synthesize-steps", 60, "--count", 32]
+    out = tmp_path / "out"
+    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 80, "--count", 64]
 
     def changed() -> set[str]:
         merged = load_file(out / "merged" / "group-0.safetensors")
@@ -164,12 +155,11 @@ def test_mistakes_are_found_before_anything_is_computed(tmp_path, flags, words):
 
 
 def test_rare_knowledge_survives(tmp_path):
-    """A tenth of the default effort must already beat the ensemble, and know the digits of the lone sites."""
+    """A quarter of the default effort must already beat the ensemble, and know the digits of the lone sites."""
     out = tmp_path / "out"
-    effort = ["--synthesize-steps", 60, "--distill-steps", 120, "--count", 256]
-    result = dmm("run", *SITES, "-o", out, "--data", DATA, *effort)
+    result = dmm("run", *SITES, "-o", out, "--data", DATA, "--synthesize-steps", 100, "--distill-steps", 200)
     assert result.exit_code == 0, result.stderr
     rows = accuracies(out)
     assert rows["dmm run"] > rows["ensemble"] + 8 and rows["dmm run"] > rows["linear merge of all"] + 40
     result = json.loads((out / "evaluation.json").read_text())["rows"][-1]
-    assert min(result["recall"][7:]) > 15
+    assert min(result["recall"][7:]) > 40
