@@ -55,7 +55,7 @@ def in_words(spec: Spec) -> str:
     return f"size {spec.size}, mean {spec.mean}, std {spec.std}"
 
 
-def example(spec: Spec, device: torch.device) -> Inputs:
+def example(spec: Spec, device: torch.device | str = "cpu") -> Inputs:
     """Two examples of nothing but zeros, as a network takes them, (2, ...)."""
     zeros = {}
     for name, part in named(spec).items():

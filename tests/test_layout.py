@@ -99,11 +99,15 @@ def test_every_stage_takes_a_network_that_views_its_features(tmp_path):
     assert dmm("record", out, "--data", tmp_path / "data.safetensors", "-o", tmp_path / "s.safetensors").exit_code == 0
 
 
-def test_an_input_that_does_not_fit_is_told(tmp_path):
-    path, out = tmp_path / "viewing.safetensors", tmp_path / "out.safetensors"
+@pytest.mark.parametrize("size", ["3,16,16", "1,8,8"])
+def test_an_input_that_does_not_fit_is_told(tmp_path, size):
+    path, out, data = tmp_path / "viewing.safetensors", tmp_path / "out.safetensors", tmp_path / "data.safetensors"
     save_file(lively("test_layout:viewing").state_dict(), path, {"dmm.arch": "test_layout:viewing"})
-    for size in ("3,16,16", "1,8,8"):
-        result = dmm("synthesize", path, "--input-size", size, "--mean", "0.5", "--std", "0.25", "-o", out)
+    images = torch.zeros(4, *map(int, size.split(",")), dtype=torch.uint8)
+    save_file({"images": images, "labels": torch.arange(4)}, data)
+    taken = ["--input-size", size, "--mean", "0.5", "--std", "0.25"]
+    for words in (["synthesize", path], ["record", path, "--data", data], ["evaluate", path, "--data", data]):
+        result = dmm(*words, *taken, "-o", out)
         assert result.exit_code == 2, result.stderr
         assert f"{path} does not take inputs of [{size.replace(',', ', ')}]" in result.stderr
         assert "--input-size" in result.stderr and not out.exists()

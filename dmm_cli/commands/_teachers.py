@@ -156,7 +156,8 @@ def load_student(
         DmmError: it has other classes than the teachers, or takes another input.
     """
     from .. import architectures
-    from ..spaces import in_words
+    from ..layout import require_fit
+    from ..spaces import example, in_words
     from ..synthesis.teacher import freeze
 
     require_same_class_names([student, *teachers])
@@ -174,4 +175,5 @@ def load_student(
             evidence=[f"student: {in_words(taken)}", f"teachers: {in_words(spec)}"],
             hint="say what both take with --input-size, --mean and --std",
         )
+    require_fit(str(student.path), model, example(spec))
     return freeze(model, spec, device)

@@ -87,8 +87,10 @@ def evaluate_sources(
     """Accuracy of every checkpoint and, if asked, of their ensembles."""
     from .. import architectures, evaluation
     from ..examples import named
+    from ..layout import require_fit
     from ..manifest import Evaluation
     from ..runtime import resolve_device
+    from ..spaces import example
 
     where = resolve_device(device)
     load = cache(evaluation.load_labelled)
@@ -96,6 +98,7 @@ def evaluate_sources(
     for number, source in enumerate(sources):
         model, _ = architectures.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
+        require_fit(str(source.path), model, example(spec))
         labelled = load(data, tuple(named(spec)))
         answers = evaluation.predict(model, labelled, spec, where)  # (N, K)
         own = architectures.class_names(source) or ()

@@ -106,13 +106,16 @@ def record_source(
     from .. import architectures, evaluation
     from ..checkpoint import save_arrays
     from ..examples import named
+    from ..layout import require_fit
     from ..manifest import RecordedLayer, RecordManifest
     from ..runtime import describe_device, resolve_device
+    from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
 
     where = resolve_device(device)
     module, _ = architectures.load_model(source, arch)
     spec = architectures.input_spec(source, module, **asdict(flags))
+    require_fit(str(source.path), module, example(spec))
     images = evaluation.load_images(data, tuple(named(spec)))
     layers = architectures.norm_inputs(module)
     if not layers:
