@@ -14,6 +14,7 @@ from torch import nn
 from .errors import DmmError, printable
 from .examples import Inputs, each, forward, named
 
+INPUT_HINT = "say what it takes with --input-size, or by dmm.input in its metadata"
 BLOCK = 16  # channels that oneDNN works on at once: 16 with AVX-512, 8 without
 
 
@@ -37,7 +38,7 @@ def place(model: nn.Module, device: torch.device, example: Inputs) -> torch.memo
 
 
 @torch.no_grad()
-def require_fit(label: str, model: nn.Module, example: Inputs) -> None:
+def require_fit(label: str, model: nn.Module, example: Inputs, hint: str = INPUT_HINT) -> None:
     """Raise DmmError for a network that does not take such inputs (B, ...)."""
     try:
         forward(model, example)
@@ -46,7 +47,7 @@ def require_fit(label: str, model: nn.Module, example: Inputs) -> None:
         raise DmmError(
             f"{label} does not take inputs of {sizes}",
             evidence=[printable((str(error).splitlines() or [type(error).__name__])[0])],
-            hint="say what it takes with --input-size, or by dmm.input in its metadata",
+            hint=hint,
         ) from error
 
 

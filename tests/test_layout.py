@@ -111,3 +111,18 @@ def test_an_input_that_does_not_fit_is_told(tmp_path, size):
         assert result.exit_code == 2, result.stderr
         assert f"{path} does not take inputs of [{size.replace(',', ', ')}]" in result.stderr
         assert "--input-size" in result.stderr and not out.exists()
+
+
+def test_a_student_of_another_input_is_told(tmp_path):
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("teacher", "student", "drawn", "out")}
+    told = '{"size": [3, %d, %d], "mean": [0.5], "std": [0.25]}'
+    facts = {"dmm.arch": "test_answers:plain", "dmm.input": told % (16, 16)}
+    save_file(lively("test_answers:plain").state_dict(), paths["teacher"], facts)
+    facts = {"dmm.arch": "test_layout:viewing", "dmm.input": told % (8, 8)}
+    save_file(lively("test_layout:viewing").state_dict(), paths["student"], facts)
+    few = ["--count", 16, "--steps", 2, "--batch", 8]
+    assert dmm("synthesize", paths["teacher"], *few, "-o", paths["drawn"]).exit_code == 0
+    result = dmm("distill", paths["student"], paths["teacher"], "--data", paths["drawn"], "-o", paths["out"])
+    assert result.exit_code == 2, result.stderr
+    assert f"{paths['student']} does not take inputs of [3, 16, 16]" in result.stderr
+    assert "all need the same input" in result.stderr and not paths["out"].exists()

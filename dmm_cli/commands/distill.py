@@ -23,6 +23,8 @@ from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded, resumable
 from ._teachers import SAME_CLASSES, require_same_class_names
 
+SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -228,10 +230,10 @@ def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.d
     """A frozen network of the pseudo-data's classes, on its device.
 
     Raises:
-        DmmError: it has other classes.
+        DmmError: it has other classes, or takes another input.
     """
     from .. import architectures
-    from ..layout import place
+    from ..layout import place, require_fit
 
     model, _ = architectures.load_model(source, arch)
     found = architectures.num_classes(model)
@@ -240,7 +242,9 @@ def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.d
             f"{source.path} has {found} classes, the pseudo-data {len(lessons.classes)}",
             hint=SAME_CLASSES,
         )
-    place(model.requires_grad_(False), device, next(lessons.in_order(2)))
+    shown = next(lessons.in_order(2))
+    place(model.requires_grad_(False), device, shown)
+    require_fit(str(source.path), model, shown, SAME_INPUT)
     return model
 
 
