@@ -89,7 +89,8 @@ def make(cells: list[Cell], rows: list[str] | None, clock: Clock) -> None:
         for cell in mine:
             cell.write_images()
         tell(f"seed {seed}: training")
-        starts = {task.output: task for cell in mine for task in cell.starts()}
+        pooled = rows is None or "pooled" in rows
+        starts = {task.output: task for cell in mine for task in cell.starts(pooled)}
         train(list(starts.values()), host(clock))
         for cell in mine:
             train(cell.trainings(), host(clock))

@@ -23,17 +23,15 @@ FIXTURES = Path(digits.__file__).parent
 
 
 def record(work: Path) -> None:
-    """All pairs of a site and another's network."""
+    """What every site's images look like in the networks of the others."""
     images, labels = digits.digits()
     parts = digits.split(labels, digits.TEST_PER_CLASS, 0)
     sites = {name: FIXTURES / "digits" / f"site-{name}.safetensors" for name in digits.SITES}
     for name, site in sites.items():
         data = work / f"{name}.npz"
         np.savez(data, images=images[parts[name]].numpy())
-        for other, model in sites.items():
-            file = work / f"{name}-in-{other}.safetensors"
-            if other != name and not file.exists():
-                dmm("record", model, "--data", data, "--owner", site, "-o", file, "-q")
+        others = [model for other, model in sites.items() if other != name]
+        dmm("record", *others, "--data", data, "--owner", site, "-o", work / "statistics", "--force", "-q")
 
 
 def main() -> None:
@@ -47,7 +45,17 @@ def main() -> None:
     sites, test = sorted((FIXTURES / "digits").glob("site-?.safetensors")), FIXTURES / "digits" / "test.safetensors"
     for seed in range(options.seeds):
         out = options.work / f"run-{seed}"
-        dmm("run", *sites, "--statistics", options.work / "?-in-?.safetensors", "--seed", seed, "-o", out, "-q")
+        dmm(
+            "run",
+            *sites,
+            "--statistics",
+            options.work / "statistics" / "*.safetensors",
+            "--seed",
+            seed,
+            "-o",
+            out,
+            "-q",
+        )
         print(f"seed {seed}: {dmm('evaluate', out / 'model.safetensors', '--data', test, '-q').strip()}")
 
 

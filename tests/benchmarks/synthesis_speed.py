@@ -21,9 +21,11 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -308,10 +310,16 @@ def quality(device: str, work: Path) -> str:
         for step, value in zip(history["step"], history["curves"]["norm"], strict=True):
             curves.setdefault(step, ([], []))[0].append(curve[step])
             curves[step][1].append(value)
-        for name, file in (("plain", plain_file), ("fast", ours_file)):
-            student, start = work / "student.safetensors", merged / "group-0.safetensors"
+
+        def taught(file: Path, flags: list[object] = flags) -> float:
+            student, start = file.with_suffix(".student.safetensors"), merged / "group-0.safetensors"
             dmm("distill", start, *sites, "--data", file, *flags, "-o", student, "-q")
-            columns[name].append(float(dmm("evaluate", student, "--data", DIGITS / "test.safetensors", "-q")))
+            return float(dmm("evaluate", student, "--data", DIGITS / "test.safetensors", "-q"))
+
+        with ThreadPoolExecutor(len(columns)) as pool:
+            for found, accuracy in zip(columns.values(), pool.map(taught, (plain_file, ours_file)), strict=True):
+                found.append(accuracy)
+        print(f"seed {seed}: {columns['plain'][-1]}, {columns['fast'][-1]}", file=sys.stderr, flush=True)
     row = f"| {_spread(columns['plain'], 1)} | {_spread(columns['fast'], 1)} |"
     chosen = sorted(curves)[:: len(curves) // 6]
     header = "| norm term at step | " + " | ".join(map(str, chosen)) + " |\n|" + "---|" * (1 + len(chosen))

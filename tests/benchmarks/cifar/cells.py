@@ -115,14 +115,18 @@ class Cell:
             images = split.rendered(images, names[client % len(names)], self._seed_of(client))
         return images, labels
 
-    def starts(self) -> list[Task]:
-        """What is trained before the clients: the common start, and the network of all data, which nobody may have."""
+    def starts(self, pooled: bool) -> list[Task]:
+        """What is trained before the clients.
+
+        Args:
+            pooled: whether the network of all data, which nobody may have, is wanted beside the common start.
+        """
         train, labels = self._images.train, self._images.train_labels
         tasks = []
         if self.shared and not self.base.exists():
             own = self._base_share
             tasks.append(self._task(self.base, self.profile.base, train[own], labels[own], BASE))
-        if not self.pooled.exists():
+        if pooled and not self.pooled.exists():
             if self._renders:
                 seen = [self.seen(client) for client in range(len(self.shares))]
                 train, labels = (np.concatenate(part) for part in zip(*seen, strict=True))

@@ -137,23 +137,21 @@ def pipeline(place: Place) -> None:
 
 def informed(place: Place) -> None:
     """``dmm run``, where every client has told what its images look like in the networks of the others."""
-    statistics = place.folder / "statistics"
-    statistics.mkdir(exist_ok=True)
     clients = place.cell.clients
-    for number, owner in enumerate(clients):
-        data = place.folder / "images.npz"
+
+    def record(number: int) -> None:
+        owner, data = clients[number], place.folder / f"images-{number}.npz"
         np.savez(data, images=place.cell.seen(number)[0])
         others = [other for other in clients if other != owner]
-        files = [statistics / f"{number}-in-{other.stem}.safetensors" for other in others]
-
-        def record(other: Path, file: Path, data: Path = data, owner: Path = owner) -> None:
-            words = [other, "--data", data, "--owner", owner, "-o", file, "--force", "-q"]
-            dmm("record", *words, seconds=place.clock.left())
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(record, others, files))
+        words = ["--data", data, "--owner", owner, "-o", place.folder / f"statistics-{number}", "--force", "-q"]
+        dmm("record", *others, *words, seconds=place.clock.left())
         data.unlink()
-    place.dmm("run", *clients, "--statistics", statistics / "*.safetensors", "-o", place.folder / "run")
+
+    missing = [n for n in range(len(clients)) if not (place.folder / f"statistics-{n}").exists()]  # after a stop
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(record, missing))
+    files = place.folder / "statistics-*" / "*.safetensors"
+    place.dmm("run", *clients, "--statistics", files, "-o", place.folder / "run")
     place.model.unlink(missing_ok=True)
     place.model.hardlink_to(place.folder / "run" / MODEL)
 
@@ -282,32 +280,27 @@ def chosen(cell: Cell, slugs: Sequence[str] | None) -> dict[str, Row]:
 
 def make_missing(cell: Cell, slugs: Sequence[str] | None, clock: Clock, on_progress: Callable[[str], None]) -> None:
     """Make and judge every row of a cell, see ``chosen``, that is not there yet."""
-    names = sorted(chosen(cell, slugs), key=lambda name: ROWS[name].make is not pipeline)
-    table = {name: ROWS[name].place(cell, clock) for name in names}  # the pipeline first: others use what it drew
-    for name, place in table.items():
-        if not place.record.exists():
-            on_progress(name)
-            with timed(place.model):
-                accuracy = ROWS[name].make(place)
-            record = {"seconds": _seconds(ROWS[name], place), "images": _images(ROWS[name], cell)}
-            _write(place.record, record if accuracy is None else {**record, "accuracy": accuracy})
+    rows = sorted(chosen(cell, slugs).items(), key=lambda named: named[1].make is not pipeline)  # others use its images
+    for name, row in rows:
+        place = row.place(cell, clock)
+        if place.record.exists():
+            continue
+        on_progress(name)
+        with timed(place.model):
+            accuracy = row.make(place)
+        record = {"seconds": _seconds(row, place), "images": _images(row, cell), "accuracy": accuracy or judged(place)}
+        place.record.write_text(json.dumps(record, sort_keys=True) + "\n")
     if not (cell.folder / CLIENTS).exists():
         on_progress("clients")
         words = [*cell.clients, "--ensemble", "--data", cell.test, "--json"]
         (cell.folder / CLIENTS).write_text(dmm("evaluate", *words, seconds=clock.left()))
-    judge([place for place in table.values() if "accuracy" not in json.loads(place.record.read_text())])
 
 
-def judge(places: Sequence[Place]) -> None:
-    """Add the accuracy, in per cent, of each model of each row to its record."""
-    if not places:
-        return
-    models = {place: sorted(place.folder.glob("model*.safetensors")) for place in places}
-    paths = [path for found in models.values() for path in found]
-    scores = iter(dmm("evaluate", *paths, "--data", places[0].cell.test, "-q", seconds=places[0].clock.left()).split())
-    for place, found in models.items():
-        record = json.loads(place.record.read_text())
-        _write(place.record, {**record, "accuracy": [float(next(scores)) for _ in found]})
+def judged(place: Place) -> list[float]:
+    """The accuracy, in per cent, of each model of a row."""
+    models = sorted(place.folder.glob("model*.safetensors"))
+    told = dmm("evaluate", *models, "--data", place.cell.test, "-q", seconds=place.clock.left())
+    return [float(word) for word in told.split()]
 
 
 def _seconds(row: Row, place: Place) -> float:
@@ -321,7 +314,3 @@ def _images(row: Row, cell: Cell) -> int:
     if not row.images:
         return 0
     return resolve_source(str(cell.folder / "rows" / row.images)).tensors["targets"].shape[0]
-
-
-def _write(path: Path, record: dict) -> None:
-    path.write_text(json.dumps(record, sort_keys=True) + "\n")

@@ -139,12 +139,13 @@ class Learner:
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Images, uint8 (B, 3, H, W), each cropped and flipped by its own draw, and their labels (B,)."""
         size, stream = self._task.recipe.batch, self._trainer.stream
-        rows = torch.randint(len(self._labels), (size,), generator=stream).to(self._device)
+        rows = torch.randint(len(self._labels), (size,), generator=stream)
         top, left = torch.randint(2 * PADDING + 1, (2, size, 1), generator=stream)  # (B, 1) each
         across = torch.arange(SIDE).expand(size, SIDE)
         across = torch.where(torch.rand(size, 1, generator=stream) < 0.5, across, across.flip(1)) + left
-        down = (torch.arange(SIDE) + top).to(self._device)  # (B, H)
-        cut = self._images[rows[:, None, None], :, down[:, :, None], across.to(self._device)[:, None]]  # (B, H, W, 3)
+        down = torch.arange(SIDE) + top  # (B, H)
+        rows, down, across = (drawn.to(self._device, non_blocking=True) for drawn in (rows, down, across))
+        cut = self._images[rows[:, None, None], :, down[:, :, None], across[:, None]]  # (B, H, W, 3)
         return cut.permute(0, 3, 1, 2), self._labels[rows]  # (B, 3, H, W)
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
