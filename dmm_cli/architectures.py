@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
+from .facts import input_facts
 from .header import ITEM_SIZE
 from .inputs import Source
 from .registry import did_you_mean
@@ -332,15 +332,14 @@ def input_spec(
     Raises:
         DmmError: mean and std do not fit the number of channels.
     """
-    given = json.loads(source.metadata.get("dmm.input", "{}"))
+    given = input_facts(source)
     examples = examples_of(model)
     if examples is not None:
         if size:
             raise DmmError("--input-size is for models that take images alone", hint="example_inputs tell the sizes")
         return joint_spec(model, examples, given, mean, std)
     known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
-    if given:
-        known |= {"input_size": given["size"], "mean": given["mean"], "std": given["std"]}
+    known |= {"input_size" if key == "size" else key: value for key, value in given.items()}
     known |= dict((source.config or {}).get("pretrained_cfg") or {})
     told = tuple(known.get("input_size", (3, 224, 224)))
     channels = _input_channels(model) or told[0]
@@ -375,15 +374,3 @@ def num_classes(model: nn.Module) -> int:
             hint="give the module an attribute num_classes",
         )
     return count
-
-
-def class_names(source: Source) -> tuple[str, ...] | None:
-    """Class names from the metadata, or None."""
-    text = source.metadata.get("dmm.classes")
-    return tuple(map(str, json.loads(text))) if text else None
-
-
-def class_counts(source: Source) -> list[float] | None:
-    """Training samples per class from the metadata, or None."""
-    text = source.metadata.get("dmm.class_counts")
-    return [float(count) for count in json.loads(text)] if text else None

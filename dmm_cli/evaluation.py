@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .architectures import class_names
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .examples import IMAGES, Inputs, answer, joined, named
+from .facts import class_names
 from .images import InputSpec
 from .inputs import resolve_source
 from .layout import place
@@ -59,13 +59,17 @@ class LabelledData:
         return joined({name: prepare(held[name], part, name) for name, part in named(spec).items()})
 
     def batches(
-        self, size: int, spec: Spec, on_progress: Callable[[str, int, int], None] | None = None
+        self,
+        size: int,
+        spec: Spec,
+        on_progress: Callable[[str, int, int], None] | None = None,
+        stage: str = "images",
     ) -> Iterator[Inputs]:
-        """All images in order, at most ``size`` at a time, see ``batch``."""
+        """All images in order, at most ``size`` at a time, see ``batch``; progress is told as that of ``stage``."""
         for start in range(0, len(self), size):
             yield self.batch(start, start + size, spec)
             if on_progress:
-                on_progress("images", min(start + size, len(self)), len(self))
+                on_progress(stage, min(start + size, len(self)), len(self))
 
 
 def prepare(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str = IMAGES) -> torch.Tensor:

@@ -268,26 +268,36 @@ class RecordedLayer(Record):
 
 
 @dataclass(frozen=True)
-class RecordManifest(Record):
-    """What a recording of statistics did.
+class RecordedNetwork(Record):
+    """Statistics of the data in one network, and their file.
 
     Attributes:
-        owner: the checkpoint that was trained on the data, where the network is another's.
-        class_counts: images per class; empty where the data have no labels.
-        unused: normalisation layers that the model holds but does not run.
+        class_counts: images per class of the network; empty where the data have no labels.
+        unused: normalisation layers that the network holds but does not run.
     """
 
-    SCHEMA: ClassVar[str] = "dmm.record/1"
-
-    sources: tuple[SourceRecord, ...]
-    data: str
+    source: SourceRecord
     images: int
     class_counts: tuple[int, ...]
     layers: tuple[RecordedLayer, ...]
     unused: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class RecordManifest(Record):
+    """What a recording of statistics did.
+
+    Attributes:
+        owner: the checkpoint that was trained on the data, where it was named.
+    """
+
+    SCHEMA: ClassVar[str] = "dmm.record/2"
+
+    networks: tuple[RecordedNetwork, ...]
+    data: str
     device: str
     seconds: float
-    output: str
     owner: SourceRecord | None = None
 
 

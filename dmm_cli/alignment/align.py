@@ -16,6 +16,7 @@ from torch import nn
 from .. import architectures
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
 from ..errors import DmmError, printable
+from ..facts import class_names
 from ..header import ITEM_SIZE
 from ..images import InputSpec
 from ..inputs import Source
@@ -232,7 +233,7 @@ def floats(source: Source, model: nn.Module) -> Arrays:
 
 def _compared(basins: Sequence[_Basin]) -> list[str]:
     """Parameters that all checkpoints hold in one shape; heads only where they know the same classes."""
-    classes = {architectures.class_names(source) for basin in basins for source in basin.sources} - {None}
+    classes = {class_names(source) for basin in basins for source in basin.sources} - {None}
     return [
         name
         for name, array in basins[0].arrays.items()

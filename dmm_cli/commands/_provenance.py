@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..facts import class_counts
 from ..inputs import Source
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def inherited(parents: Sequence[Source], union: Union | None = None) -> dict[str
         values = {_of_union(key, parent.metadata.get(key), union) for parent in parents}
         if len(values) == 1 and None not in values:
             metadata[key] = values.pop()
-    counts = [parent.metadata.get("dmm.class_counts") for parent in parents]
+    counts = list(map(class_counts, parents))
     if all(counts):
-        metadata["dmm.class_counts"] = json.dumps(_summed([json.loads(text) for text in counts], union))
+        metadata["dmm.class_counts"] = json.dumps(_summed(counts, union))
     return metadata
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, printable
+from ..facts import class_counts
 from ..inputs import Source, read_record, resolve_sources
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ def recorded_counts(recorded: Mapping[Pair, Source], owner: Source) -> list[floa
     Raises:
         DmmError: two files tell other numbers.
     """
-    from ..architectures import class_counts
-
     mine = [source for (sha256, _), source in recorded.items() if sha256 == owner.sha256]
     told = [(source.path, counts) for source in mine if (counts := class_counts(source))]
     for path, counts in told:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, capped, printable
+from ..facts import class_counts, class_names
 from ..inputs import Source
 from . import _options as options
 from ._statistics import Pair, recorded_counts, require_input
@@ -55,7 +56,7 @@ def load_teachers(
         require_statistics(str(source.path), layers)
         require_fit(str(source.path), model, example(spec, device))
         classes = architectures.num_classes(model)
-        counts = prior or recorded_counts(recorded, source) or architectures.class_counts(source)
+        counts = prior or recorded_counts(recorded, source) or class_counts(source)
         known = priors.from_counts(list(counts), classes, source.label) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
         path = str(file.path) if file else ""
@@ -130,8 +131,6 @@ def require_other(student: Source, teachers: Sequence[Source]) -> None:
 
 def require_same_class_names(sources: Sequence[Source]) -> None:
     """Raise DmmError when checkpoints that tell their classes tell others, or another order."""
-    from ..architectures import class_names
-
     told = {source.path: class_names(source) for source in sources}
     lists = {path: names for path, names in told.items() if names}
     if len(set(lists.values())) > 1:

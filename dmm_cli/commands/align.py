@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import DmmError
-from ..files import check_output
-from ..inputs import Source, require_same_tensors, resolve_sources
+from ..inputs import require_same_tensors, resolve_sources
 from ..merging.heads import unlike_heads
 from . import _options as options
 from ._align import RESTARTS, aligned_record, alignment_metadata, write_aligned
+from ._outputs import file_or_directory
 from ._provenance import records
 from ._run import epilog, guarded
 
@@ -57,13 +55,15 @@ def align(
     size = options.input_flags(input_size, None, None).size
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     require_same_tensors(sources, any_shape=unlike_heads(sources))
-    paths = _outputs(sources, output, force)
+    labels = [source.label for source in sources[1:]]
+    inputs = [path for source in sources for path in source.files]
+    files = file_or_directory(output, labels, inputs=inputs, force=force, example="aligned.safetensors")
+    paths = dict(zip(labels, files, strict=True))
 
     from ..report.console import Progress, emit, status
 
     if dry_run:
-        names = ", ".join(source.label for source in sources[1:])
-        emit(f"align {names} to {sources[0].label}, {len(sources[0].tensors)} tensors each -> {output}")
+        emit(f"align {', '.join(labels)} to {sources[0].label}, {len(sources[0].tensors)} tensors each -> {output}")
         return
 
     from ..alignment.align import align as align_sources
@@ -75,8 +75,7 @@ def align(
     found = align_sources(basins, arch=arch, size=size, seed=seed, restarts=restarts, on_progress=Progress(quiet))
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    metadata, inputs = alignment_metadata(seed, restarts), [path for source in sources for path in source.files]
-    write_aligned(found, sources[:1], paths, metadata, inputs=inputs, force=force)
+    write_aligned(found, sources[:1], paths, alignment_metadata(seed, restarts), inputs=inputs, force=force)
     in_turn = [alignment.source for alignment in found]
     manifest = AlignManifest(
         sources=records([sources[0], *in_turn]),
@@ -92,22 +91,3 @@ def align(
         emit("\n".join(manifest.outputs))
     else:
         emit(render(alignment_tables(f"aligned to {sources[0].label}", manifest.aligned, groups), style))
-
-
-def _outputs(sources: Sequence[Source], output: Path | None, force: bool) -> dict[str, Path]:
-    """A path for the label of every checkpoint but the first; refused where it cannot or must not be written."""
-    if output is None:
-        raise DmmError("nowhere to write", hint="name a file with -o aligned.safetensors, or a directory for several")
-    if output.suffix == ".safetensors":
-        if len(sources) > 2:
-            raise DmmError(f"{len(sources) - 1} checkpoints do not fit in one file: {output}", hint="name a directory")
-        paths = {sources[1].label: output}
-    else:
-        paths = {source.label: output / f"{source.label}.safetensors" for source in sources[1:]}
-        if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
-            raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
-    inputs = [path for source in sources for path in source.files]
-    for path in paths.values():
-        if path == output or path.parent.is_dir():  # directories of several outputs are still to be made
-            check_output(path, inputs=inputs, force=force)
-    return paths

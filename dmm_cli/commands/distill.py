@@ -15,6 +15,7 @@ import typer
 from ..devices import require_precision
 from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError
+from ..facts import class_names
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
@@ -141,7 +142,7 @@ def distill_sources(
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     require_same_class_names([*students, *teachers])
-    told = next(filter(None, map(architectures.class_names, [*students, *teachers])), ())
+    told = next(filter(None, map(class_names, [*students, *teachers])), ())
     lessons = _lessons(load_pseudo_data(data), told, teachers, where)
     networks = [_network(teacher, _untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
     student, model, starts = _start(students, arch, lessons, where)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import CheckFailed, DmmError
+from ..facts import class_names
 from ..inputs import Source, resolve_sources
 from . import _options as options
 from ._run import epilog, guarded
@@ -101,7 +102,7 @@ def evaluate_sources(
         require_fit(str(source.path), model, example(spec))
         labelled = load(data, tuple(named(spec)))
         answers = evaluation.predict(model, labelled, spec, where)  # (N, K)
-        own = architectures.class_names(source) or ()
+        own = class_names(source) or ()
         if predictions and (answers.shape != predictions[0].shape or (own and names and own != names)):
             raise DmmError(
                 f"{source.label} and {sources[0].label} do not have the same classes", hint="evaluate them one by one"

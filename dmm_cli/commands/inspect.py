@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ..errors import DmmError
+from ..facts import class_names, input_facts
 from ..inputs import Source, resolve_source
 from . import _options as options
 from ._run import epilog, guarded
@@ -16,6 +17,7 @@ from ._run import epilog, guarded
 if TYPE_CHECKING:
     from ..manifest import ArchitectureGuess, Inspection
 
+Fact = TypeVar("Fact")
 EPILOG = epilog("dmm inspect model.safetensors", "dmm inspect sites/a/ --json")
 
 
@@ -70,19 +72,22 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         kinds={name: tuple(entry) for name, entry in kinds.items()},
         dtypes=dtypes,
         norm_layers=kinds.get("running_var", [0])[0],
-        classes=tuple(map(str, jsonlib.loads(own.get("dmm.classes", "[]")))),
+        classes=_undamaged(class_names, source) or (),
         provenance=own,
-        inputs=_inputs(own.get("dmm.input", "{}")),
+        inputs=_by_name(_undamaged(input_facts, source) or {}),
     )
 
 
-def _inputs(text: str) -> dict[str, dict[str, Any]]:
-    """What metadata state of each of several named inputs; nothing where they describe one."""
-    with suppress(ValueError, RecursionError):  # damaged ones are shown as they are, among the provenance
-        stated = jsonlib.loads(text)
-        if isinstance(stated, dict) and all(isinstance(part, dict) for part in stated.values()):
-            return stated
-    return {}
+def _undamaged(read: Callable[[Source], Fact], source: Source) -> Fact | None:
+    """A fact in the metadata; a damaged one is shown as it is, among the provenance."""
+    with suppress(DmmError):
+        return read(source)
+    return None
+
+
+def _by_name(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is stated of each of several named inputs; nothing where they describe one."""
+    return inputs if all(isinstance(part, dict) for part in inputs.values()) else {}
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,27 +13,33 @@ import typer
 
 from ..devices import require_device_name
 from ..errors import DmmError
-from ..files import check_output
-from ..inputs import Source, resolve_source
+from ..facts import class_names
+from ..inputs import Source, resolve_source, resolve_sources
 from . import _options as options
+from ._outputs import file_or_directory
 from ._provenance import records, stamp
 from ._run import epilog, guarded
 from ._statistics import describe
 
 if TYPE_CHECKING:
-    from ..manifest import RecordManifest
+    import numpy as np
+    import torch
+
+    from ..manifest import RecordedNetwork, RecordManifest
 
 EPILOG = epilog(
     "dmm record vit.safetensors --data train.safetensors -o stats.safetensors",
     "dmm record convnext.safetensors --data photos/ --device cuda -o stats.safetensors --json",
-    "dmm record theirs.safetensors --data mine.npz --owner mine.safetensors -o mine-in-theirs.safetensors",
+    "dmm record b.safetensors c.safetensors --data mine.npz --owner a.safetensors -o stats/",
 )
 BATCH = 64
 
 
 @guarded
 def record(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The checkpoint; it is not changed.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="The checkpoint, or several; they are not changed.")
+    ],
     data: Annotated[
         Path,
         options.option(
@@ -42,7 +50,9 @@ def record(
         str | None,
         options.option("--owner", help="The checkpoint that was trained on these data, where MODEL is another's."),
     ] = None,
-    output: options.Output = None,
+    output: Annotated[
+        Path | None, options.option("--output", "-o", help="A .safetensors file, or a directory for several.")
+    ] = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -57,62 +67,101 @@ def record(
 
     For whoever has the data of a model without BatchNorm (ViT, ConvNeXt), so that dmm synthesize can
     invert it: one mean and one variance per channel, no images. Labels, if any, are stored as counts.
-    With --owner, of what the data look like in the network of another, which tells more of them.
+    With --owner, of what the data look like in the networks of others, which tells more of them.
     """
-    if output is None:
-        raise DmmError("nowhere to write", hint="name a file with -o stats.safetensors")
     require_device_name(device)
     flags = options.input_flags(input_size, mean, std)
-    source = resolve_source(model)
+    sources = resolve_sources(models, stdin=sys.stdin)
     trained = resolve_source(owner) if owner else None
+    if len(sources) > 1 and not trained:
+        raise DmmError(
+            f"of {len(sources)} checkpoints, whose data are {data}?", hint="name the one trained on them with --owner"
+        )
     if not data.exists():
         raise DmmError(f"no such file: {data}")
-    check_output(output, inputs=[*source.files, *(trained.files if trained else ()), data], force=force)
+    inputs = [*(path for source in [*sources, *filter(None, [trained])] for path in source.files), data]
+    names = [f"{trained.label}-in-{source.label}" if trained else source.label for source in sources]
+    paths = file_or_directory(output, names, inputs=inputs, force=force, example="stats.safetensors")
 
     from ..report.console import Progress, emit, status
 
     if dry_run:
         whose = f", the data of {trained.label}" if trained else ""
-        emit(f"record statistics of {source.label} on {data}{whose} -> {output}")
+        emit(f"record statistics of {', '.join(s.label for s in sources)} on {data}{whose} -> {output}")
         return
 
-    manifest = record_source(
-        source, data, output, owner=trained, arch=arch, flags=flags, device=device, force=force,
+    manifest = record_sources(
+        sources, data, paths, owner=trained, arch=arch, flags=flags, device=device, force=force,
         on_progress=Progress(quiet),
     )  # fmt: skip
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
-    for name in manifest.unused:
-        status(f"not recorded, since the model does not use it: {name}", quiet=quiet)
+    for network in manifest.networks:
+        for name in network.unused:
+            status(f"not recorded, since {network.source.label} does not use it: {name}", quiet=quiet)
     _report(manifest, quiet, json)
 
 
-def record_source(
-    source: Source,
+def record_sources(
+    sources: Sequence[Source],
     data: Path,
-    output: Path,
+    paths: Sequence[Path],
     *,
     owner: Source | None = None,
     arch: str | None,
     flags: options.InputFlags,
     device: str,
     force: bool = False,
-    on_progress=None,
+    on_progress: Callable[..., None] | None = None,
 ) -> RecordManifest:
-    """Run the model over the data and write the file of statistics.
+    """Run every network over the data and, when all are done, write a file of statistics for each.
 
     Args:
-        owner: the checkpoint that was trained on the data, where it is not the model.
+        owner: the checkpoint that was trained on the data, where it is not the network.
+
+    Raises:
+        DmmError: the data or a network cannot be used; nothing is written.
     """
-    from .. import architectures, evaluation
     from ..checkpoint import save_arrays
+    from ..manifest import RecordManifest
+    from ..runtime import describe_device, resolve_device
+
+    started, where = time.monotonic(), resolve_device(device)
+    networks, files = [], []
+    for source, path in zip(sources, paths, strict=True):
+        network, *contents = _measured(source, data, path, owner, arch, flags, where, on_progress)
+        networks.append(network)
+        files.append((path, *contents))
+    inputs = [*(file for source in [*sources, *filter(None, [owner])] for file in source.files), data]
+    for path, arrays, metadata in files:
+        path.parent.mkdir(exist_ok=True)
+        save_arrays(path, arrays, metadata, inputs=inputs, force=force)
+    return RecordManifest(
+        networks=tuple(networks),
+        data=str(data),
+        device=describe_device(where),
+        seconds=time.monotonic() - started,
+        owner=records([owner])[0] if owner else None,
+    )
+
+
+def _measured(
+    source: Source,
+    data: Path,
+    path: Path,
+    owner: Source | None,
+    arch: str | None,
+    flags: options.InputFlags,
+    device: torch.device,
+    on_progress: Callable[..., None] | None,
+) -> tuple[RecordedNetwork, dict[str, np.ndarray], dict[str, str]]:
+    """One network: what is told of it, and the arrays and metadata of its file."""
+    from .. import architectures, evaluation
     from ..examples import named
     from ..layout import require_fit
-    from ..manifest import RecordedLayer, RecordManifest
-    from ..runtime import describe_device, resolve_device
+    from ..manifest import RecordedLayer, RecordedNetwork
     from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
 
-    where = resolve_device(device)
     module, _ = architectures.load_model(source, arch)
     spec = architectures.input_spec(source, module, **asdict(flags))
     require_fit(str(source.path), module, example(spec))
@@ -122,17 +171,12 @@ def record_source(
         raise DmmError(f"{source.path} has no normalisation layers", hint="there is nothing to record, or to invert")
     counts = ()
     if images.labels is not None:
-        own, width = architectures.class_names(source) or (), architectures.num_classes(module)
+        own, width = class_names(source) or (), architectures.num_classes(module)
         labels = evaluation.labels_for(images, own, width, source.label)
         counts = evaluation.class_counts(labels, width, source.label)
-    started = time.monotonic()
-    found = measure(module, layers, images.batches(BATCH, spec, on_progress), where)
-    metadata = stamp("record", {}, device=where.type, **describe(source, owner, spec, len(images), counts))
-    inputs = [*source.files, *(owner.files if owner else ()), data]
-    save_arrays(output, to_arrays(found), metadata, inputs=inputs, force=force)
-    return RecordManifest(
-        sources=records([source]),
-        data=str(data),
+    found = measure(module, layers, images.batches(BATCH, spec, on_progress, source.label), device)
+    network = RecordedNetwork(
+        source=records([source])[0],
         images=len(images),
         class_counts=counts,
         layers=tuple(
@@ -140,11 +184,10 @@ def record_source(
             for name, moments in found.items()
         ),
         unused=tuple(name for name in layers if name not in found),
-        device=describe_device(where),
-        seconds=time.monotonic() - started,
-        output=str(output),
-        owner=records([owner])[0] if owner else None,
+        output=str(path),
     )
+    metadata = stamp("record", {}, device=device.type, **describe(source, owner, spec, len(images), counts))
+    return network, to_arrays(found), metadata
 
 
 def _report(manifest: RecordManifest, quiet: bool, json: bool) -> None:
@@ -155,6 +198,6 @@ def _report(manifest: RecordManifest, quiet: bool, json: bool) -> None:
     if json:
         emit(dump(manifest))
     elif quiet:
-        emit(manifest.output)
+        emit("\n".join(network.output for network in manifest.networks))
     else:
         emit(render([recorded_table(manifest)], "table"))

@@ -6,11 +6,11 @@ another. The merged head has one row per class of any checkpoint; a class that s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import DmmError, printable
+from ..facts import class_names
 from ..inputs import Source
 from ..names import is_head
 
@@ -33,24 +33,6 @@ class Union:
     classes: tuple[str, ...]
     places: tuple[tuple[int, ...], ...]
     tensors: frozenset[str]
-
-
-def class_names(source: Source) -> list[str] | None:
-    """The classes a checkpoint names in its metadata, None where it names none.
-
-    Raises:
-        DmmError: dmm.classes is not a list of different names.
-    """
-    text = source.metadata.get("dmm.classes")
-    if text is None:
-        return None
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
-        raise DmmError(f"{source.path}: dmm.classes is not a JSON list of different names: {printable(text)}")
-    return [str(name) for name in names]
 
 
 def head_union(sources: Sequence[Source]) -> Union | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..devices import require_device_name
 from ..errors import DmmError, capped, printable
+from ..facts import class_counts
 from ..inputs import Source, require_same_tensors
 from . import CALIBRATIONS, METHODS, parameters
 from .heads import POLICIES, head_union, unlike_heads
@@ -73,7 +74,8 @@ def check(sources: Sequence[Source], recipe: Recipe) -> None:
 
     Raises:
         DmmError: tensors differ, weights do not fit, a name is unknown, a parameter is out of its range, or the
-            method lacks its base or its pseudo-data or is not defined for this many checkpoints.
+            method lacks its base or its pseudo-data or is not defined for this many checkpoints, or class counts are
+            damaged.
     """
     _check_method(recipe, len(sources))
     others = [recipe.base] if recipe.base else []
@@ -89,6 +91,8 @@ def check(sources: Sequence[Source], recipe: Recipe) -> None:
             )
     _check_parameters(recipe)
     require_device_name(recipe.device)
+    for source in sources:
+        class_counts(source)  # their sum is written in the end
 
 
 def _check_method(recipe: Recipe, count: int) -> None:

@@ -112,9 +112,13 @@ def accuracy_table(evaluation: Evaluation) -> Table:
 
 
 def recorded_table(manifest: RecordManifest) -> Table:
-    """The layers whose statistics were recorded."""
-    rows = [[layer.name, layer.kind, str(layer.channels), str(layer.count)] for layer in manifest.layers]
-    title = f"statistics of {manifest.images} images in {manifest.output}"
+    """The layers whose statistics were recorded, or of several networks how many."""
+    if len(manifest.networks) > 1:
+        rows = [[of.source.label, str(len(of.layers)), of.output] for of in manifest.networks]
+        return Table(f"statistics of {manifest.data}", ["network", "layers", "file"], rows)
+    (only,) = manifest.networks
+    rows = [[layer.name, layer.kind, str(layer.channels), str(layer.count)] for layer in only.layers]
+    title = f"statistics of {only.images} images in {only.output}"
     return Table(title, ["layer", "kind", "channels", "values per channel"], rows)
 
 

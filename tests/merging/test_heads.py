@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import Source, resolve_source
 from dmm_cli.merging import engine
-from dmm_cli.merging.heads import class_names, head_union, unlike_heads
+from dmm_cli.merging.heads import head_union, unlike_heads
 from dmm_cli.merging.recipe import Recipe, check
 
 FIRST, SECOND = ["cat", "dog", "fox"], ["fox", "owl", "cat", "elk"]
@@ -141,20 +141,3 @@ def test_lists_that_differ_without_a_head_to_join_are_refused(source):
     sources = [source("a", ["cat", "dog"], 0, head="logits"), source("b", ["dog", "cat"], 1, head="logits")]
     with pytest.raises(DmmError, match="classes"):
         check(sources, Recipe())
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "cat, dog", "[]", '["cat", "cat"]', "null", "3", '"cat"', '{"cat": 0, "dog": 1}', "[" * 100_000],
-    ids=["empty", "no JSON", "no names", "twice", "null", "number", "string", "object", "deep"],
-)
-def test_a_damaged_list_of_classes_is_refused(write, text):
-    source = resolve_source(str(write("a", {"dmm.classes": text}, **net(3, 0))))
-    with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.classes is not a JSON list of different names"):
-        class_names(source)
-
-
-def test_classes_are_named_in_the_order_of_the_rows(write):
-    source = resolve_source(str(write("a", {"dmm.classes": '["b", "a", 7]'}, **net(3, 0))))
-    assert class_names(source) == ["b", "a", "7"]
-    assert class_names(resolve_source(str(write("n", **net(3, 0))))) is None

@@ -35,27 +35,27 @@ def recorded(tmp_path_factory):
         own = np.isin(test["labels"], digits)
         save_file({"images": test["images"][own]}, folder / f"data-{owner}.safetensors")
         save_file({key: value[own] for key, value in test.items()}, folder / f"labelled-{owner}.safetensors")
-        for model in KNOWN.keys() - {owner}:
-            record(folder, owner, model)
+        record(folder, owner, "".join(name for name in KNOWN if name != owner))
     return folder
 
 
-def record(folder, owner: str, model: str, data: str = "data", out: str = "in"):
-    """``dmm record`` of a site's digits in another site's network; gives the file."""
-    (folder / out).mkdir(exist_ok=True)
-    file = folder / out / f"{owner}-in-{model}.safetensors"
-    words = ["--data", folder / f"{data}-{owner}.safetensors", "--owner", SITES[owner], "-o", file, "--json"]
-    result = dmm("record", SITES[model], *words)
+def record(folder, owner: str, models: str, data: str = "data", out: str = "in"):
+    """``dmm record`` of a site's digits in the networks of others; gives the files."""
+    words = ["--data", folder / f"{data}-{owner}.safetensors", "--owner", SITES[owner], "-o", folder / out, "--json"]
+    result = dmm("record", *(SITES[name] for name in models), *words)
     assert result.exit_code == 0, result.output
     manifest = json.loads(result.stdout)
     assert manifest["owner"]["sha256"] == resolve_source(str(SITES[owner])).sha256
-    assert manifest["sources"][0]["sha256"] == resolve_source(str(SITES[model])).sha256
-    return file
+    files = [folder / out / f"site-{owner}-in-site-{model}.safetensors" for model in models]
+    assert [network["output"] for network in manifest["networks"]] == list(map(str, files))
+    told = [network["source"]["sha256"] for network in manifest["networks"]]
+    assert told == [resolve_source(str(SITES[name])).sha256 for name in models]
+    return files
 
 
 def teachers(recorded, names: str):
     sources = resolve_sources([str(SITES[name]) for name in names])
-    files = [str(recorded / "in" / f"{a}-in-{b}.safetensors") for a in names for b in names if a != b]
+    files = [str(recorded / "in" / f"site-{a}-in-site-{b}.safetensors") for a in names for b in names if a != b]
     return load_teachers(sources, None, CPU, recorded=statistics_of(files, sources))
 
 
@@ -71,7 +71,7 @@ def test_other_networks_see_a_teachers_images_in_turn(recorded):
         for place, owner in enumerate(owners):
             witness = "cde"[(place + 1 + turn % 2) % 3]
             seen_by.append(witness)
-            stored = load_file(recorded / "in" / f"{'cde'[place]}-in-{witness}.safetensors")
+            stored = load_file(recorded / "in" / f"site-{'cde'[place]}-in-site-{witness}.safetensors")
             for view in (owner, owner.view()):
                 loss = float(cross_norm(view.observe(images, targets, turn=turn)))
                 assert loss == pytest.approx(divergence(models[witness], images, stored, 1e-5), rel=1e-3)
@@ -81,7 +81,7 @@ def test_other_networks_see_a_teachers_images_in_turn(recorded):
 @pytest.mark.parametrize("engine", ENGINES.names())
 def test_images_look_in_other_networks_as_the_data_do(recorded, tmp_path, engine):
     """Of site e, which has one class and has hardly learned to see, in the network of site c."""
-    file = recorded / "in" / "e-in-c.safetensors"
+    file = recorded / "in" / "site-e-in-site-c.safetensors"
     steps = ["--engine", engine, "--steps", 24, "--count", 32, "--batch", 16]
     found, spec = {}, teachers(recorded, "ce")[1]
     for name, flags in {"without": [], "with": ["--statistics", file]}.items():
@@ -101,11 +101,27 @@ def test_images_look_in_other_networks_as_the_data_do(recorded, tmp_path, engine
 
 
 def test_labels_of_a_recording_tell_the_mix_of_the_owners_classes(recorded):
-    file = record(recorded, "d", "e", "labelled", "counted")
+    (file,) = record(recorded, "d", "e", "labelled", "counted")
     sources = resolve_sources([str(SITES[name]) for name in "de"])
     both, alone = load_teachers(sources, None, CPU, recorded=statistics_of([str(file)], sources))[0]
     assert both.prior.tolist() == [0.0] * 7 + [0.5, 0.5, 0.0] and both.prior_from == "dmm.class_counts"
     assert alone.prior is None and both.statistics == "" and both.witnesses[0].statistics == str(file)
+
+
+def test_several_networks_are_recorded_as_one_by_one(recorded, tmp_path):
+    """The owner's own among them; a line a file is what a pipe is given."""
+    words = ["--data", recorded / "data-d.safetensors", "--owner", SITES["d"]]
+    for name in KNOWN:
+        assert dmm("record", SITES[name], *words, "-o", tmp_path / f"{name}.safetensors").exit_code == 0
+    result = dmm("record", *SITES.values(), *words, "-o", tmp_path / "all", "-q")
+    files = [tmp_path / "all" / f"site-d-in-site-{name}.safetensors" for name in KNOWN]
+    assert result.exit_code == 0 and result.stdout.split() == list(map(str, files))
+    for name, file in zip(KNOWN, files, strict=True):
+        assert file.read_bytes() == (tmp_path / f"{name}.safetensors").read_bytes()
+    again = dmm("record", *SITES.values(), *words, "-o", tmp_path / "all")
+    assert again.exit_code == 2 and "the output exists" in again.stderr
+    table = dmm("record", *SITES.values(), *words, "-o", tmp_path / "all", "--force").stdout
+    assert all(f"site-{name} " in table for name in KNOWN)
 
 
 def test_an_interrupted_synthesis_with_witnesses_goes_on_to_the_same_bytes(recorded, tmp_path):
@@ -128,13 +144,13 @@ def test_an_interrupted_synthesis_with_witnesses_goes_on_to_the_same_bytes(recor
 
 
 def test_what_does_not_fit_is_refused(recorded, tmp_path):
-    file, out = recorded / "in" / "d-in-e.safetensors", tmp_path / "p.safetensors"
+    file, out = recorded / "in" / "site-d-in-site-e.safetensors", tmp_path / "p.safetensors"
     given, labels = ["--statistics", file], np.array([7, 7, 7, 8])
     doubled = tmp_path / "doubled.safetensors"
     doubled.write_bytes(file.read_bytes())
     images = load_file(recorded / "data-d.safetensors")["images"][:4]
     save_file({"images": images, "labels": labels}, recorded / "few-d.safetensors")
-    lists = [record(recorded, "d", "e", "labelled", "all"), record(recorded, "d", "c", "few", "few")]
+    lists = [*record(recorded, "d", "e", "labelled", "all"), *record(recorded, "d", "c", "few", "few")]
     for arguments, words in (
         ([SITES["e"], *given], "they are of site-d"),
         ([SITES["d"], *given], "they are of site-e"),
@@ -147,5 +163,19 @@ def test_what_does_not_fit_is_refused(recorded, tmp_path):
         assert result.stderr.count("error:") == 1 and not out.exists()
     words = ["record", SITES["e"], "--data", recorded / "data-d.safetensors", "--owner", SITES["d"], "-o", out]
     assert "the data of site-d" in dmm(*words, "--dry-run").stdout and not out.exists()
-    result = dmm("record", SITES["e"], "--data", recorded / "data-d.safetensors", "--owner", tmp_path / "no", "-o", out)
-    assert result.exit_code == 2 and "no" in result.stderr and not out.exists()
+    folder, own = tmp_path / "folder", ["--data", recorded / "data-d.safetensors"]
+    colour = tmp_path / "colour.safetensors"
+    with safe_open(SITES["c"], "np") as known:
+        tensors, metadata = load_file(SITES["c"]), known.metadata()
+    kernels = np.repeat(tensors["conv1.weight"], 3, 1)
+    arch, size = metadata["dmm.arch"].replace("in_chans=1", "in_chans=3"), json.dumps({"size": [3, 16, 16]})
+    save_file({**tensors, "conv1.weight": kernels}, colour, {**metadata, "dmm.arch": arch, "dmm.input": size})
+    for arguments, words in (
+        ([SITES["e"], *own, "--owner", tmp_path / "no", "-o", out], "no"),
+        ([SITES["c"], SITES["e"], *own, "-o", folder], "name the one trained on them with --owner"),
+        ([SITES["c"], SITES["e"], *own, "--owner", SITES["d"], "-o", out], "name a directory"),
+        ([SITES["c"], colour, *own, "--owner", SITES["d"], "-o", folder], "1 channels, the model takes 3"),
+    ):
+        result = dmm("record", *arguments)
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+        assert not out.exists() and not folder.exists()

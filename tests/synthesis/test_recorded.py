@@ -197,9 +197,10 @@ def test_a_file_holds_what_hooks_see_in_the_whole_data(world):
         assert np.allclose(stored[f"{name}.mean"], flat.mean(0), rtol=1e-4, atol=1e-5)
         assert np.allclose(stored[f"{name}.var"], flat.var(0), rtol=1e-3)
         assert stored[f"{name}.count"] == len(flat) and stored[f"{name}.mean"].dtype == np.float32
-    assert manifest["schema"] == "dmm.record/1" and manifest["images"] == 135
-    assert manifest["class_counts"] == np.bincount(labels).tolist()
-    assert [layer["name"] for layer in manifest["layers"]] == [n for n, _ in model.named_modules() if n in seen]
+    (network,) = manifest["networks"]
+    assert manifest["schema"] == "dmm.record/2" and network["images"] == 135
+    assert network["class_counts"] == np.bincount(labels).tolist()
+    assert [layer["name"] for layer in network["layers"]] == [n for n, _ in model.named_modules() if n in seen]
 
 
 @pytest.mark.parametrize("name", ["convnext", "resnet"])

@@ -1,0 +1,37 @@
+"""Where a command writes several files: one file, or a directory that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import DmmError
+from ..files import check_output
+
+
+def file_or_directory(
+    output: Path | None, names: Sequence[str], *, inputs: Iterable[Path], force: bool, example: str
+) -> tuple[Path, ...]:
+    """A path for every name: the output itself if it is a .safetensors file, else files in that directory.
+
+    The directory need not be there; whoever writes makes it.
+
+    Args:
+        names: of the files, without their suffix. example: a file's name, for the hint.
+
+    Raises:
+        DmmError: there is no output, several names do not fit in one file, or a path cannot or must not be written.
+    """
+    if output is None:
+        raise DmmError("nowhere to write", hint=f"name a file with -o {example}, or a directory for several")
+    if output.suffix == ".safetensors":
+        if len(names) > 1:
+            raise DmmError(f"{len(names)} checkpoints do not fit in one file: {output}", hint="name a directory")
+        check_output(output, inputs=inputs, force=force)
+        return (output,)
+    if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
+        raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
+    paths = tuple(output / f"{name}.safetensors" for name in names)
+    for path in paths if output.is_dir() else ():
+        check_output(path, inputs=inputs, force=force)
+    return paths

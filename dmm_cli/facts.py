@@ -1,0 +1,90 @@
+"""What a checkpoint tells of itself in its metadata: its classes, how often it saw them, its input.
+
+Loads no array library. What is damaged is refused, with the names of the file and of the entry.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .errors import DmmError, printable
+from .inputs import Source
+
+NORMALISATION = ("mean", "std")
+
+
+def class_names(source: Source) -> tuple[str, ...] | None:
+    """The classes that ``dmm.classes`` names, None where there is none.
+
+    Raises:
+        DmmError: it is not a list of different names.
+    """
+    names = _told(source, "dmm.classes", _is_list_of_names, "a JSON list of different names")
+    return None if names is None else tuple(map(str, names))
+
+
+def class_counts(source: Source) -> list[float] | None:
+    """Training samples per class by ``dmm.class_counts``, None where there is none.
+
+    Raises:
+        DmmError: it is not a list of such numbers.
+    """
+    counts = _told(source, "dmm.class_counts", _is_list_of_counts, "a JSON list of numbers, none negative")
+    return None if counts is None else list(map(float, counts))
+
+
+def input_facts(source: Source) -> dict[str, Any]:
+    """``size``, ``mean`` and ``std``, as far as ``dmm.input`` tells them, or the last two by the name of each input.
+
+    Raises:
+        DmmError: it tells something else.
+    """
+    words = 'a JSON object like {"size": [3, 32, 32], "mean": [0.5], "std": [0.25]}, or one such by name'
+    return _told(source, "dmm.input", _is_input, words) or {}
+
+
+def _told(source: Source, key: str, fits: Callable[[Any], bool], words: str) -> Any:
+    text = source.metadata.get(key)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not fits(value):
+        raise DmmError(f"{source.path}: {key} is not {words}: {printable(text)}")
+    return value
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and len(set(map(str, value))) == len(value)
+
+
+def _is_list_of_counts(value: Any) -> bool:
+    return _is_list_of_numbers(value) and min(value) >= 0
+
+
+def _is_input(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    if value and all(isinstance(part, dict) for part in value.values()):
+        return all(map(_is_normalisation, value.values()))
+    size = value.get("size", [1])
+    return _is_normalisation(value) and _is_list_of_numbers(size) and all(type(n) is int and n > 0 for n in size)
+
+
+def _is_normalisation(value: dict[str, Any]) -> bool:
+    return all(_is_list_of_numbers(value[key]) for key in NORMALISATION if key in value) and (
+        min(value.get("std", [1])) > 0
+    )
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    )

@@ -1,0 +1,110 @@
+"""What files tell of themselves in their metadata, and what becomes of files whose metadata are damaged."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DIGITS, dmm
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dmm_cli.architectures import build, input_spec
+from dmm_cli.errors import DmmError
+from dmm_cli.facts import class_counts, class_names, input_facts
+from dmm_cli.images import InputSpec
+from dmm_cli.inputs import resolve_source
+
+SITE, TEST = DIGITS / "site-a.safetensors", DIGITS / "test.safetensors"
+
+
+@pytest.fixture
+def told(write):
+    """A file with one entry of metadata, if any."""
+
+    def make(key: str = "", text: str = ""):
+        return resolve_source(str(write("a", {key: text} if key else {}, w=np.zeros(1, np.float32))))
+
+    return make
+
+
+def test_the_fixture_says_what_it_is():
+    source = resolve_source(str(SITE))
+    assert class_names(source) == tuple("0123456789") and class_counts(source) is None
+    assert input_facts(source) == {"size": [1, 16, 16], "mean": [0.3], "std": [0.38]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "cat, dog", "[]", '["cat", "cat"]', "null", "3", '"cat"', '{"cat": 0, "dog": 1}', "[" * 100_000],
+    ids=["empty", "no JSON", "no names", "twice", "null", "number", "string", "object", "deep"],
+)
+def test_a_damaged_list_of_classes_is_refused(told, text):
+    with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.classes is not a JSON list of different names"):
+        class_names(told("dmm.classes", text))
+
+
+def test_classes_are_named_in_the_order_of_the_rows(told):
+    assert class_names(told("dmm.classes", '["b", "a", 7]')) == ("b", "a", "7")
+    assert class_names(told()) is class_counts(told()) is None and input_facts(told()) == {}
+
+
+@pytest.mark.parametrize("text", ["[", "5", "[]", '["9"]', "[1, -1]", "[1, true]", "[NaN]", '{"cat": 1}'])
+def test_damaged_counts_are_refused(told, text):
+    with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.class_counts is not a JSON list of numbers"):
+        class_counts(told("dmm.class_counts", text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "null",
+        "[1]",
+        '{"size": "3,8,8"}',
+        '{"size": [3, 8.5, 8]}',
+        '{"size": [3, 0, 8]}',
+        '{"size": []}',
+        '{"mean": 0.5}',
+        '{"mean": ["a"]}',
+        '{"std": [0]}',
+        '{"std": [Infinity]}',
+        '{"image": {"std": [-1]}}',
+    ],
+)
+def test_a_damaged_input_is_refused(told, text):
+    with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.input is not a JSON object like"):
+        input_facts(told("dmm.input", text))
+
+
+def test_of_an_input_that_is_told_in_part_the_rest_is_the_architectures(told):
+    model = build("resnet18,num_classes=2")
+    own = model.pretrained_cfg
+    spec = input_spec(told("dmm.input", '{"size": [3, 32, 32]}'), model)
+    assert spec == InputSpec((3, 32, 32), tuple(own["mean"]), tuple(own["std"]))
+    spec = input_spec(told("dmm.input", '{"mean": [0.5], "std": [0.25]}'), model)
+    assert spec == InputSpec(tuple(own["input_size"]), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "lines"),
+    [
+        ("dmm.classes", [["evaluate", "--data", TEST], ["merge", "-o", "out"]]),
+        ("dmm.class_counts", [["synthesize", "-o", "out"], ["merge", "-o", "out"]]),
+        ("dmm.input", [["evaluate", "--data", TEST], ["record", "--data", TEST, "-o", "out.safetensors"]]),
+    ],
+)
+def test_commands_name_the_damaged_file_and_inspect_shows_it(tmp_path, monkeypatch, key, lines):
+    monkeypatch.chdir(tmp_path)
+    with safe_open(SITE, "np") as file:
+        save_file(load_file(SITE), "bad.safetensors", {**file.metadata(), key: "[7"})
+    for command, *words in lines:
+        others = [SITE] if command == "merge" else []
+        result = dmm(command, "bad.safetensors", *others, *words)
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: bad.safetensors: {key} is not "), (
+            result.stderr
+        )
+        assert not list(tmp_path.glob("out*"))
+    shown = dmm("inspect", "bad.safetensors", "--json")
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["provenance"][key] == "[7"
