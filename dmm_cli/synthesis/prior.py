@@ -6,8 +6,8 @@ import torch
 
 from ..errors import DmmError
 
-SUPPORT_FLOOR = 0.01  # classes rarer than this are outside the teacher's support
-SURE = 0.9  # probability from which an answer counts, unless most answers are below it
+FLOOR = 0.0125  # classes of a smaller share are outside the teacher's support
+FLOOR_OF_UNIFORM = 0.125  # or of less than this in 1 / K: smoothed labels give .1 / K to what was never seen
 
 
 def from_counts(counts: list[float], num_classes: int, label: str) -> torch.Tensor:
@@ -29,13 +29,14 @@ def from_counts(counts: list[float], num_classes: int, label: str) -> torch.Tens
 def from_predictions(logits: torch.Tensor) -> torch.Tensor:
     """Class prior (K,) from a teacher's logits (B, K) over images that match its statistics.
 
-    Images inverted on the statistics alone follow the class mix that produced these statistics. What
-    the teacher is sure of is counted; classes under one per cent are dropped.
+    A classifier that was trained to the minimum of the cross-entropy gives each class, on average over its training
+    data, the probability of the share that it has of them: the derivative by the class's bias is their difference.
+    Images inverted on the statistics alone follow the mix that produced these statistics, so their average tells it,
+    and a rare class, of which a teacher is seldom sure, has its share. What is below ``FLOOR`` is dropped.
     """
-    confidence, answers = logits.float().softmax(1).max(1)  # (B,)
-    sure = answers[confidence >= min(SURE, float(confidence.median()))]
-    prior = torch.bincount(sure, minlength=logits.shape[1]) / len(sure)  # (K,)
-    prior = torch.where(prior < SUPPORT_FLOOR, torch.zeros_like(prior), prior)
+    shares = logits.float().softmax(1).mean(0)  # (K,)
+    known = shares >= min(FLOOR, FLOOR_OF_UNIFORM / len(shares))
+    prior = torch.where(known, shares, torch.zeros_like(shares))
     return prior / prior.sum()
 
 
