@@ -60,7 +60,7 @@ def evaluate(
 
     from ..manifest import dump
     from ..report.console import Progress, emit
-    from ..report.tables import accuracy_table, render
+    from ..report.tables import accuracy_tables, render
 
     progress = Progress(quiet or len(sources) == 1)
     result = evaluate_sources(
@@ -69,7 +69,7 @@ def evaluate(
     if quiet:
         emit("\n".join(f"{row.accuracy:.4f}" for row in result.rows), output, force=force)
     else:
-        emit(dump(result) if style == "json" else render([accuracy_table(result)], style), output, force=force)
+        emit(dump(result) if style == "json" else render(accuracy_tables(result), style), output, force=force)
     low = [row for row in result.rows if fail_under is not None and row.accuracy < fail_under]
     if low:
         raise CheckFailed(f"accuracy below {fail_under}", evidence=[f"{row.label}: {row.accuracy!r}" for row in low])

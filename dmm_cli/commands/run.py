@@ -383,7 +383,7 @@ def _check_directory(output: Path, force: bool) -> None:
 def _report(files: Layout, data: Path | None, quiet: bool, json: bool) -> None:
     from ..manifest import DistillManifest, Evaluation, dump
     from ..report.console import emit
-    from ..report.tables import accuracy_table, render, start_table
+    from ..report.tables import accuracy_tables, render, start_table
 
     manifest = _read(files.distillation, DistillManifest)
     if json:
@@ -392,5 +392,5 @@ def _report(files: Layout, data: Path | None, quiet: bool, json: bool) -> None:
     if len(manifest.starts) > 1 and not quiet:
         emit(render([start_table(manifest)], "table"))
     if data is not None and not quiet:
-        emit(render([accuracy_table(_read(files.evaluation, Evaluation))], "table"))
+        emit(render(accuracy_tables(_read(files.evaluation, Evaluation)), "table"))
     emit(str(files.model))

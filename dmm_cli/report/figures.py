@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..synthesis.pseudodata import PseudoData
 
-COLUMNS = 16  # images per class in a grid
+COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
 
 
 def save(figure: Figure, path: Path, *, force: bool = False) -> None:
@@ -110,18 +110,26 @@ def image_grid(data: PseudoData, path: Path, *, force: bool = False) -> None:
 
 
 def draw_image_grid(data: PseudoData) -> Figure:
-    """A row of images per class of each teacher; its caption tells the teacher's mean confidence."""
+    """A row of images per class of each teacher; its caption tells the teacher's mean confidence.
+
+    Of more than ``ROWS`` rows, as many from all over are drawn, and a line above them says so.
+    """
     import numpy as np
 
     pictures = data.pictures()
-    rows = [
+    every = [
         (teacher, int(target))
         for teacher in range(len(data.teachers))
         for target in np.unique(data.targets[data.teacher_id == teacher])
     ]
-    figure = _figure(1.9 + 0.45 * COLUMNS, 0.2 + 0.47 * len(rows))
+    rows = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, ROWS).round().astype(int))]
+    height = 0.2 + 0.47 * len(rows) + 0.25 * (len(rows) < len(every))
+    figure = _figure(1.9 + 0.45 * COLUMNS, height)
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     figure.subplots_adjust(left=1.8 / (1.9 + 0.45 * COLUMNS), right=0.995, top=0.995, bottom=0.005, hspace=0.08)
+    if len(rows) < len(every):
+        figure.subplots_adjust(top=1 - 0.25 / height)
+        figure.suptitle(f"{len(rows)} of {len(every)} classes of the teachers", fontsize=9, y=1 - 0.05 / height)
     for (teacher, target), axis in zip(rows, axes, strict=True):
         mine = np.flatnonzero((data.teacher_id == teacher) & (data.targets == target))
         axis.imshow(_strip(pictures[mine[:COLUMNS]]), cmap="gray", vmin=0, vmax=255, aspect="equal")

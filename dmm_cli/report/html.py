@@ -49,7 +49,8 @@ def write_report(
     names = ", ".join(source.label for source in similarity.sources)
     parts = [f"<h1>dmm run: {_text(names)}</h1>"]
     if evaluation is not None:
-        parts += ["<h2>Accuracy</h2>", _table(tables.accuracy_table(evaluation), last_is_result=True)]
+        accuracy, *recall = tables.accuracy_tables(evaluation)
+        parts += ["<h2>Accuracy</h2>", _table(accuracy, last_is_result=True), *map(_table, recall)]
     parts += [
         "<h2>Similarity and groups</h2>",
         _picture(figures.draw_heat_map(similarity, grouping), "cosine matrix in cluster order"),

@@ -24,6 +24,8 @@ from ..manifest import (
     WidenedRecord,
 )
 
+MANY = 20  # classes, from which on a table has a row for each in place of a column
+
 
 @dataclass(frozen=True)
 class Table:
@@ -102,13 +104,19 @@ def source_table(sources: Sequence[SourceRecord]) -> Table:
     return Table("checkpoints", ["label", "path", "sha256"], rows)
 
 
-def accuracy_table(evaluation: Evaluation) -> Table:
-    """Accuracy and recall per class, in per cent."""
-    columns = ["model", "accuracy", *(f"recall {name}" for name in evaluation.classes)]
-    rows = [
-        [row.label, number(row.accuracy, 1), *(number(value, 0) for value in row.recall)] for row in evaluation.rows
+def accuracy_tables(evaluation: Evaluation) -> list[Table]:
+    """Accuracy and recall per class, in per cent; of many classes, the latter by themselves, a row a class."""
+    title = f"accuracy on {evaluation.samples} samples of {evaluation.data}"
+    rows = [[row.label, number(row.accuracy, 1)] for row in evaluation.rows]
+    recalls = [[number(value, 0) for value in row.recall] for row in evaluation.rows]
+    if len(evaluation.classes) <= MANY:
+        columns = ["model", "accuracy", *(f"recall {name}" for name in evaluation.classes)]
+        return [Table(title, columns, [[*row, *recall] for row, recall in zip(rows, recalls, strict=True)])]
+    by_class = [[name, *values] for name, *values in zip(evaluation.classes, *recalls, strict=True)]
+    return [
+        Table(title, ["model", "accuracy"], rows),
+        Table("recall", ["class", *(row.label for row in evaluation.rows)], by_class),
     ]
-    return Table(f"accuracy on {evaluation.samples} samples of {evaluation.data}", columns, rows)
 
 
 def recorded_table(manifest: RecordManifest) -> Table:
@@ -131,7 +139,7 @@ def teacher_table(manifest: SynthesisManifest) -> Table:
             str(teacher.accepted),
             str(teacher.rejected),
             number(teacher.confidence, 3),
-            " ".join(f"{value:.2f}" for value in teacher.prior),
+            _mix(teacher.prior),
             teacher.prior_from,
             *([str(len(teacher.elsewhere))] if witnessed else []),
         ]
@@ -139,6 +147,13 @@ def teacher_table(manifest: SynthesisManifest) -> Table:
     ]
     columns = ["teacher", "images", "rejected", "confidence", "class prior", "prior from", *["witnesses"] * witnessed]
     return Table(f"pseudo-data in {manifest.output}", columns, rows)
+
+
+def _mix(prior: Sequence[float]) -> str:
+    if len(prior) <= MANY:
+        return " ".join(f"{value:.2f}" for value in prior)
+    known = [value for value in prior if value > 0]
+    return f"{len(known)} of {len(prior)} classes, {min(known):.4f} to {max(known):.4f}"
 
 
 def start_table(manifest: DistillManifest) -> Table:
