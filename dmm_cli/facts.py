@@ -32,8 +32,7 @@ def class_counts(source: Source) -> list[float] | None:
     Raises:
         DmmError: it is not a list of such numbers.
     """
-    counts = _told(source, "dmm.class_counts", _is_list_of_counts, "a JSON list of numbers, none negative")
-    return None if counts is None else list(map(float, counts))
+    return _told(source, "dmm.class_counts", _is_list_of_counts, "a JSON list of numbers, none negative")
 
 
 def input_facts(source: Source) -> dict[str, Any]:
