@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
-from .facts import input_facts
 from .header import ITEM_SIZE
 from .inputs import Source
+from .metadata import stated_input
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
@@ -332,7 +332,7 @@ def input_spec(
     Raises:
         DmmError: mean and std do not fit the number of channels.
     """
-    given = input_facts(source)
+    given = stated_input(source)
     examples = examples_of(model)
     if examples is not None:
         if size:

@@ -19,11 +19,11 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .examples import IMAGES, Inputs, answer, joined, named
-from .facts import class_names
 from .images import InputSpec
 from .inputs import resolve_source
 from .layout import place
 from .manifest import EvaluationRow
+from .metadata import class_names
 from .spaces import Spec, TokenSpec, example, space_of
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}

@@ -16,10 +16,10 @@ from torch import nn
 from .. import architectures
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
 from ..errors import DmmError, printable
-from ..facts import class_names
 from ..header import ITEM_SIZE
 from ..images import InputSpec
 from ..inputs import Source
+from ..metadata import class_names
 from ..names import is_head, is_statistic, is_weight
 from ..streaming import one_blas_thread
 from .apply import carry, identity, permute, permute_tensor

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..facts import class_counts
 from ..inputs import Source
+from ..metadata import class_counts
 
 if TYPE_CHECKING:
     from ..manifest import SourceRecord

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, printable
-from ..facts import class_counts
 from ..inputs import Source, read_record, resolve_sources
+from ..metadata import class_counts
 
 if TYPE_CHECKING:
     from ..spaces import Spec

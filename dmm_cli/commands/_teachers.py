@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, capped, printable
-from ..facts import class_counts, class_names
 from ..inputs import Source
+from ..metadata import class_counts, class_names
 from . import _options as options
 from ._statistics import Pair, recorded_counts, require_input
 

@@ -15,9 +15,9 @@ import typer
 from ..devices import require_precision
 from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError
-from ..facts import class_names
 from ..files import check_output
 from ..inputs import Source, resolve_source, resolve_sources
+from ..metadata import class_names
 from ..ranks import Ranks, joined
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import CheckFailed, DmmError
-from ..facts import class_names
 from ..inputs import Source, resolve_sources
+from ..metadata import class_names
 from . import _options as options
 from ._run import epilog, guarded
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..errors import DmmError
-from ..facts import class_names, input_facts
 from ..inputs import Source, resolve_source
+from ..metadata import class_names, stated_input
 from . import _options as options
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
     from ..manifest import ArchitectureGuess, Inspection
 
-Fact = TypeVar("Fact")
+Stated = TypeVar("Stated")
 EPILOG = epilog("dmm inspect model.safetensors", "dmm inspect sites/a/ --json")
 
 
@@ -74,12 +74,12 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         norm_layers=kinds.get("running_var", [0])[0],
         classes=_undamaged(class_names, source) or (),
         provenance=own,
-        inputs=_by_name(_undamaged(input_facts, source) or {}),
+        inputs=_by_name(_undamaged(stated_input, source) or {}),
     )
 
 
-def _undamaged(read: Callable[[Source], Fact], source: Source) -> Fact | None:
-    """A fact in the metadata; a damaged one is shown as it is, among the provenance."""
+def _undamaged(read: Callable[[Source], Stated], source: Source) -> Stated | None:
+    """What metadata state; a damaged entry is shown as it is, among the provenance."""
     with suppress(DmmError):
         return read(source)
     return None

@@ -13,8 +13,8 @@ import typer
 
 from ..devices import require_device_name
 from ..errors import DmmError
-from ..facts import class_names
 from ..inputs import Source, resolve_source, resolve_sources
+from ..metadata import class_names
 from . import _options as options
 from ._outputs import file_or_directory
 from ._provenance import records, stamp

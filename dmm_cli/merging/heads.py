@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import DmmError, printable
-from ..facts import class_names
 from ..inputs import Source
+from ..metadata import class_names
 from ..names import is_head
 
 POLICIES = {

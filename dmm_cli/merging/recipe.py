@@ -10,8 +10,8 @@ from typing import Any
 
 from ..devices import require_device_name
 from ..errors import DmmError, capped, printable
-from ..facts import class_counts
 from ..inputs import Source, require_same_tensors
+from ..metadata import class_counts
 from . import CALIBRATIONS, METHODS, parameters
 from .heads import POLICIES, head_union, unlike_heads
 from .method import check_parameters

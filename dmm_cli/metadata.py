@@ -22,7 +22,7 @@ def class_names(source: Source) -> tuple[str, ...] | None:
     Raises:
         DmmError: it is not a list of different names.
     """
-    names = _told(source, "dmm.classes", _is_list_of_names, "a JSON list of different names")
+    names = _stated(source, "dmm.classes", _is_list_of_names, "a JSON list of different names")
     return None if names is None else tuple(map(str, names))
 
 
@@ -32,20 +32,20 @@ def class_counts(source: Source) -> list[float] | None:
     Raises:
         DmmError: it is not a list of such numbers.
     """
-    return _told(source, "dmm.class_counts", _is_list_of_counts, "a JSON list of numbers, none negative")
+    return _stated(source, "dmm.class_counts", _is_list_of_counts, "a JSON list of numbers, none negative")
 
 
-def input_facts(source: Source) -> dict[str, Any]:
+def stated_input(source: Source) -> dict[str, Any]:
     """``size``, ``mean`` and ``std``, as far as ``dmm.input`` tells them, or the last two by the name of each input.
 
     Raises:
         DmmError: it tells something else.
     """
     words = 'a JSON object like {"size": [3, 32, 32], "mean": [0.5], "std": [0.25]}, or one such by name'
-    return _told(source, "dmm.input", _is_input, words) or {}
+    return _stated(source, "dmm.input", _is_input, words) or {}
 
 
-def _told(source: Source, key: str, fits: Callable[[Any], bool], words: str) -> Any:
+def _stated(source: Source, key: str, fits: Callable[[Any], bool], words: str) -> Any:
     text = source.metadata.get(key)
     if text is None:
         return None

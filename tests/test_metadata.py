@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from dmm_cli.architectures import build, input_spec
 from dmm_cli.errors import DmmError
-from dmm_cli.facts import class_counts, class_names, input_facts
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
+from dmm_cli.metadata import class_counts, class_names, stated_input
 
 SITE, TEST = DIGITS / "site-a.safetensors", DIGITS / "test.safetensors"
 
@@ -32,7 +32,7 @@ def told(write):
 def test_the_fixture_says_what_it_is():
     source = resolve_source(str(SITE))
     assert class_names(source) == tuple("0123456789") and class_counts(source) is None
-    assert input_facts(source) == {"size": [1, 16, 16], "mean": [0.3], "std": [0.38]}
+    assert stated_input(source) == {"size": [1, 16, 16], "mean": [0.3], "std": [0.38]}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_damaged_list_of_classes_is_refused(told, text):
 
 def test_classes_are_named_in_the_order_of_the_rows(told):
     assert class_names(told("dmm.classes", '["b", "a", 7]')) == ("b", "a", "7")
-    assert class_names(told()) is class_counts(told()) is None and input_facts(told()) == {}
+    assert class_names(told()) is class_counts(told()) is None and stated_input(told()) == {}
 
 
 @pytest.mark.parametrize("text", ["[", "5", "[]", '["9"]', "[1, -1]", "[1, true]", "[NaN]", '{"cat": 1}'])
@@ -75,7 +75,7 @@ def test_damaged_counts_are_refused(told, text):
 )
 def test_a_damaged_input_is_refused(told, text):
     with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.input is not a JSON object like"):
-        input_facts(told("dmm.input", text))
+        stated_input(told("dmm.input", text))
 
 
 def test_of_an_input_that_is_told_in_part_the_rest_is_the_architectures(told):
