@@ -39,6 +39,8 @@ SPECTRAL = [*(name for name in METHODS if "matrices" in METHODS.traits(name)), *
 
 Write = Callable[..., Path]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the suite in the background ignores it
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
