@@ -147,6 +147,11 @@ def resolve_sources(arguments: Sequence[str], *, stdin: TextIO | None = None, mi
     return _with_unique_labels(sources)
 
 
+def files_of(sources: Iterable[Source]) -> list[Path]:
+    """All files of all checkpoints."""
+    return [path for source in sources for path in source.files]
+
+
 def require_same_tensors(sources: Sequence[Source], *, any_shape: Collection[str] = ()) -> None:
     """Raise DmmError unless all checkpoints hold the same names with the same shapes; lists all offenders.
 

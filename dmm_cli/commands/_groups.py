@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..digest import Hashes
 from ..errors import DmmError, printable
 from ..files import check_output, write_text
-from ..inputs import Source, resolve_source
+from ..inputs import Source, files_of, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
@@ -186,11 +186,6 @@ def check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]
         to.path.mkdir(parents=True, exist_ok=True)
     for path in [*([to.record] if to.record else []), *(to.group(group.name) for group in grouping.groups)]:
         check_output(path, inputs=files_of(parents), force=to.force)
-
-
-def files_of(parents: Sequence[Source]) -> list[Path]:
-    """All files of all checkpoints."""
-    return [path for source in parents for path in source.files]
 
 
 def _written(

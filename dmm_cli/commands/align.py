@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..inputs import require_same_tensors, resolve_sources
+from ..inputs import files_of, require_same_tensors, resolve_sources
 from ..merging.heads import unlike_heads
 from . import _options as options
 from ._align import RESTARTS, aligned_record, alignment_metadata, write_aligned
@@ -56,7 +56,7 @@ def align(
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
     require_same_tensors(sources, any_shape=unlike_heads(sources))
     labels = [source.label for source in sources[1:]]
-    inputs = [path for source in sources for path in source.files]
+    inputs = files_of(sources)
     files = file_or_directory(output, labels, inputs=inputs, force=force, example="aligned.safetensors")
     paths = dict(zip(labels, files, strict=True))
 

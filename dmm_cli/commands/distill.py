@@ -16,7 +16,7 @@ from ..devices import require_precision
 from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError
 from ..files import check_output
-from ..inputs import Source, resolve_source, resolve_sources
+from ..inputs import Source, files_of, resolve_source, resolve_sources
 from ..metadata import class_names
 from ..ranks import Ranks, joined
 from . import _options as options
@@ -95,7 +95,7 @@ def distill(
     students = resolve_sources([student])
     sources = resolve_sources(teachers, stdin=sys.stdin)
     pseudo = resolve_source(str(data))
-    check_output(output, inputs=[path for s in (*students, pseudo, *sources) for path in s.files], force=force)
+    check_output(output, inputs=files_of((*students, pseudo, *sources)), force=force)
 
     from ..report.console import Progress, emit, status
 
@@ -164,7 +164,7 @@ def distill_sources(
                 seed=str(settings.seed),
                 retention=jsonlib.dumps([asdict(item) for item in retention]),
             )
-            inputs = [path for source in (student, data, *teachers) for path in source.files]
+            inputs = files_of((student, data, *teachers))
             arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
             save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
         ranks.wait()

@@ -13,7 +13,7 @@ import typer
 
 from ..devices import require_device_name
 from ..errors import DmmError
-from ..inputs import Source, resolve_source, resolve_sources
+from ..inputs import Source, files_of, resolve_source, resolve_sources
 from ..metadata import class_names
 from . import _options as options
 from ._outputs import file_or_directory
@@ -79,7 +79,7 @@ def record(
         )
     if not data.exists():
         raise DmmError(f"no such file: {data}")
-    inputs = [*(path for source in [*sources, *filter(None, [trained])] for path in source.files), data]
+    inputs = [*files_of([*sources, *([trained] if trained else [])]), data]
     names = [f"{trained.label}-in-{source.label}" if trained else source.label for source in sources]
     paths = file_or_directory(output, names, inputs=inputs, force=force, example="stats.safetensors")
 
@@ -131,7 +131,7 @@ def record_sources(
         network, *contents = _measured(source, data, path, owner, arch, flags, where, on_progress)
         networks.append(network)
         files.append((path, *contents))
-    inputs = [*(file for source in [*sources, *filter(None, [owner])] for file in source.files), data]
+    inputs = [*files_of([*sources, *([owner] if owner else [])]), data]
     for path, arrays, metadata in files:
         path.parent.mkdir(exist_ok=True)
         save_arrays(path, arrays, metadata, inputs=inputs, force=force)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..devices import require_precision
 from ..errors import DmmError
 from ..files import check_output
-from ..inputs import Source, resolve_source, resolve_sources
+from ..inputs import Source, files_of, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
 from ..synthesis import LOSSES, presets
 from ..synthesis.settings import Settings
@@ -93,7 +93,7 @@ def synthesize(
     recorded = statistics_of(statistics or [], sources)
     _require_witnesses(settings, recorded)
     rival = resolve_source(student) if student else None
-    inputs = [path for source in (*sources, *recorded.values(), *([rival] if rival else [])) for path in source.files]
+    inputs = files_of((*sources, *recorded.values(), *([rival] if rival else [])))
     check_output(output, inputs=inputs, force=force)
     if rival:
         require_other(rival, sources)
@@ -241,7 +241,7 @@ def synthesize_sources(
             facts |= {"student": json.dumps({"label": student.label, "sha256": student.sha256})} if student else {}
             metadata = stamp("synthesize", parameters, device=where.type, seed=str(settings.seed), **facts)
             read = [*sources, *files, *([student] if student else [])]
-            inputs = [path for source in read for path in source.files]
+            inputs = files_of(read)
             save_pseudo_data(output, made.data, metadata, inputs=inputs, force=force)
         ranks.wait()
     manifest = SynthesisManifest(
