@@ -20,7 +20,8 @@ def file_or_directory(
         names: of the files, without their suffix. example: a file's name, for the hint.
 
     Raises:
-        DmmError: there is no output, several names do not fit in one file, or a path cannot or must not be written.
+        DmmError: there is no output, several names do not fit in one file, one is to go to a file of another kind, or a
+            path cannot or must not be written.
     """
     if output is None:
         raise DmmError("nowhere to write", hint=f"name a file with -o {example}, or a directory for several")
@@ -29,6 +30,8 @@ def file_or_directory(
             raise DmmError(f"{len(names)} checkpoints do not fit in one file: {output}", hint="name a directory")
         check_output(output, inputs=inputs, force=force)
         return (output,)
+    if output.suffix and len(names) == 1 and not output.is_dir():
+        raise DmmError(f"not the name of a .safetensors file: {output}", hint=f"name one, as in -o {example}")
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
     paths = tuple(output / f"{name}.safetensors" for name in names)

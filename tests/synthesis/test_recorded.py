@@ -337,6 +337,8 @@ def test_what_cannot_be_recorded_is_refused(world, tmp_path):
         ([vit, "--data", tmp_path / "none", "-o", out], "no such file"),
         ([vit, "--data", tmp_path / "four.safetensors", "-o", out], "it has 3"),
         ([vit, "--data", data, "-o", data, "--force"], "one of the inputs"),
+        ([vit, "--data", data, "-o", tmp_path / "s.npz"], "not the name of a .safetensors file"),
+        ([vit, "--data", data, "-o", tmp_path / "none" / "stats"], "cannot make the directory"),
         ([vit, "--data", data, "-o", out, "--device", "gpu"], "gpu"),
         ([vit, "--data", vit, "-o", out], "no array named images"),
     ):
