@@ -20,33 +20,50 @@ DEFAULT_EPS = 1e-5  # BatchNorm's, where a layer has none or leaves it to the dt
 class ShiftedMoments(torch.autograd.Function):
     """Mean and variance per channel around a given centre (C,), in one fused backward pass.
 
-    ``axis`` is the dimension of the channels, the other dimensions are samples.
-
-    Centring on the running mean keeps the single-pass variance accurate when a channel's mean is
-    large against its spread, and the gradient of both moments is one affine map of the input,
-    which measures cheaper than the chain that autograd builds for ``torch.var_mean``.
+    ``axis`` is the dimension of the channels, the other dimensions are samples. The gradient of both moments is one
+    affine map of the input, which measures cheaper than the chain that autograd builds for ``torch.var_mean``.
     """
 
     @staticmethod
     def forward(ctx, features: torch.Tensor, centre: torch.Tensor, axis: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         axis %= features.dim()
-        dims = [dim for dim in range(features.dim()) if dim != axis]
-        shape = [-1 if dim == axis else 1 for dim in range(features.dim())]
-        count = features.numel() // features.shape[axis]
-        centred = features.float() - centre.float().view(shape)  # (B, C, ...) or (B, ..., C)
-        shift = centred.mean(dims)  # (C,)
-        variance = torch.linalg.vector_norm(centred, dim=dims).square() / count - shift.square()  # (C,)
-        ctx.save_for_backward(centred, shift)
-        ctx.count, ctx.shape, ctx.dtype = count, shape, features.dtype
-        return shift, variance.clamp_min(0.0)
+        measure = _in_one_pass if features.is_cuda else _in_two_passes
+        shift, variance = measure(features, centre.float(), axis)
+        ctx.save_for_backward(features, shift + centre)
+        ctx.axis = axis
+        return shift, variance
 
     @staticmethod
     def backward(ctx, grad_shift: torch.Tensor, grad_variance: torch.Tensor):
-        centred, shift = ctx.saved_tensors
-        slope = 2.0 * grad_variance / ctx.count  # (C,)
-        offset = grad_shift / ctx.count - slope * shift  # (C,)
-        grad = torch.addcmul(offset.view(ctx.shape), centred, slope.view(ctx.shape))  # (B, C, ...) or (B, ..., C)
-        return grad.to(ctx.dtype), None, None
+        features, mean = ctx.saved_tensors
+        count = features.numel() // len(mean)
+        slope = 2.0 * grad_variance / count  # (C,)
+        offset = grad_shift / count - slope * mean  # (C,)
+        shape = _across(features, ctx.axis)
+        grad = torch.addcmul(offset.view(shape), features, slope.view(shape))  # (B, C, ...) or (B, ..., C)
+        return grad.to(features.dtype), None, None
+
+
+def _in_one_pass(features: torch.Tensor, centre: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and variance (C,). Centred, so that a mean that is large against the spread does not drown the variance."""
+    dims = [dim for dim in range(features.dim()) if dim != axis]
+    centred = features.float() - centre.view(_across(features, axis))  # (B, C, ...) or (B, ..., C)
+    shift = centred.mean(dims)  # (C,)
+    square = torch.linalg.vector_norm(centred, dim=dims).square()  # (C,)
+    return shift, (square / (features.numel() // len(centre)) - shift.square()).clamp_min(0.0)
+
+
+def _in_two_passes(features: torch.Tensor, centre: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and variance (C,), by what BatchNorm measures with on a CPU, which copies nothing."""
+    if axis != 1:
+        features = features.movedim(axis, -1).flatten(0, -2)  # (R, C)
+    mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
+    return mean - centre, variance
+
+
+def _across(features: torch.Tensor, axis: int) -> list[int]:
+    """The shape in which numbers of channels (C,) meet features."""
+    return [-1 if dim == axis else 1 for dim in range(features.dim())]
 
 
 @dataclass(frozen=True)

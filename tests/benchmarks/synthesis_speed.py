@@ -1,7 +1,7 @@
 """Speed of ``dmm synthesize --engine pixels`` next to the textbook loop, at equal steps, in one run.
 
     python tests/benchmarks/synthesis_speed.py [--device cpu|cuda] [--network NAME ...] [--part speed|quality ...]
-        [--runs N]
+        [--precision float32|bfloat16 ...] [--runs N]
 
 The textbook loop is the algorithm as published (DeepInversion, Yin et al., CVPR 2020) in plain PyTorch: the teacher's
 weights take gradients that nobody reads, every BatchNorm layer has a hook with operations of its own, Adam is torch's
@@ -49,7 +49,7 @@ from dmm_cli.synthesis.settings import Settings
 RUNS = 5
 WARM_UP = 6  # steps, in which libraries load and kernels are built
 CLASSES = 10
-PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+PRECISIONS = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
 RATE, BETAS, NORM, CROSS_ENTROPY = 0.1, (0.9, 0.99), 1.0, 0.1
 DIGITS = Path(__file__).parents[2] / "fixtures" / "digits"
 QUALITY = {"count": 256, "batch": 64, "steps": 150}
@@ -221,7 +221,7 @@ def _median_of(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def speed(name: str, network: Network, device: str, runs: int, work: Path) -> list[str]:
+def speed(name: str, network: Network, device: str, precisions: list[str], runs: int, work: Path) -> list[str]:
     """A row for every precision of dmm: the loops on one teacher, in turn."""
     checkpoint, images = work / "teacher.safetensors", network.batch * network.batches
     model, spec = teacher(network, checkpoint)
@@ -237,7 +237,7 @@ def speed(name: str, network: Network, device: str, runs: int, work: Path) -> li
     def fast(network: Network, seed: int, precision: str) -> float:
         return ours(checkpoint, work / "ours.safetensors", network, device, precision, seed)
 
-    loops = {"textbook": plain, **{precision: partial(fast, precision=precision) for precision in PRECISIONS[device]}}
+    loops = {"textbook": plain, **{precision: partial(fast, precision=precision) for precision in precisions}}
     for loop in loops.values():
         loop(network._replace(batches=1, steps=WARM_UP), 0)
     rounds = [{name: loop(network, seed) for name, loop in loops.items()} for seed in range(runs)]
@@ -340,8 +340,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=list(NETWORKS))
     parser.add_argument("--network", nargs="*", help="default: all")
     parser.add_argument("--part", nargs="*", choices=("speed", "quality"), default=["speed", "quality"])
+    parser.add_argument("--precision", nargs="*", choices=PRECISIONS["cpu"], help="default: all of use on the device")
     parser.add_argument("--runs", type=int, default=RUNS, help="of the loops whose speed is measured")
     arguments = parser.parse_args()
+    precisions = arguments.precision or PRECISIONS[arguments.device]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if "speed" in arguments.part:
@@ -352,7 +354,8 @@ def main() -> None:
             )
             for name, network in NETWORKS[arguments.device].items():
                 if not arguments.network or name in arguments.network:
-                    print("\n".join(speed(name, network, arguments.device, arguments.runs, work)), flush=True)
+                    rows = speed(name, network, arguments.device, precisions, arguments.runs, work)
+                    print("\n".join(rows), flush=True)
         if "quality" in arguments.part:
             print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
             print(quality(arguments.device, work))
