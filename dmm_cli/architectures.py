@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .header import ITEM_SIZE
+from .hub import format_arch
 from .inputs import Source
 from .metadata import stated_input
 from .registry import did_you_mean
@@ -131,22 +132,10 @@ def identify(source: Source, arch: str | None = None) -> Architecture:
     if arch:
         return Architecture(arch, "given with --arch")
     if "dmm.arch" in source.metadata:
-        return Architecture(source.metadata["dmm.arch"], "dmm.arch in the file's metadata")
-    if source.config and "architecture" in source.config:
-        return Architecture(_from_config(source.config), "config.json beside the weights")
+        own = "dmm.arch" in source.headers[0].metadata
+        evidence = "dmm.arch in the file's metadata" if own else "config.json beside the weights"
+        return Architecture(source.metadata["dmm.arch"], evidence)
     return detect(source)
-
-
-def _from_config(config: dict[str, Any]) -> str:
-    arguments = dict(config.get("model_args") or {})
-    if "num_classes" in config:
-        arguments["num_classes"] = config["num_classes"]
-    return format_arch(str(config["architecture"]), arguments)
-
-
-def format_arch(name: str, arguments: dict[str, Any]) -> str:
-    """The inverse of ``parse_arch``."""
-    return ",".join([name, *(f"{key}={str(value).replace(' ', '')}" for key, value in arguments.items())])
 
 
 def detect(source: Source) -> Architecture:
@@ -323,7 +312,7 @@ def input_spec(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Spec:
-    """Size and normalisation: the arguments > config.json > ``dmm.input`` metadata > timm's defaults.
+    """Size and normalisation: the arguments > ``dmm.input`` metadata > config.json > timm's defaults.
 
     Where the last three tell another number of channels than the module takes, the module is right, and every channel
     gets their mean normalisation. Of a model with example inputs, they tell the sizes, and ``dmm.input`` has mean and
@@ -340,7 +329,6 @@ def input_spec(
         return joint_spec(model, examples, given, mean, std)
     known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
     known |= {"input_size" if key == "size" else key: value for key, value in given.items()}
-    known |= dict((source.config or {}).get("pretrained_cfg") or {})
     told = tuple(known.get("input_size", (3, 224, 224)))
     channels = _input_channels(model) or told[0]
     if channels != told[0]:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from .errors import DmmError, capped, printable
 from .header import Header, TensorInfo, read_header
+from .hub import in_metadata
 from .names import is_head
 from .recall import recall, remember
 
@@ -47,10 +48,10 @@ class Source:
         """The header of the file that holds a tensor."""
         return self._home[name]
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the first file."""
-        return self.headers[0].metadata
+        """Metadata of the first file, and what only the ``config.json`` beside it tells."""
+        return {**in_metadata(self.config or {}), **self.headers[0].metadata}
 
     @property
     def files(self) -> list[Path]:

@@ -46,7 +46,19 @@ def test_labels_are_unique(tmp_path):
 def test_a_directory_brings_its_config(tmp_path):
     save_file({"w": W}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
-    assert resolve_source(str(tmp_path)).config == {"architecture": "resnet18"}
+    assert resolve_source(str(tmp_path)).metadata == {"dmm.arch": "resnet18"}
+    save_file({"w": W}, tmp_path / "model.safetensors", {"dmm.arch": "resnet34", "note": "own"})
+    assert resolve_source(str(tmp_path)).metadata == {"dmm.arch": "resnet34", "note": "own"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_args": 3}, {"pretrained_cfg": [1]}, {"label_names": ["a", "a"]}, {"architectures": ["ViT"]}],
+)
+def test_a_config_of_something_else_tells_nothing(tmp_path, config):
+    save_file({"w": W}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert resolve_source(str(tmp_path)).metadata == {}
 
 
 def sharded(tmp_path, weight_map):

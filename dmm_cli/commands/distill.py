@@ -224,7 +224,7 @@ def _start(
 
 def _untold(teacher: Source, arch: str | None) -> str | None:
     """The architecture of a teacher that does not tell its own: the student's."""
-    return None if "dmm.arch" in teacher.metadata or "architecture" in (teacher.config or {}) else arch
+    return None if "dmm.arch" in teacher.metadata else arch
 
 
 def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.device) -> nn.Module:

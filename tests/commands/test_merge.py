@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS, dmm, in_two_processes, small_net
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dmm_cli.inputs import resolve_source
 
@@ -53,6 +53,29 @@ def test_what_made_a_file_is_in_its_metadata(tmp_path):
     assert json.loads(told["dmm.calibrate"]) == {"method": "svc", "alpha": 1.0}
     assert json.loads(told["dmm.base"])[0]["sha256"] == resolve_source(str(BASE)).sha256
     assert load_file(out)["fc.weight"].tobytes() == load_file(BASE)["fc.weight"].tobytes()
+
+
+def test_a_merge_of_hub_directories_tells_what_their_config_told(tmp_path):
+    folders = [tmp_path / site.stem for site in SITES]
+    shape = {"in_chans": 1, "layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]}
+    config = {
+        "architecture": "resnet18",
+        "num_classes": 10,
+        "model_args": shape,
+        "pretrained_cfg": {"input_size": [1, 16, 16], "mean": [0.3], "std": [0.38]},
+        "label_names": list("0123456789"),
+    }
+    for folder, site in zip(folders, SITES, strict=True):
+        folder.mkdir()
+        save_file(load_file(site), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+    out, like = tmp_path / "out.safetensors", tmp_path / "like.safetensors"
+    assert dmm("merge", *folders, "-o", out).exit_code == 0
+    assert dmm("merge", *SITES, "-o", like).exit_code == 0
+    judge = ["--data", DIGITS / "test.safetensors", "-q"]
+    assert dmm("evaluate", out, *judge).stdout == dmm("evaluate", like, *judge).stdout
+    assert metadata(out)["dmm.arch"] == "resnet18,in_chans=1,layers=[1,1,1,1],channels=[16,32,64,64],num_classes=10"
+    assert json.loads(metadata(out)["dmm.classes"]) == list("0123456789")
 
 
 def test_metadata_that_all_parents_agree_on_are_kept(write, tmp_path):

@@ -1,0 +1,37 @@
+"""What timm's ``config.json`` beside a checkpoint's weights tells, in the words of our metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+NORMALISATION = {"input_size": "size", "mean": "mean", "std": "std"}  # timm's words, and those of dmm.input
+
+
+def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """``dmm.arch``, ``dmm.input`` and ``dmm.classes``, as far as the file tells them."""
+    told = {}
+    if "architecture" in config:
+        arguments = dict(_section(config, "model_args"))
+        if "num_classes" in config:
+            arguments["num_classes"] = config["num_classes"]
+        told["dmm.arch"] = format_arch(str(config["architecture"]), arguments)
+    cfg = _section(config, "pretrained_cfg")
+    given = {own: cfg[key] for key, own in NORMALISATION.items() if key in cfg}
+    if given:
+        told["dmm.input"] = json.dumps(given)
+    names = config.get("label_names")
+    if isinstance(names, list) and len(set(map(str, names))) == len(names) > 0:
+        told["dmm.classes"] = json.dumps(names)
+    return told
+
+
+def format_arch(name: str, arguments: Mapping[str, Any]) -> str:
+    """An architecture as ``--arch`` and ``dmm.arch`` take it, ``resnet18,num_classes=10``."""
+    return ",".join([name, *(f"{key}={str(value).replace(' ', '')}" for key, value in arguments.items())])
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, Mapping) else {}
