@@ -12,6 +12,7 @@ from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
 from .commands._run import guarded
 from .config import load_config
+from .trust import grant
 
 COMMANDS = {
     "similarity": (similarity.similarity, similarity.EPILOG),
@@ -52,12 +53,17 @@ def defaults(
     config: Annotated[
         Path | None, options.option("--config", help="Defaults per command, as TOML; else dmm.toml if present.")
     ] = None,
+    trust: Annotated[
+        list[str] | None,
+        options.option("--trust", metavar="MODULE", help="Files may name factories of this module. Repeatable."),
+    ] = None,
 ) -> None:
     """Merge model checkpoints trained apart, without any of the data they were trained on."""
     known = {
         name: [parameter.name for parameter in command.params if parameter.name]
         for name, command in context.command.commands.items()
     }
+    grant(trust or ())
     context.default_map = load_config(config, known)
 
 

@@ -25,12 +25,20 @@ from .metadata import stated_input
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
+from .trust import is_granted, module_of
 from .widths import WIDTHS, resize
 
 FILLING = {
     getattr(torch.Tensor, name)
     for name in ("normal_", "uniform_", "fill_", "zero_", "clamp_", "erfinv_", "mul_", "add_")
 }
+LOADS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+}  # of timm's arguments
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
@@ -98,7 +106,10 @@ def build(spec: str) -> nn.Module:
     """
     name, arguments = parse_arch(spec)
     if ":" in name:
-        return with_example_inputs(_factory(name)(**arguments), name)
+        return with_example_inputs(_made(name, arguments), name)
+    loads = sorted(LOADS & arguments.keys())
+    if loads:
+        raise DmmError(f"an architecture has no weights to load: {loads[0]} in {printable(spec)}", hint="leave it out")
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
@@ -115,27 +126,49 @@ def build(spec: str) -> nn.Module:
     return model
 
 
-def _factory(name: str) -> Any:
+def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """What a factory ``package.module:factory`` makes."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise DmmError(f"no factory {printable(name)}: {printable(str(error))}") from error
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of no module's name
+        raise DmmError(
+            f"no factory {printable(name)}: {printable(str(error))}",
+            hint="modules are looked for where Python looks: add their folder to PYTHONPATH",
+        ) from error
+    try:
+        made = factory(**arguments)
+    except Exception as error:  # whatever it is, it is the factory's
+        raise DmmError(f"{printable(name)} fails: {printable(f'{type(error).__name__}: {error}')}") from error
+    if not isinstance(made, nn.Module):
+        raise DmmError(f"{printable(name)} makes no torch.nn.Module but a {type(made).__name__}")
+    return made
 
 
 def identify(source: Source, arch: str | None = None) -> Architecture:
     """The architecture of a checkpoint: ``arch`` > metadata > config.json > matching names and shapes.
 
     Raises:
-        DmmError: nothing fits.
+        DmmError: nothing fits, or the file names a factory that the user does not trust.
     """
     if arch:
         return Architecture(arch, "given with --arch")
     if "dmm.arch" in source.metadata:
+        _require_trust(source)
         own = "dmm.arch" in source.headers[0].metadata
         evidence = "dmm.arch in the file's metadata" if own else "config.json beside the weights"
         return Architecture(source.metadata["dmm.arch"], evidence)
     return detect(source)
+
+
+def _require_trust(source: Source) -> None:
+    spec = source.metadata["dmm.arch"]
+    module = module_of(spec)
+    if module and not is_granted(spec):
+        raise DmmError(
+            f"{source.path} asks for code to be run: {printable(spec)}",
+            hint=f"if you know that code, say so: dmm --trust {printable(module)} COMMAND ..., or name it with --arch",
+        )
 
 
 def detect(source: Source) -> Architecture:

@@ -30,6 +30,7 @@ from dmm_cli.merging.facts import trim_threshold
 from dmm_cli.merging.method import Block, Facts, Layer, effective_parameters
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 from dmm_cli.synthesis.recorded import measure, to_arrays
+from dmm_cli.trust import grant
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "fixtures" / "digits"
@@ -38,6 +39,16 @@ SHAPE = (8, 6)  # of the matrices that tasks are, where it does not matter
 SPECTRAL = [*(name for name in METHODS if "matrices" in METHODS.traits(name)), *CALIBRATIONS]
 
 Write = Callable[..., Path]
+
+FACTORIES = [
+    "halves",
+    "networks",
+    "test_answers",
+    "test_layout",
+    "test_least_squares",
+]  # modules that tests' files name
+
+grant(FACTORIES)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the suite in the background ignores it
 

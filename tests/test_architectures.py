@@ -50,6 +50,47 @@ def test_a_factory_is_called():
     assert isinstance(arch.build("torch.nn:Identity"), torch.nn.Identity)
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("builtins:list", "makes no torch.nn.Module but a list"),
+        ("torch.nn:Linear", "torch.nn:Linear fails: TypeError"),
+        (":net", "no factory :net"),
+        ("torch.nn:Nothing", "no factory torch.nn:Nothing"),
+    ],
+)
+def test_factories_that_do_not_make_a_network(spec, words):
+    with pytest.raises(DmmError, match=words):
+        arch.build(spec)
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path=weights.pth", "pretrained=True", "pretrained_cfg=a1_in1k"])
+def test_an_architecture_loads_no_weights(argument):
+    with pytest.raises(DmmError, match="no weights to load"):
+        arch.build(f"resnet18,{argument}")
+
+
+def test_a_file_does_not_choose_what_code_runs(tmp_path, monkeypatch):
+    mark, module = tmp_path / "mark", tmp_path / "chosen_by_a_file.py"
+    module.write_text(f"open({str(mark)!r}, 'w').close()\nfrom torch.nn import Identity as net\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DMM_TRUST", "chosen_by chosen_by_a_file.more")
+    _, source = saved(tmp_path, "resnet18", {"dmm.arch": "chosen_by_a_file:net"})
+    with pytest.raises(DmmError, match="asks for code to be run: chosen_by_a_file:net"):
+        arch.load_model(source)
+    directory = tmp_path / "hub"
+    directory.mkdir()
+    save_file({}, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"architecture": "chosen_by_a_file:net", "model_args": {"a": 1}}')
+    with pytest.raises(DmmError, match="asks for code to be run: chosen_by_a_file:net,a=1"):
+        arch.load_model(resolve_source(str(directory)))
+    assert not mark.exists()
+    monkeypatch.setenv("DMM_TRUST", "other chosen_by_a_file")
+    with pytest.raises(DmmError, match="does not fit"):
+        arch.load_model(source)
+    assert mark.exists()
+
+
 def test_the_flag_beats_metadata_beats_config(tmp_path):
     _, source = saved(tmp_path, "resnet18,num_classes=3", {"dmm.arch": "resnet18,num_classes=3"})
     assert arch.identify(source, "resnet34").spec == "resnet34"

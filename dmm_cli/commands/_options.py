@@ -11,6 +11,7 @@ import typer
 from ..errors import DmmError, printable
 from ..registry import mistyped
 from ..synthesis import ENGINES, presets
+from ..trust import grant, module_of
 
 FORMATS = ("table", "json", "tsv", "md")
 
@@ -33,9 +34,22 @@ Format = Annotated[str, option("--format", help="table, json, tsv or md.")]
 Json = Annotated[bool, option("--json", help="Short for --format json.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Print only the essential, one item a line.")]
 DryRun = Annotated[bool, option("--dry-run", help="Check the inputs, print the plan, write nothing.")]
+
+
+def _trusted(arch: str | None) -> str | None:
+    """Whoever names a factory by hand trusts its module in the files too."""
+    if arch and module_of(arch):
+        grant([module_of(arch)])
+    return arch
+
+
 Arch = Annotated[
     str | None,
-    option("--arch", help="timm name with arguments (resnet18,num_classes=10) or package.module:factory."),
+    option(
+        "--arch",
+        callback=_trusted,
+        help="timm name with arguments (resnet18,num_classes=10) or package.module:factory.",
+    ),
 ]
 Statistics = Annotated[
     list[str] | None,

@@ -1,0 +1,32 @@
+"""Whose code may run because a file names it: nobody's, until the user says so.
+
+A factory in a checkpoint's metadata is whatever function its author chose, with the arguments of their choice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+VARIABLE = "DMM_TRUST"  # processes that are started inherit it
+
+
+def grant(modules: Iterable[str]) -> None:
+    """Let files name factories of these modules, and of the modules in them."""
+    os.environ[VARIABLE] = " ".join(dict.fromkeys([*_granted(), *modules]))
+
+
+def is_granted(factory: str) -> bool:
+    """Whether a file may name this ``package.module:factory``."""
+    module = module_of(factory)
+    return any(module == name or module.startswith(f"{name}.") for name in _granted())
+
+
+def module_of(factory: str) -> str:
+    """The module of ``package.module:factory,name=value``; empty for anything else."""
+    name = factory.partition(",")[0]
+    return name.partition(":")[0] if ":" in name else ""
+
+
+def _granted() -> list[str]:
+    return os.environ.get(VARIABLE, "").split()
