@@ -37,7 +37,8 @@ class _File:
 class Hashes:
     """Hashes of sources in the making.
 
-    Threads hash the files one after the other. Files that ``feed`` is going to give are left to it from then on.
+    Threads hash the files one after the other. Files that ``feed`` is going to give are left to it from then on; what
+    never came is read by whoever waits.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -47,7 +48,8 @@ class Hashes:
         self._stopped = False
         self._error: Exception | None = None
         count = min(len(self._files), max(len(os.sched_getaffinity(0)) - 1, 1))
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        every = list(self._files.values())
+        self._threads = [threading.Thread(target=self._work, args=(every,), daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
@@ -74,7 +76,7 @@ class Hashes:
         self._hash(file, fresh)
 
     def wait(self, sources: Collection[Source]) -> None:
-        """Wait until these sources know their hashes.
+        """Wait until these sources know their hashes; to be called when ``feed`` has given what it is going to give.
 
         Raises:
             DmmError: a file could not be read, or was cut short.
@@ -82,7 +84,9 @@ class Hashes:
         wanted = [source for source in self._sources if any(source is other for other in sources)]
         files = [self._files[path] for source in wanted for path in source.files]
         with self._turn:
-            self._turn.wait_for(lambda: self._stopped or all(file.done for file in files))
+            for file in files:
+                file.own = file.size  # what was promised and did not come is read here: nobody else is going to
+        self._work(files)
         if self._error:
             raise self._error
         for source in wanted:
@@ -96,9 +100,10 @@ class Hashes:
             self._stopped = True
             self._turn.notify_all()
 
-    def _work(self) -> None:
+    def _work(self, files: Sequence[_File]) -> None:
+        """Hash files as far as threads of this module do, together with others that are at it."""
         try:
-            while file := self._next():
+            while file := self._next(files):
                 data = file.read(min(CHUNK, max(file.own - file.position, 1)))
                 if not data:
                     raise DmmError(f"{file.path} was truncated while it was read")
@@ -108,13 +113,15 @@ class Hashes:
             self._error = error if cut else DmmError(f"cannot read {error.filename}: {error.strerror}")
             self.stop()
 
-    def _next(self) -> _File | None:
-        """The next file to hash a piece of; None when none is left to this thread."""
+    def _next(self, files: Sequence[_File]) -> _File | None:
+        """The next file to hash a piece of, as soon as one is free; None when nothing is left of any."""
         with self._turn:
-            for file in self._files.values():
-                if not (self._stopped or file.busy) and file.position < file.own:
-                    file.busy = True
-                    return file
+            while left := [file for file in files if file.position < file.own and not self._stopped]:
+                for file in left:
+                    if not file.busy:
+                        file.busy = True
+                        return file
+                self._turn.wait()
         return None
 
     def _hash(self, file: _File, data: bytes | memoryview) -> None:

@@ -18,6 +18,8 @@ from dmm_cli import digest
 from dmm_cli.digest import Hashes, hashing
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import Source, combined_digest, file_digest, resolve_source
+from dmm_cli.merging.engine import merge
+from dmm_cli.merging.recipe import Recipe
 from dmm_cli.shards import index_text, plan_shards
 
 
@@ -145,6 +147,46 @@ def test_a_file_that_is_cut_short_is_an_error_and_keeps_nobody_waiting(paths, mo
         assert have_ended([late])
         with pytest.raises(DmmError, match=r"m0\.safetensors was truncated"):
             hashes.wait(sources)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_was_promised_and_did_not_come_is_read_where_it_is_waited_for(paths):
+    sources = resolved(paths)
+    with hashing(sources) as hashes:
+        for path in paths:
+            hashes.expect(path, 0)
+        hashes.feed(paths[1], 0, memoryview(paths[1].read_bytes())[:5_000])
+        late = threading.Thread(target=hashes.wait, args=(sources,), daemon=True)
+        late.start()
+        assert have_ended([late])
+    assert [source.sha256 for source in sources] == [sha256(path) for path in paths]
+
+
+class Counting(Hashes):
+    """Counts the bytes that it is given."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        super().__init__(sources)
+        self.given: list[int] = []
+
+    def feed(self, path: Path, position: int, data: memoryview) -> None:
+        self.given.append(len(data))
+        super().feed(path, position, data)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+def test_a_merge_gives_every_byte_it_promised(paths, tmp_path, density):
+    """Also where nothing is measured: a density of 0 or 1 needs no threshold."""
+    base, *parents = sources = resolved(paths)
+    hashes, recipe = Counting(sources), Recipe("ties", base=base, parameters={"density": density})
+    merge(parents, tmp_path / "out.safetensors", recipe, {}, hashes=hashes)
+    sizes = [source.path.stat().st_size - source.headers[0].data_start for source in parents]
+    assert sum(hashes.given) == sum(sizes)  # running statistics of the base are not read
+    late = threading.Thread(target=hashes.wait, args=(sources,), daemon=True)
+    late.start()
+    assert have_ended([late])
+    assert [source.sha256 for source in sources] == [sha256(path) for path in paths]
 
 
 def test_nothing_to_hash_is_nothing_to_wait_for(paths):

@@ -52,7 +52,7 @@ class Tensors:
     def __init__(self, files: Sequence[Checkpoint], base: Checkpoint | None, recipe: Recipe) -> None:
         self._files, self._base, self._recipe = files, base, recipe
         self._all = [base, *files] if base else files
-        self._told = self._all
+        self._told = self._reading = self._all
         sources = [file.source for file in files]
         self._infos = sources[0].tensors
         self._union = head_union(sources) if recipe.head == "union" else None
@@ -155,13 +155,15 @@ class Tensors:
     def feed(self, hashes: Hashes, names: Sequence[str]) -> None:
         """Give hashes the bytes that merging these tensors, in this order, reads; of files where that is all, in order.
 
-        Every byte is told once: by the one read of each tensor that goes through ``self._told``.
+        Every byte is told once: by the one read of each tensor that goes through ``self._told``. That is the first
+        round of measuring, in which all tensors are read if any is measured; else it is the merge.
         """
         skipped = set() if all(map(self.is_weight, names)) else {self._base}
         whole = [file for file in self._all if file not in skipped and not self._kept and file.is_ordered(names)]
         for header in (header for file in whole for header in file.source.headers):
             hashes.expect(header.path, header.data_start)
         self._told = [file.telling(hashes.feed) if file in whole else file for file in self._all]
+        self._reading = self._all if any(map(self.rounds, names)) else self._told
 
     def _rule(self, info: TensorInfo) -> Callable[[TensorInfo, Piece], Part]:
         kind = kind_of(info.name)
@@ -279,13 +281,8 @@ class Tensors:
         return matrix_shape(self._infos[name].shape)
 
     @property
-    def _reading(self) -> Sequence[Checkpoint]:
-        """The checkpoints as a merge reads them: told, unless they were told when they were measured."""
-        return self._all if self._facts else self._told
-
-    @property
     def _parents(self) -> Sequence[Checkpoint]:
-        """The same without the base."""
+        """The checkpoints as a merge reads them, without the base."""
         return self._reading[1:] if self._base else self._reading
 
     def _mean(self, info: TensorInfo, piece: Piece) -> Part:
