@@ -6,6 +6,7 @@ Reads go through ``pread``: a memory map dies with SIGBUS when the file shrinks 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ NUMPY = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "F16": np.float16,
     "I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64, "F64": np.float64,
 }  # fmt: skip
+RANGES = {  # the least magnitude that is rounded to infinity (bfloat16: by way of float32), the name, what holds more
+    "F16": ((2 - 2**-11) * 2.0**15, "float16", "bfloat16 or float32"),
+    "BF16": ((2 - 2**-8 - 2**-24) * 2.0**127, "bfloat16", "float32 or float64"),
+    "F32": ((2 - 2**-24) * 2.0**127, "float32", "float64"),
+    "F64": (math.inf, "float64", ""),
+}
 COPIED = 1 << 20  # elements copied at once
 TAGS = {np.dtype(dtype): tag for tag, dtype in NUMPY.items()}
 
@@ -122,25 +129,32 @@ class Checkpoint:
         return self.raw(name).view(NUMPY[info.dtype]).reshape(info.shape)
 
 
-def encode_floats(values: np.ndarray, dtype: str, what: str = "there are values") -> np.ndarray:
-    """Float values as the bytes of F16, BF16, F32 or F64, rounded to nearest, ties to even; uint8.
+def encode_floats(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The values of a tensor as the bytes of F16, BF16, F32 or F64, rounded to nearest, ties to even; uint8.
 
     Raises:
-        DmmError: a finite value does not fit the dtype.
+        DmmError: a value is NaN or infinite, or would be in that dtype.
     """
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        rounded = bits >> 16
-        rounded &= 1
-        rounded += 0x7FFF
-        rounded += bits
-        rounded >>= 16
-        return rounded.astype(np.uint16).view(np.uint8)
-    with np.errstate(over="ignore"):
-        encoded = np.ascontiguousarray(values, dtype=NUMPY[dtype])
-    if dtype == "F16" and not np.isfinite(encoded).all():
-        raise DmmError(f"{what} beyond the range of float16", hint="store them as bfloat16 or float32")
-    return encoded.reshape(-1).view(np.uint8)
+    _require_range(values, dtype, name)
+    if dtype != "BF16":
+        return np.ascontiguousarray(values, dtype=NUMPY[dtype]).reshape(-1).view(np.uint8)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16).view(np.uint8)
+
+
+def _require_range(values: np.ndarray, dtype: str, name: str) -> None:
+    limit, told, wider = RANGES[dtype]
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest < limit:
+        return
+    if not np.isfinite(largest):
+        raise DmmError(f"tensor {printable(name)} would hold NaN or infinity")
+    raise DmmError(f"tensor {printable(name)} has values beyond the range of {told}", hint=f"store them as {wider}")
 
 
 def write_checkpoint(file: BinaryIO, layout: Layout, chunks: Chunks, metadata: Mapping[str, str]) -> None:
@@ -227,7 +241,7 @@ def save_like(
             for start in range(0, info.numel, COPIED):
                 yield file.raw(name, start, min(start + COPIED, info.numel))
         elif info.is_float:
-            yield encode_floats(arrays[name].reshape(-1), info.dtype)
+            yield encode_floats(arrays[name].reshape(-1), info.dtype, name)
         else:
             yield np.ascontiguousarray(arrays[name], dtype=NUMPY[info.dtype]).reshape(-1).view(np.uint8)
 

@@ -35,12 +35,33 @@ def test_rounding_to_bfloat16_and_float16_is_torchs():
     values = np.concatenate([np.random.default_rng(0).normal(size=5000), [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]])
     for tag, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)):
         expected = torch.from_numpy(values).to(torch.float32).to(dtype).view(torch.uint8).numpy()
-        assert (encode_floats(values.astype(np.float32), tag) == expected.reshape(-1)).all(), tag
+        assert (encode_floats(values.astype(np.float32), tag, "w") == expected.reshape(-1)).all(), tag
 
 
-def test_float16_overflow_is_an_error():
-    with pytest.raises(DmmError, match="beyond the range of float16"):
-        encode_floats(np.array([1e6], np.float32), "F16")
+LARGEST = {  # of every dtype, and the unit in its last place
+    "F16": (torch.finfo(torch.float16).max, 2.0**5),
+    "BF16": (torch.finfo(torch.bfloat16).max, 2.0**120),
+    "F32": (torch.finfo(torch.float32).max, 2.0**104),
+}
+
+
+@pytest.mark.parametrize("tag", LARGEST)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_would_be_rounded_to_infinity_is_an_error_that_names_the_tensor(tag, sign):
+    largest, unit = LARGEST[tag]
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[tag]
+    fits, beyond = sign * (largest + 0.499 * unit), sign * (largest + 0.5 * unit)
+    got = torch.from_numpy(encode_floats(np.array([0.0, fits]), tag, "w")).view(dtype)
+    assert got.tolist() == [0.0, sign * largest]
+    with pytest.raises(DmmError, match=f"tensor w has values beyond the range of {str(dtype)[6:]}"):
+        encode_floats(np.array([0.0, beyond]), tag, "w")
+
+
+@pytest.mark.parametrize("tag", [*LARGEST, "F64"])
+@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_nan_and_infinity_are_not_encoded(tag, bits):
+    with pytest.raises(DmmError, match="tensor w would hold NaN or infinity"):
+        encode_floats(np.array([0, bits], np.uint32).view(np.float32), tag, "w")
 
 
 def test_saved_arrays_are_read_by_the_reference(tmp_path):
@@ -62,6 +83,10 @@ def test_a_copy_keeps_the_dtypes_of_its_model(tmp_path):
     with Checkpoint(resolve_source(str(tmp_path / "b.safetensors"))) as file:
         assert file.source.tensors["w"].dtype == "BF16"
         assert file.array("w").tolist() == [1.5, -2.25] and file.array("n") == 9
+    values["w"][1] = 3.4e38
+    with pytest.raises(DmmError, match="tensor w has values beyond the range of bfloat16"):
+        save_like(tmp_path / "c.safetensors", resolve_source(str(source)), values, {})
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_a_file_cut_while_open_is_an_error_not_a_crash(write):

@@ -86,7 +86,9 @@ class Widening:
         }
 
         def chunks(name: str) -> list[np.ndarray]:
-            return [encode_floats(arrays[name].reshape(-1), layout[name][0]) if name in arrays else file.raw(name)]
+            if name not in arrays:
+                return [file.raw(name)]
+            return [encode_floats(arrays[name].reshape(-1), layout[name][0], name)]
 
         with Checkpoint(source) as file:
             save_checkpoint(path, layout, chunks, metadata)

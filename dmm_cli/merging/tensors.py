@@ -176,8 +176,7 @@ class Tensors:
         return {RUNNING_MEAN: self._mean, RUNNING_VAR: self._variance}.get(kind, self._merge)
 
     def _encode(self, info: TensorInfo, values: np.ndarray) -> np.ndarray:
-        dtype = DTYPES.get(self._recipe.dtype or "", info.dtype)
-        return encode_floats(values, dtype, f"tensor {printable(info.name)} has values")
+        return encode_floats(values, DTYPES.get(self._recipe.dtype or "", info.dtype), info.name)
 
     def _read(self, piece: Piece, files: Sequence[Checkpoint]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Rows (N, n) of the checkpoints, or their task vectors where there is a base (n,); squared lengths (N,).
@@ -286,8 +285,9 @@ class Tensors:
         return self._reading[1:] if self._base else self._reading
 
     def _mean(self, info: TensorInfo, piece: Piece) -> Part:
-        rows, _ = read_rows(self._parents, piece)
-        return Part(self._encode(info, _blend(rows, self.shares(info.name), out=np.empty_like(rows[0]))))
+        means = _doubles(self._parents, piece)  # (N, C); no differences, which can overflow where no mean does
+        merged = np.where((means == means[0]).all(0), means[0], self.shares(info.name) @ means)
+        return Part(self._encode(info, merged))
 
     def _variance(self, info: TensorInfo, piece: Piece) -> Part:
         variances = _doubles(self._parents, piece)  # (N, C)

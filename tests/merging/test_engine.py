@@ -24,6 +24,7 @@ from dmm_cli.merging.engine import Outcome
 from dmm_cli.merging.recipe import Override, Recipe
 
 W = np.ones((2, 2), np.float32)
+HUGE = np.full((2, 2), 1e300)
 
 
 def merge(paths, output, recipe=Recipe(), **options) -> Outcome:
@@ -280,6 +281,7 @@ def test_what_cannot_be_merged(write, tmp_path):
     nan[0, 0] = np.nan
     table = np.array([1, 2])
     huge = np.full((2, 2), 3e38, np.float32)
+    most = np.full((2, 2), np.finfo(np.float32).max)
     start = resolve_source(str(write("start", w=-huge)))
     cases = [
         ({"w": W}, {"w": nan}, Recipe(), r"tensor w of .*b\.safetensors"),
@@ -293,6 +295,10 @@ def test_what_cannot_be_merged(write, tmp_path):
         ({"w": W}, {"w": W}, Recipe(weights=(0.0, 0.0)), "positive sum"),
         ({"running_var": -W[0]}, {"running_var": W[0]}, Recipe(), r"negative running variance.*a\.safetensors"),
         ({"w": 1e5 * W}, {"w": 1e5 * W}, Recipe(dtype="float16"), "tensor w has values beyond the range of float16"),
+        ({"w": most}, {"w": most}, Recipe(dtype="bfloat16"), "tensor w has values beyond the range of bfloat16"),
+        ({"w": HUGE}, {"w": HUGE}, Recipe(dtype="bfloat16"), "tensor w has values beyond the range"),
+        ({"w": HUGE}, {"w": HUGE}, Recipe(dtype="float32"), "tensor w has values beyond the range of float32"),
+        ({"running_var": HUGE[0]}, {"running_var": HUGE[0]}, Recipe(dtype="float32"), "tensor running_var has values"),
         ({"w": W}, {"w": W}, Recipe("task_arithmetic", base=start, parameters={"scale": 9.0}), "merging tensor w over"),
         ({"w": W}, {"w": W}, Recipe(parameters={"scale": 1.0}), "linear has no parameter scale"),
     ]
@@ -302,6 +308,15 @@ def test_what_cannot_be_merged(write, tmp_path):
         with pytest.raises(DmmError, match=words):
             run(paths, output, recipe)
         assert not output.exists() and threading.active_count() == threads
+
+
+def test_means_do_not_overflow_on_the_way(write, tmp_path):
+    for dtype in (np.float32, np.float64):
+        most = np.finfo(dtype).max
+        means = [np.array([most, most, 1.0], dtype), np.array([-most, most, 3.0], dtype)]
+        paths = [write(name, bn__running_mean=mean) for name, mean in zip("ab", means, strict=True)]
+        got, _ = run(paths, tmp_path / f"{np.dtype(dtype)}.safetensors")
+        assert got["bn.running_mean"].tolist() == [0.0, most, 2.0]
 
 
 def test_slerp_takes_two(three, tmp_path):
