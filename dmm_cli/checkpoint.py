@@ -9,6 +9,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,7 +40,8 @@ TAGS = {np.dtype(dtype): tag for tag, dtype in NUMPY.items()}
 class Checkpoint:
     """Random access to the tensors of one source; safe to use from several threads.
 
-    Use as a context manager. On leaving, the files are checked to be the ones that were opened.
+    Use as a context manager. On leaving, the files are checked to be the ones whose headers were read: whoever writes
+    what was read opens the output first, so that it takes its place after that.
     """
 
     def __init__(self, source: Source) -> None:
@@ -48,16 +50,23 @@ class Checkpoint:
         self._on_read: OnRead | None = None
 
     def __enter__(self) -> Checkpoint:
-        for path in self.source.files:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for path in self.source.files:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._close()
+            raise DmmError(f"cannot read {error.filename}: {error.strerror}") from error
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        self._close()
+        if kind is None:
+            self.source.check_unchanged()
+
+    def _close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        if kind is None:
-            self.source.check_unchanged()
 
     def telling(self, on_read: OnRead) -> Checkpoint:
         """This checkpoint, with every read told: the file, the position in it, and the bytes."""
@@ -190,19 +199,21 @@ def save_checkpoint(
     chunks: Chunks,
     metadata: Mapping[str, str],
     *,
+    reading: Checkpoint | None = None,
     inputs: Iterable[Path] = (),
     force: bool = False,
 ) -> None:
     """Write a checkpoint, see ``write_checkpoint``; it appears whole or not at all.
 
     Args:
+        reading: what the chunks are read from, to be opened for it.
         inputs: files the output must not replace.
 
     Raises:
-        DmmError: the output is refused or cannot be written.
+        DmmError: the output is refused or cannot be written, or what is read changes meanwhile.
     """
     check_output(path, inputs=inputs, force=force)
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, reading or nullcontext():
         write_checkpoint(file, layout, chunks, metadata)
 
 
@@ -234,6 +245,7 @@ def save_like(
 ) -> None:
     """Write another checkpoint with some of its tensors replaced, in its dtypes, see ``save_checkpoint``."""
     layout = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    file = Checkpoint(source)
 
     def chunks(name: str) -> Iterator[np.ndarray]:
         info = source.tensors[name]
@@ -245,8 +257,7 @@ def save_like(
         else:
             yield np.ascontiguousarray(arrays[name], dtype=NUMPY[info.dtype]).reshape(-1).view(np.uint8)
 
-    with Checkpoint(source) as file:
-        save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
+    save_checkpoint(path, layout, chunks, metadata, reading=file, inputs=inputs, force=force)
 
 
 def require_finite(source: Source, name: str, values: np.ndarray) -> float:

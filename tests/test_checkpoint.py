@@ -102,6 +102,20 @@ def test_a_file_replaced_while_open_is_noticed(write):
         write("a", w=np.zeros(5, np.float32))
 
 
+def test_a_copy_of_a_file_that_changes_meanwhile_is_not_written(write, tmp_path):
+    path, copy = write("a", w=np.ones(4, np.float32)), tmp_path / "b.safetensors"
+    source = resolve_source(str(path))
+    save_like(copy, source, {}, {})
+    before = copy.read_bytes()
+    os.utime(path)
+    with pytest.raises(DmmError, match="changed while"):
+        save_like(copy, source, {}, {"another": "file"}, force=True)
+    path.unlink()
+    with pytest.raises(DmmError, match=r"cannot read .*a\.safetensors: No such file"):
+        save_like(copy, source, {}, {"another": "file"}, force=True)
+    assert copy.read_bytes() == before and list(tmp_path.iterdir()) == [copy]
+
+
 def test_nan_names_file_and_tensor(write):
     source = resolve_source(str(write("a", w=np.ones(2, np.float32))))
     require_finite(source, "w", np.array([1e38, 1e38], np.float32))

@@ -65,9 +65,10 @@ class Alignment:
         """Write the checkpoint with its units in order; every value keeps its bytes.
 
         Raises:
-            DmmError: the output is refused or cannot be written.
+            DmmError: the output is refused or cannot be written, or the checkpoint has changed.
         """
         layout = {name: (info.dtype, info.shape) for name, info in self.source.tensors.items()}
+        file = Checkpoint(self.source)
 
         def chunks(name: str) -> list[np.ndarray]:
             raw = file.raw(name)
@@ -78,8 +79,7 @@ class Alignment:
                 raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             return [raw]
 
-        with Checkpoint(self.source) as file:
-            save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
+        save_checkpoint(path, layout, chunks, metadata, reading=file, inputs=inputs, force=force)
 
 
 def align(

@@ -84,14 +84,14 @@ class Widening:
             name: (info.dtype, arrays[name].shape if name in arrays else info.shape)
             for name, info in source.tensors.items()
         }
+        file = Checkpoint(source)
 
         def chunks(name: str) -> list[np.ndarray]:
             if name not in arrays:
                 return [file.raw(name)]
             return [encode_floats(arrays[name].reshape(-1), layout[name][0], name)]
 
-        with Checkpoint(source) as file:
-            save_checkpoint(path, layout, chunks, metadata)
+        save_checkpoint(path, layout, chunks, metadata, reading=file)
 
 
 def widen(first: Source, second: Source, spec: Spec, overlap: float, *, arch: str | None = None) -> Widening:

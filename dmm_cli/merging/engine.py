@@ -79,19 +79,18 @@ def merge(
             negative; integer tensors differ; the output is refused.
     """
     check(sources, recipe)
-    with ExitStack() as stack:
-        stack.enter_context(one_blas_thread())
-        files = [stack.enter_context(Checkpoint(source)) for source in sources]
-        base = stack.enter_context(Checkpoint(recipe.base)) if recipe.base else None
-        tensors = Tensors(files, base, recipe)
-        shards = plan_shards(tensors.layout(), output, max_shard)
-        index = index_path(output) if len(shards) > 1 else None
-        for path in [*shards, *([index] if index else [])]:
-            check_output(path, inputs=inputs, force=force)
-        mine = dict(ranks.deal(list(shards.items())))
-        work = _Work(tensors, mine, hashes, on_progress)
-        ranks.wait()  # a file that another process has just written must not look like one that was there
-        _write(mine, work, metadata, final_metadata)
+    files = [Checkpoint(source) for source in sources]
+    base = Checkpoint(recipe.base) if recipe.base else None
+    tensors = Tensors(files, base, recipe)
+    shards = plan_shards(tensors.layout(), output, max_shard)
+    index = index_path(output) if len(shards) > 1 else None
+    for path in [*shards, *([index] if index else [])]:
+        check_output(path, inputs=inputs, force=force)
+    mine = dict(ranks.deal(list(shards.items())))
+    work = _Work(tensors, mine, hashes, on_progress)
+    ranks.wait()  # a file that another process has just written must not look like one that was there
+    with one_blas_thread():
+        _write(mine, [*files, *([base] if base else [])], work, metadata, final_metadata)
     found = sum(weight is not None for weight in tensors.pairs.values())
     return Outcome(
         index or output, index_text(shards) if index else None, found, len(tensors.pairs) - found, work.lengths()
@@ -100,13 +99,17 @@ def merge(
 
 def _write(
     shards: Mapping[Path, Layout],
+    inputs: Sequence[Checkpoint],
     work: _Work,
     metadata: Mapping[str, str],
     final_metadata: Callable[[], Mapping[str, str]] | None,
 ) -> None:
-    """Write all shards; none takes its place before all of them are complete."""
-    with work.running(), ExitStack() as stack:
+    """Write all shards; none takes its place before all of them are complete, and the inputs checked for changes."""
+    with ExitStack() as stack:
         files = {path: stack.enter_context(atomic_write(path)) for path in shards}
+        for checkpoint in inputs:
+            stack.enter_context(checkpoint)
+        stack.enter_context(work.running())
         for path, file in files.items():
             write_checkpoint(file, shards[path], work.chunks, metadata)
             file.flush()

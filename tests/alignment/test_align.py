@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,16 @@ def test_a_permuted_copy_comes_back_to_the_bit(tmp_path):
     found.write(tmp_path / "out.safetensors", {})
     back = load_file(tmp_path / "out.safetensors")
     assert all(back[key].tobytes() == value.tobytes() for key, value in tensors.items())
+
+
+def test_a_checkpoint_that_has_changed_since_is_not_written(tmp_path):
+    tensors = arrays(lively(ARCH))
+    sources = [saved(tmp_path / "a", tensors), saved(tmp_path / "b", scrambled(tensors, 1))]
+    (found,) = align([[source] for source in sources])
+    os.utime(tmp_path / "b")
+    with pytest.raises(DmmError, match="b changed while"):
+        found.write(tmp_path / "out", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ def test_both_networks_compute_what_they_did_and_what_cannot_be_widened_is_told(
         assert found.parameters[1] == sum(
             info.numel for info in wide.tensors.values() if info.is_float and "running" not in info.name
         )
+
+
+def test_a_network_whose_file_has_changed_since_is_not_written(tmp_path):
+    sources, spec = pair_of(tmp_path, "residual")
+    found = widen(*sources, spec, 0.4)
+    os.utime(sources[1].path)
+    with pytest.raises(DmmError, match=r"1\.safetensors changed while"):
+        found.write(1, tmp_path / "wide.safetensors", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
 @pytest.mark.parametrize(

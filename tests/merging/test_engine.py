@@ -319,6 +319,25 @@ def test_means_do_not_overflow_on_the_way(write, tmp_path):
         assert got["bn.running_mean"].tolist() == [0.0, most, 2.0]
 
 
+@pytest.mark.parametrize("max_shard", [None, 250])
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_an_input_that_changes_during_the_merge_leaves_the_output_as_it_was(three, tmp_path, changed, max_shard):
+    def touch(stage: str, done: int, total: int) -> None:
+        if done == total:
+            os.utime(three[changed])
+
+    base, *paths = three
+    output = tmp_path / "out" / "model.safetensors"
+    output.parent.mkdir()
+    for content in (None, b"an older one"):
+        if content:
+            output.write_bytes(content)
+        with pytest.raises(DmmError, match=rf"m{changed}\.safetensors changed while"):
+            recipe = recipe_for("task_arithmetic", base)
+            merge(paths, output, recipe, max_shard=max_shard, force=True, on_progress=touch)
+        assert [path.read_bytes() for path in output.parent.iterdir()] == ([content] if content else [])
+
+
 def test_slerp_takes_two(three, tmp_path):
     with pytest.raises(DmmError, match="slerp merges two checkpoints, not 3"):
         run(three, tmp_path / "out.safetensors", Recipe("slerp"))
