@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .chance import shuffled_cosines
-from .errors import DmmError, printable
-from .manifest import Group, Grouping, LayerSimilarity, PairReason, SimilarityReport
+from .groups import assembled, stated
+from .manifest import Grouping, LayerSimilarity, PairReason, SimilarityReport
 
 BASIN = 0.3
 ALIGNED = 0.5  # trained networks of different starts reach .1 to .3 once aligned, a permuted copy what noise leaves
@@ -91,7 +91,8 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
     else:
         labels, threshold = _cut(tree, float(rule)), float(rule)
     pairs = _pairs(known, labels, rule, threshold)
-    return _grouping(report.labels, labels, pairs, str(rule), threshold, tree)
+    heights = tuple(tuple(map(float, row)) for row in tree)
+    return assembled(report.labels, labels.tolist(), pairs, str(rule), threshold, heights)
 
 
 def start_bounds(unrelated: np.ndarray, share: float = BASIN) -> np.ndarray:
@@ -105,50 +106,14 @@ def same_start(report: SimilarityReport) -> np.ndarray:
     return raw >= start_bounds(unrelated)
 
 
-def given_groups(labels: Sequence[str], groups: Sequence[Sequence[str]], origin: str) -> Grouping:
-    """Groups the user listed by label; every checkpoint not listed stays alone.
-
-    Raises:
-        DmmError: a label is unknown or listed twice.
-    """
-    listed = [name for group in groups for name in group]
-    unknown = [name for name in listed if name not in labels]
-    twice = sorted({name for name in listed if listed.count(name) > 1})
-    if unknown or twice:
-        evidence = [f"unknown: {printable(name)}" for name in unknown] + [f"twice: {printable(n)}" for n in twice]
-        raise DmmError(f"groups in {origin} do not fit", evidence=[*evidence, f"known: {', '.join(labels)}"])
-    place = {name: number for number, group in enumerate(groups) for name in group}
-    numbers = np.array([place.get(name, len(groups) + i) for i, name in enumerate(labels)])
-    pairs = tuple(
-        PairReason(a, b, bool(numbers[a] == numbers[b]), None, f"listed in {origin}")
-        for a in range(len(labels))
-        for b in range(a)
-    )
-    return _grouping(tuple(labels), numbers, pairs, origin, None, np.empty((0, 4)))
-
-
 def groups_from_record(record: dict, labels: Sequence[str], origin: str) -> Grouping:
-    """Groups from JSON: ``{"groups": [["a", "b"], ["c"]]}``, or a grouping, merge or similarity record.
+    """The groups that a JSON record states, see ``groups.stated``, or those of the similarity report that it is.
 
     Raises:
-        DmmError: the record holds no groups, or they do not fit the labels.
+        DmmError: the record holds neither, or does not fit the labels.
     """
-    schema = record.get("schema")
-    if schema == SimilarityReport.SCHEMA:
-        report = SimilarityReport.from_json(record)
-        if sorted(report.labels) != sorted(labels):
-            raise DmmError(
-                f"{origin} compares other checkpoints",
-                evidence=[f"it holds {', '.join(report.labels)}", f"given are {', '.join(labels)}"],
-            )
-        return group_checkpoints(report)
-    if "grouping" in record:
-        record = record["grouping"]
-    groups, names = record.get("groups"), record.get("labels", list(labels))
-    if not isinstance(groups, list):
-        raise DmmError(f"{origin} holds no groups", hint='write {"groups": [["a", "b"], ["c"]]}')
-    members = [[names[i] for i in g["members"]] if isinstance(g, dict) else list(g) for g in groups]
-    return given_groups(labels, members, origin)
+    found = stated(record, labels, origin)
+    return group_checkpoints(found) if isinstance(found, SimilarityReport) else found
 
 
 def split_group(grouping: Grouping, out: Sequence[int], reason: str) -> Grouping:
@@ -158,15 +123,14 @@ def split_group(grouping: Grouping, out: Sequence[int], reason: str) -> Grouping
         out: indices of those members.
         reason: why they do not go together with the others.
     """
-    labels = np.zeros(len(grouping.labels), dtype=int)
-    for number, other in enumerate(grouping.groups):
-        labels[list(other.members)] = number
-    labels[list(out)] = len(grouping.groups)
+    home = {i: number for number, group in enumerate(grouping.groups) for i in group.members}
+    home |= dict.fromkeys(out, len(grouping.groups))
+    labels = [home[i] for i in range(len(home))]
     pairs = tuple(
         replace(pair, together=False, reason=reason) if pair.together and labels[pair.a] != labels[pair.b] else pair
         for pair in grouping.pairs
     )
-    return _grouping(grouping.labels, labels, pairs, grouping.rule, grouping.threshold, np.array(grouping.linkage))
+    return assembled(grouping.labels, labels, pairs, grouping.rule, grouping.threshold, grouping.linkage)
 
 
 def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
@@ -268,36 +232,3 @@ def _side(cosine: float, threshold: float, together: bool) -> str:
     if together:
         return f"joined through others on average; cosine {cosine:.3f}, cut at {threshold:.3f}"
     return f"cut at {threshold:.3f}: cosine {cosine:.3f}" + ("" if cosine < threshold else ", apart on average")
-
-
-def _grouping(
-    names: tuple[str, ...],
-    labels: np.ndarray,
-    pairs: tuple[PairReason, ...],
-    rule: str,
-    threshold: float | None,
-    tree: np.ndarray,
-) -> Grouping:
-    clusters = [tuple(int(i) for i in np.flatnonzero(labels == label)) for label in np.unique(labels)]
-    # the largest group first, then by name: the same groups in the same order whatever the arguments' order
-    clusters.sort(key=lambda members: (-len(members), min(names[i] for i in members)))
-    groups = tuple(
-        Group(f"group-{number}", members, _group_reason(members, pairs, names))
-        for number, members in enumerate(clusters)
-    )
-    alone = tuple(members[0] for members in clusters if len(members) == 1) if len(clusters) > 1 else ()
-    heights = tuple(tuple(float(value) for value in row) for row in tree)
-    return Grouping(names, groups, alone, pairs, rule, threshold, heights)
-
-
-def _group_reason(members: tuple[int, ...], pairs: tuple[PairReason, ...], names: tuple[str, ...]) -> str:
-    if len(members) == 1:
-        mine = (pair for pair in pairs if members[0] in (pair.a, pair.b) and pair.similarity is not None)
-        near = max(mine, key=lambda pair: pair.similarity, default=None)
-        return (
-            "alone" if near is None else f"alone; nearest is {names[sum((near.a, near.b)) - members[0]]}, {near.reason}"
-        )
-    inside = [p for p in pairs if p.a in members and p.b in members]
-    values = [p.similarity for p in inside if p.similarity is not None]
-    span = f"cosine {min(values):.3f} to {max(values):.3f}: " if values else ""
-    return span + inside[0].reason

@@ -264,9 +264,20 @@ def _stem(path: Path) -> str:
 
 
 def _with_unique_labels(sources: list[Source]) -> list[Source]:
+    """Labels with as much of the path in front as tells them apart, and a number where a checkpoint is there twice.
+
+    Later stages find checkpoints by label, so it must not depend on the order they are named in.
+    """
     labels = [source.label for source in sources]
+    places = [source.path.resolve() for source in sources]
     if len(set(labels)) < len(labels):
-        labels = [f"{source.path.resolve().parent.name}/{source.label}" for source in sources]
+        for depth in range(1, max(len(place.parts) for place in places)):
+            labels = [
+                str(Path(*place.parent.parts[-depth:], source.label))
+                for place, source in zip(places, sources, strict=True)
+            ]
+            if len(set(labels)) == len(set(places)):
+                break
     seen: Counter[str] = Counter()
     unique = []
     for source, label in zip(sources, labels, strict=True):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dmm_cli.errors import DmmError
-from dmm_cli.grouping import given_groups, group_checkpoints, groups_from_record
+from dmm_cli.grouping import group_checkpoints, groups_from_record
+from dmm_cli.groups import given_groups
 from dmm_cli.manifest import Grouping, SimilarityReport, SourceRecord, dump
 
 
@@ -77,6 +78,17 @@ def test_groups_come_back_from_every_record():
     assert Grouping.from_json(grouping.to_json()) == grouping
     assert SimilarityReport.from_json(similarity.to_json()) == similarity
     assert dump(grouping).startswith('{\n  "schema": "dmm.groups/1"')
+
+
+def test_a_report_is_read_in_the_order_of_the_arguments():
+    similarity = report(blocks(2, 1, 2, outside=0.1))
+    own = {name: row for name, row in zip(similarity.labels, similarity.measures["cosine"], strict=True)}
+    for order in itertools.permutations("abcde"):
+        grouping = groups_from_record(similarity.to_json(), order, "f")
+        assert grouping.labels == order
+        assert members(grouping) == [{"a", "b"}, {"d", "e"}, {"c"}]
+        for pair in grouping.pairs:
+            assert pair.similarity == own[order[pair.a]][ord(order[pair.b]) - ord("a")]
 
 
 def test_groups_that_do_not_fit():

@@ -43,6 +43,16 @@ def test_labels_are_unique(tmp_path):
     assert labels(paths[0], paths[0]) == ["north/model", "north/model#2"]
 
 
+def test_labels_do_not_depend_on_the_order(tmp_path):
+    paths = [tmp_path / first / "site" / "model.safetensors" for first in ("x", "y")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        save_file({"w": W}, path)
+    assert labels(*paths) == ["x/site/model", "y/site/model"]
+    assert labels(*reversed(paths)) == ["y/site/model", "x/site/model"]
+    assert labels(paths[1], *paths) == ["y/site/model", "x/site/model", "y/site/model#2"]
+
+
 def test_a_directory_brings_its_config(tmp_path):
     save_file({"w": W}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')

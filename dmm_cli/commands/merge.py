@@ -245,7 +245,8 @@ def grouping_of(
 
     Where all are to be aligned, those that are one network but for the order of its units are found, too.
     """
-    from ..grouping import given_groups, group_checkpoints, groups_from_record
+    from ..grouping import group_checkpoints, groups_from_record
+    from ..groups import given_groups
 
     labels = [source.label for source in sources]
     if record is not None:

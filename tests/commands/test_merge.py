@@ -98,6 +98,22 @@ def test_parameters_of_some_tensors_come_from_dmm_toml(tmp_path, monkeypatch):
     assert np.allclose(got[name], a[name] + b[name] - start[name], atol=1e-6)
 
 
+def test_a_similarity_report_groups_the_same_checkpoints_in_any_order(tmp_path):
+    sites = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
+    (tmp_path / "s.json").write_text(dmm("similarity", *sites, "--json").stdout)
+    merged = []
+    for number, order in enumerate((sites, sites[::-1])):
+        flags = ["--group", tmp_path / "s.json", "--align", "never", "-o", tmp_path / str(number), "--json"]
+        record = json.loads(dmm("merge", *order, *flags).stdout)
+        labels = record["grouping"]["labels"]
+        for group in record["grouping"]["groups"]:
+            parents = json.loads(metadata(tmp_path / str(number) / f"{group['name']}.safetensors")["dmm.sources"])
+            assert {parent["label"] for parent in parents} == {labels[i] for i in group["members"]}
+        merged.append([load_file(path)["fc.weight"] for path in record["outputs"]])
+    assert all(np.allclose(one, other, atol=1e-6) for one, other in zip(*merged, strict=True))
+    assert len(merged[0]) == 3
+
+
 TIES, WUDI = (["--method", name, "--base", BASE] for name in ("ties", "wudi"))
 
 

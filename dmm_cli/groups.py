@@ -1,0 +1,114 @@
+"""Groups of checkpoints as records: those that a user or an earlier stage states, and how any are put together.
+
+Loads no array library: ``grouping`` finds groups, by similarity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .errors import DmmError, printable
+from .manifest import Group, Grouping, Matrix, PairReason, SimilarityReport
+
+
+def given_groups(labels: Sequence[str], groups: Sequence[Sequence[str]], origin: str) -> Grouping:
+    """Groups the user listed by label; every checkpoint not listed stays alone.
+
+    Raises:
+        DmmError: a label is unknown or listed twice.
+    """
+    listed = [name for group in groups for name in group]
+    unknown = [name for name in listed if name not in labels]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if unknown or twice:
+        evidence = [f"unknown: {printable(name)}" for name in unknown] + [f"twice: {printable(n)}" for n in twice]
+        raise DmmError(f"groups in {origin} do not fit", evidence=[*evidence, f"known: {', '.join(labels)}"])
+    place = {name: number for number, group in enumerate(groups) for name in group}
+    numbers = [place.get(name, len(groups) + i) for i, name in enumerate(labels)]
+    pairs = tuple(
+        PairReason(a, b, numbers[a] == numbers[b], None, f"listed in {origin}")
+        for a in range(len(labels))
+        for b in range(a)
+    )
+    return assembled(tuple(labels), numbers, pairs, origin)
+
+
+def stated(record: dict, labels: Sequence[str], origin: str) -> Grouping | SimilarityReport:
+    """What JSON says of these checkpoints, in their order, whatever the order it has them in.
+
+    It is ``{"groups": [["a", "b"], ["c"]]}``, a grouping or the record of a merge, or a similarity report.
+
+    Raises:
+        DmmError: the record holds neither groups nor similarities, or they do not fit the labels.
+    """
+    if record.get("schema") == SimilarityReport.SCHEMA:
+        report = SimilarityReport.from_json(record)
+        if sorted(report.labels) != sorted(labels):
+            raise DmmError(
+                f"{origin} compares other checkpoints",
+                evidence=[f"it holds {', '.join(report.labels)}", f"given are {', '.join(labels)}"],
+            )
+        return in_order(report, labels)
+    if "grouping" in record:
+        record = record["grouping"]
+    groups, names = record.get("groups"), record.get("labels", list(labels))
+    if not isinstance(groups, list):
+        raise DmmError(f"{origin} holds no groups", hint='write {"groups": [["a", "b"], ["c"]]}')
+    members = [[names[i] for i in g["members"]] if isinstance(g, dict) else list(g) for g in groups]
+    return given_groups(labels, members, origin)
+
+
+def in_order(report: SimilarityReport, labels: Sequence[str]) -> SimilarityReport:
+    """The report with its checkpoints, which these labels name, in the order of the labels."""
+    places = [report.labels.index(label) for label in labels]
+
+    def moved(matrix: Matrix) -> Matrix:
+        return tuple(tuple(matrix[a][b] for b in places) for a in places) if matrix else matrix
+
+    return replace(
+        report,
+        sources=tuple(report.sources[i] for i in places),
+        measures={name: moved(matrix) for name, matrix in report.measures.items()},
+        layers=tuple(
+            replace(layer, cosine=moved(layer.cosine), norms=tuple(layer.norms[i] for i in places if layer.norms))
+            for layer in report.layers
+        ),
+        raw_cosine=moved(report.raw_cosine),
+        unrelated=moved(report.unrelated),
+    )
+
+
+def assembled(
+    names: tuple[str, ...],
+    numbers: Sequence[int],
+    pairs: tuple[PairReason, ...],
+    rule: str,
+    threshold: float | None = None,
+    linkage: tuple[tuple[float, ...], ...] = (),
+) -> Grouping:
+    """A grouping from a number for every checkpoint, equal ones in one group, and what is known of the pairs.
+
+    The largest group comes first, then they go by name: the same groups in the same order whatever the order of
+    the checkpoints.
+    """
+    clusters = [tuple(i for i, own in enumerate(numbers) if own == number) for number in set(numbers)]
+    clusters.sort(key=lambda members: (-len(members), min(names[i] for i in members)))
+    groups = tuple(
+        Group(f"group-{number}", members, _reason(members, pairs, names)) for number, members in enumerate(clusters)
+    )
+    alone = tuple(members[0] for members in clusters if len(members) == 1) if len(clusters) > 1 else ()
+    return Grouping(names, groups, alone, pairs, rule, threshold, linkage)
+
+
+def _reason(members: tuple[int, ...], pairs: tuple[PairReason, ...], names: tuple[str, ...]) -> str:
+    if len(members) == 1:
+        mine = (pair for pair in pairs if members[0] in (pair.a, pair.b) and pair.similarity is not None)
+        near = max(mine, key=lambda pair: pair.similarity, default=None)
+        return (
+            "alone" if near is None else f"alone; nearest is {names[sum((near.a, near.b)) - members[0]]}, {near.reason}"
+        )
+    inside = [p for p in pairs if p.a in members and p.b in members]
+    values = [p.similarity for p in inside if p.similarity is not None]
+    span = f"cosine {min(values):.3f} to {max(values):.3f}: " if values else ""
+    return span + inside[0].reason
