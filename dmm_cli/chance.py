@@ -19,6 +19,7 @@ DEVIATIONS = 3.0
 SHUFFLES = 99  # a gap above all of them is there by chance in one case of a hundred
 
 
+@np.errstate(over="ignore", invalid="ignore")  # squares of float64 values may be infinite
 def unrelated_cosine(files: Sequence[Checkpoint], infos: Iterable[TensorInfo]) -> np.ndarray:
     """The cosine (N, N) two checkpoints have at most when the units of one are in random order, as if unrelated.
 

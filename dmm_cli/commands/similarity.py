@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +34,10 @@ def similarity(
         str | None, options.option("--against", help="Also compare every checkpoint with this one.")
     ] = None,
     fail_under: Annotated[
-        float | None, options.option("--fail-under", help="Exit 1 when a cosine is below this.", min=-1, max=1)
+        float | None,
+        options.option(
+            "--fail-under", help="Exit 1 when a cosine is below this, or cannot be taken (nan).", min=-1, max=1
+        ),
     ] = None,
     measure: Annotated[
         list[str] | None,
@@ -119,10 +123,11 @@ def _chosen(names: list[str] | None, data: str | None) -> list[str]:
 
 
 def _pairs(report: SimilarityReport) -> list[tuple[str, float]]:
+    """Cosines by what they compare, NaN between checkpoints that are not comparable."""
     if report.against is not None:
         return list(report.against.items())
-    matrix = report.measures["cosine"]
-    return [(f"{report.labels[a]} {report.labels[b]}", matrix[a][b]) for a in range(len(matrix)) for b in range(a)]
+    known = [[math.nan if value is None else value for value in row] for row in report.measures["cosine"]]
+    return [(f"{report.labels[a]} {report.labels[b]}", known[a][b]) for a in range(len(known)) for b in range(a)]
 
 
 def _values(report: SimilarityReport) -> str:
@@ -130,9 +135,12 @@ def _values(report: SimilarityReport) -> str:
 
 
 def _check(report: SimilarityReport, bound: float | None) -> None:
-    low = [(name, value) for name, value in _pairs(report) if bound is not None and value < bound]
+    low = [(name, value) for name, value in _pairs(report) if bound is not None and not value >= bound]  # NaN is low
     if low:
         raise CheckFailed(
             f"cosine below {bound!r}",
-            evidence=[f"{name}: {value!r}" for name, value in sorted(low, key=lambda i: i[1])],
+            evidence=[
+                f"{name}: {'not comparable' if math.isnan(value) else repr(value)}"
+                for name, value in sorted(low, key=lambda pair: (not math.isnan(pair[1]), pair[1]))
+            ],
         )

@@ -7,6 +7,8 @@ import numpy as np
 from ..header import TensorInfo
 from ..names import is_weight
 
+SMALLEST = 1e-24  # squared norm of a block: what 65536 float32 products lose to underflow is less than 1e-9 of it
+
 
 class Cosine:
     """Cosine over all weight matrices and kernels, from one Gram matrix accumulated in float64."""
@@ -20,8 +22,7 @@ class Cosine:
 
     def add(self, name: str, block: np.ndarray) -> None:
         gram = self.grams.setdefault(name, np.zeros((self._count, self._count)))
-        # a block is short enough that its float32 product is exact to 1e-6; the sum over blocks is not
-        gram += block @ block.T
+        gram += products(block)
 
     def matrix(self) -> np.ndarray:
         return normalise(sum(self.grams.values(), np.zeros((self._count, self._count))))
@@ -31,12 +32,30 @@ class Cosine:
         return {name: normalise(gram) for name, gram in self.grams.items()}
 
 
+def products(block: np.ndarray) -> np.ndarray:
+    """Inner products (N, N) of the rows of a block (N, n), in float64 where they do not fit the dtype of the block.
+
+    A block is short enough that its float32 products are exact to 1e-6; the sum over blocks is not.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = block @ block.T
+        own = np.diag(gram)
+        if not ((own > SMALLEST) & (own < np.inf)).all():
+            wide = block.astype(np.float64)
+            gram = wide @ wide.T
+    return gram
+
+
 def normalise(gram: np.ndarray) -> np.ndarray:
-    """Gram matrix (N, N) to cosines: 1 between two zero vectors, 0 between a zero vector and another."""
-    norm = np.sqrt(np.diag(gram))
-    zero = norm == 0
-    scale = np.where(zero, 1.0, norm)
-    cosine = np.clip(gram / np.outer(scale, scale), -1.0, 1.0)
+    """Gram matrix (N, N) to cosines: 1 between two zero vectors, 0 between a zero vector and another.
+
+    The root is taken of both shares together: equal vectors have the cosine 1, without rounding.
+    """
+    own = np.diag(gram)
+    zero = own == 0
+    with np.errstate(invalid="ignore"):  # float64 products, too, may be infinite
+        share = gram / np.where(zero, 1.0, own)
+        cosine = np.clip(np.sign(gram) * np.sqrt(share * share.T), -1.0, 1.0)
     cosine[np.ix_(zero, zero)] = 1.0
     np.fill_diagonal(cosine, 1.0)
     return cosine

@@ -52,6 +52,25 @@ def test_a_gate_exits_1_and_prints_both_numbers():
     assert "cosine below 0.9" in failed.stderr and "site-d: -0.00" in failed.stderr
 
 
+def test_a_gate_lets_equal_checkpoints_pass():
+    for site in SITES:
+        assert dmm("similarity", site, "--against", site, "--fail-under", 1).exit_code == 0
+
+
+def test_a_gate_stops_what_cannot_be_compared(write):
+    draw = np.random.default_rng(0)
+    shapes = {"a": (4, 4), "b": (4, 4), "c": (5, 4)}
+    paths = [write(name, w=draw.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()]
+    result = dmm("similarity", *paths, "-q", "--fail-under", -1)
+    assert result.exit_code == 1
+    values = result.stdout.split()
+    assert -1 < float(values[0]) < 1 and values[1:] == ["nan", "nan"]
+    assert "  c a: not comparable\n  c b: not comparable\n" in result.stderr and "b a" not in result.stderr
+    vast = [write(name, w=draw.normal(size=(4, 4)) * 1e200) for name in ("d", "e")]  # their squares are infinite
+    result = dmm("similarity", vast[0], "--against", vast[1], "--fail-under", -1)
+    assert result.exit_code == 1 and result.stderr.endswith("  d: not comparable\n"), result.stderr
+
+
 def test_per_layer_shows_the_ten_least_similar():
     text = dmm("similarity", *SITES, "--per-layer").stdout
     rows = text[text.index("least similar layers") :].split("\n\n")[0].splitlines()[2:]

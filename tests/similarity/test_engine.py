@@ -96,3 +96,22 @@ def test_checkpoints_without_weights_are_refused(write):
     paths = [write(name, count=np.array(1, np.int64)) for name in "ab"]
     with pytest.raises(DmmError, match="no float weights"):
         compute_similarity(sources(paths))
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_equal_checkpoints_have_the_cosine_one_to_the_last_bit(write, count):
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        arrays = {"a": draw.normal(size=(16, 16)).astype(np.float32), "b": draw.normal(size=(64, 16))}
+        paths = [write(f"m{number}", **arrays) for number in range(count)]
+        cosines = np.array(compute_similarity(sources(paths), measures=["cosine"]).measures["cosine"])
+        assert (cosines == 1.0).all()
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38, 1e-25, 1e-40])
+def test_cosines_of_huge_and_tiny_weights(write, size, recwarn):
+    """Squares of such float32 values are infinite, or zero."""
+    nets = [(np.random.default_rng(seed).uniform(-3, 3, (8, 8)) * size).astype(np.float32) for seed in range(2)]
+    matrix = compute_similarity(sources([write("a", w=nets[0]), write("b", w=nets[1])])).measures["cosine"]
+    assert matrix[0][1] == pytest.approx(cosine(*nets), abs=1e-6) and abs(matrix[0][1]) < 0.5
+    assert not recwarn.list
