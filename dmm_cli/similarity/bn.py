@@ -33,7 +33,7 @@ class StatisticsDistance:
 
     def matrix(self) -> np.ndarray:
         total, channels = np.zeros((self._count, self._count)), 0
-        for layer in self._means.keys() & self._variances.keys():
+        for layer in sorted(self._means.keys() & self._variances.keys()):  # the order decides the last bits
             mean, variance = self._means[layer], self._variances[layer] + EPS  # (N, C)
             gap = np.square(mean[:, None] - mean[None])  # (N, N, C)
             here, there = variance[:, None], variance[None]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import small_net
+from conftest import shell, small_net
 
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source, resolve_sources
@@ -46,6 +46,19 @@ def test_bn_distance_is_the_jeffreys_divergence(three):
         total += one + other
     assert matrix[0][1] == pytest.approx(total / 4, rel=1e-6)
     assert matrix[0][0] == 0.0
+
+
+def test_hash_seeds_do_not_change_a_bit(write):
+    paths = []
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        net = {"w": draw.normal(size=(4, 4)).astype(np.float32)}
+        for layer in range(12):
+            values = np.abs(draw.normal(size=(2, 7))) * 10.0 ** draw.uniform(-3, 3, (2, 1))
+            net[f"l{layer}.running_mean"], net[f"l{layer}.running_var"] = values.astype(np.float32)
+        paths.append(write(f"m{seed}", **net))
+    shown = {shell("similarity", *paths, "--json", env={"PYTHONHASHSEED": str(seed)}).stdout for seed in range(4)}
+    assert len(shown) == 1
 
 
 def test_sums_over_millions_of_elements_stay_accurate(write):
