@@ -22,9 +22,7 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
         DmmError: the path is one of the inputs, is a directory or a device, exists without ``force``, or lies in
             a directory that does not exist.
     """
-    for source in inputs:
-        if path.exists() and source.exists() and os.path.samefile(path, source):
-            raise DmmError(f"the output is one of the inputs: {path}", hint="name another file with -o")
+    refuse_inputs(path, inputs)
     if path.is_dir():
         raise DmmError(f"the output is a directory: {path}", hint="name a file in it with -o")
     if path.exists() and not path.is_file():
@@ -33,6 +31,13 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
         raise DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
     if not path.parent.is_dir():
         raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
+
+
+def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise DmmError when a path to write to is one of the inputs, by whatever name."""
+    for source in inputs:
+        if path.exists() and source.exists() and os.path.samefile(path, source):
+            raise DmmError(f"the output is one of the inputs: {path}", hint="name another file with -o")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .recall import recall, remember
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class Source:
     def files(self) -> list[Path]:
         """Every file of the checkpoint."""
         return [header.path for header in self.headers]
+
+    @property
+    def companions(self) -> list[Path]:
+        """Where the index of its shards and its config lie, if it has any."""
+        if self.path.is_dir():
+            return [self.path / INDEX, self.path / CONFIG]
+        return [self.path, self.path.parent / CONFIG] if self.path.name.endswith(".index.json") else []
 
     def check_unchanged(self) -> None:
         """Raise DmmError when a file is no longer the one whose header was read."""
@@ -149,8 +157,13 @@ def resolve_sources(arguments: Sequence[str], *, stdin: TextIO | None = None, mi
 
 
 def files_of(sources: Iterable[Source]) -> list[Path]:
-    """All files of all checkpoints."""
-    return [path for source in sources for path in source.files]
+    """All files of all checkpoints: those with weights, and those that tell how to read them."""
+    return [path for source in sources for path in (*source.files, *source.companions)]
+
+
+def named_files(arguments: Iterable[str]) -> list[Path]:
+    """The files that arguments of ``resolve_sources`` name: checkpoints, lists and records of checkpoints."""
+    return [Path(argument.removeprefix("@")) for argument in arguments]
 
 
 def require_same_tensors(sources: Sequence[Source], *, any_shape: Collection[str] = ()) -> None:
@@ -288,7 +301,7 @@ def _with_unique_labels(sources: list[Source]) -> list[Source]:
 
 
 def _config(directory: Path) -> dict[str, Any] | None:
-    path = directory / "config.json"
+    path = directory / CONFIG
     return read_record(read_text(path), str(path)) if path.is_file() else None
 
 

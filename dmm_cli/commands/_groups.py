@@ -86,6 +86,11 @@ def parents_of(sources: Sequence[Source], recipe: Recipe) -> list[Source]:
     return [*sources, *([recipe.base] if recipe.base else [])]
 
 
+def inputs_of(sources: Sequence[Source], recipe: Recipe) -> list[Path]:
+    """All files a merge reads, and must not write to."""
+    return files_of([*parents_of(sources, recipe), *([recipe.features] if recipe.features else [])])
+
+
 def merge_groups(
     sources: Sequence[Source],
     grouping: Grouping,
@@ -111,7 +116,7 @@ def merge_groups(
 
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
-    check_outputs(to, grouping, parents_of(sources, recipe))
+    check_outputs(to, grouping, inputs_of(sources, recipe))
     with aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
@@ -170,7 +175,7 @@ def check_each(sources: Sequence[Source], groups: Sequence[tuple[int, ...]], rec
         check([sources[i] for i in members], _part(recipe, members, len(groups)))
 
 
-def check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]) -> None:
+def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path]) -> None:
     """Refuse outputs that cannot be written, before anything is computed; makes the directory.
 
     Raises:
@@ -185,7 +190,7 @@ def check_outputs(to: Destination, grouping: Grouping, parents: Sequence[Source]
     if to.record:
         to.path.mkdir(parents=True, exist_ok=True)
     for path in [*([to.record] if to.record else []), *(to.group(group.name) for group in grouping.groups)]:
-        check_output(path, inputs=files_of(parents), force=to.force)
+        check_output(path, inputs=inputs, force=to.force)
 
 
 def _written(
@@ -208,7 +213,7 @@ def _written(
         outcome, result = merge_and_recalibrate(
             sources, group, len(grouping.groups), place, recipe, team, recalibration
         )
-        result.save(path, recalibration, inputs=files_of(parents_of(sources, recipe)), force=to.force)
+        result.save(path, recalibration, inputs=inputs_of(sources, recipe), force=to.force)
     return replace(outcome, path=path), result
 
 
@@ -235,7 +240,7 @@ def _merge_group(
     from ..merging import engine
 
     members = [sources[i] for i in group.members]
-    inputs = files_of(parents_of(sources, recipe))
+    inputs = inputs_of(sources, recipe)
     recipe = _part(recipe, group.members, groups)
     parents = parents_of(members, recipe)
 

@@ -9,6 +9,22 @@ from ..errors import DmmError
 from ..files import check_output
 
 
+def check_files(output: Path | None, picture: Path | None = None, *, inputs: Sequence[Path], force: bool) -> None:
+    """Refuse a file for a result, or one for a picture of it, before anything is computed.
+
+    Raises:
+        DmmError: one cannot or must not be written, the picture is neither .png nor .svg, or both are one file.
+    """
+    if picture:
+        from ..report.figures import check_drawable
+
+        check_drawable(picture)
+    if output and picture and output.resolve() == picture.resolve():
+        raise DmmError(f"two outputs for one file: {picture}")
+    for path in filter(None, (output, picture)):
+        check_output(path, inputs=inputs, force=force)
+
+
 def file_or_directory(
     output: Path | None, names: Sequence[str], *, inputs: Iterable[Path], force: bool, example: str
 ) -> tuple[Path, ...]:

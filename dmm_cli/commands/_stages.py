@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,35 @@ from ..files import write_text
 from ..inputs import file_digest, read_record, read_text
 
 STATE = "run.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run keeps its files."""
+
+    root: Path
+
+    similarity = property(lambda self: self.root / "similarity.json")
+    heat_map = property(lambda self: self.root / "similarity.svg")
+    merged = property(lambda self: self.root / "merged")
+    merge = property(lambda self: self.root / "merged" / "merge.json")
+    everything = property(lambda self: self.root / "linear-merge-of-all.safetensors")
+    pseudo = property(lambda self: self.root / "pseudo.safetensors")
+    synthesis = property(lambda self: self.root / "synthesis.json")
+    images = property(lambda self: self.root / "pseudo.png")
+    model = property(lambda self: self.root / "model.safetensors")
+    distillation = property(lambda self: self.root / "distill.json")
+    evaluation = property(lambda self: self.root / "evaluation.json")
+    report = property(lambda self: self.root / "report.html")
+
+    def group(self, name: str) -> Path:
+        """The merged checkpoint of a group."""
+        return self.merged / f"{name}.safetensors"
+
+    def written(self) -> list[Path]:
+        """All that a run writes, and what stands in its directory of merges."""
+        fixed = [getattr(self, name) for name, kind in vars(Layout).items() if isinstance(kind, property)]
+        return [*fixed, *self.merged.glob("*")]
 
 
 class Stages:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..inputs import Source
 from ._align import Aligning, aligned_copies
-from ._groups import Destination, Team, check_outputs, merge_and_recalibrate, parents_of
+from ._groups import Destination, Team, check_outputs, inputs_of, merge_and_recalibrate
 from ._recalibrate import Recalibration, draft
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def settle(
     from ..grouping import split_group
     from ..manifest import Group
 
-    check_outputs(to, grouping, parents_of(sources, recipe))
+    check_outputs(to, grouping, inputs_of(sources, recipe))
 
     def judge(members: tuple[int, ...]) -> tuple[Retention, ...]:
         group = Group("a trial merge", members, "")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import CheckFailed, DmmError
-from ..inputs import Source, resolve_sources
+from ..inputs import Source, files_of, named_files, resolve_sources
 from ..metadata import class_names
 from . import _options as options
+from ._outputs import check_files
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def evaluate(
     style = options.chosen_format(format, json)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
+    check_files(output, inputs=[*files_of(sources), *named_files(checkpoints), data], force=force)
 
     from ..manifest import dump
     from ..report.console import Progress, emit

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..errors import DmmError
-from ..inputs import Source, resolve_source
+from ..inputs import Source, files_of, resolve_source
 from ..metadata import class_names, stated_input
 from . import _options as options
+from ._outputs import check_files
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def inspect(
 
     style = options.chosen_format(format, json)
     source = resolve_source(checkpoint)
+    check_files(output, inputs=files_of([source]), force=force)
 
     from ..report.console import emit
     from ..report.tables import inspection_tables, render

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
 from ..errors import DmmError
-from ..files import write_text
-from ..inputs import Source, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
+from ..files import refuse_inputs, write_text
+from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe
 from ..synthesis import presets
@@ -22,7 +22,7 @@ from . import distill as distillation
 from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
-from ._stages import STATE, Stages, file_hash
+from ._stages import STATE, Layout, Stages, file_hash
 from ._statistics import Pair, statistics_of
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources
@@ -36,30 +36,6 @@ EPILOG = epilog(
     "dmm run sites/*.safetensors --base base.safetensors --seed 1 -o out/",
 )
 STATIC = [name for name in METHODS if "features" not in METHODS.traits(name)]  # they need no pseudo-data
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a run keeps its files."""
-
-    root: Path
-
-    similarity = property(lambda self: self.root / "similarity.json")
-    heat_map = property(lambda self: self.root / "similarity.svg")
-    merged = property(lambda self: self.root / "merged")
-    merge = property(lambda self: self.root / "merged" / "merge.json")
-    everything = property(lambda self: self.root / "linear-merge-of-all.safetensors")
-    pseudo = property(lambda self: self.root / "pseudo.safetensors")
-    synthesis = property(lambda self: self.root / "synthesis.json")
-    images = property(lambda self: self.root / "pseudo.png")
-    model = property(lambda self: self.root / "model.safetensors")
-    distillation = property(lambda self: self.root / "distill.json")
-    evaluation = property(lambda self: self.root / "evaluation.json")
-    report = property(lambda self: self.root / "report.html")
-
-    def group(self, name: str) -> Path:
-        """The merged checkpoint of a group."""
-        return self.merged / f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -142,6 +118,10 @@ def run(
     require_same_tensors([*sources, *([origin] if origin else [])])
     recorded = statistics_of(statistics or [], sources)
     _check_directory(output, force)
+    read = files_of([*sources, *([origin] if origin else []), *recorded.values()])
+    files = Layout(output)
+    for path in files.written():
+        refuse_inputs(path, [*read, *([data] if data else [])])
 
     from ..report.console import emit, status
 
@@ -165,7 +145,6 @@ def run(
         quiet=quiet,
     )
     output.mkdir(parents=True, exist_ok=True)
-    files = Layout(output)
     stages = Stages(output, lambda stage, fresh: status(f"{stage}: up to date" if fresh else stage, quiet=quiet))
     execute(plan, files, stages)
     _report(files, data, quiet, json)

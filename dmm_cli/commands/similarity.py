@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from ..devices import require_device_name
 from ..errors import CheckFailed, DmmError
-from ..inputs import resolve_source, resolve_sources
+from ..inputs import files_of, named_files, resolve_source, resolve_sources
 from ..similarity import MEASURES
 from . import _options as options
 from ._measures import with_aligned, with_cka
+from ._outputs import check_files
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def similarity(
     style = options.chosen_format(format, json)
     require_device_name(device)
     measures = _chosen(measure, data)
-    if figure and figure.suffix not in (".png", ".svg"):
-        raise DmmError(f"cannot draw {figure}", hint="name a .png or .svg file")
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=1 if against else 2)
     origin, reference, pseudo = (resolve_source(path) if path else None for path in (base, against, data))
+    read = files_of([*sources, *filter(None, (origin, reference, pseudo))])
+    check_files(output, figure, inputs=[*read, *named_files(checkpoints)], force=force)
 
     from ..report.console import Progress, emit, status
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..devices import require_precision
 from ..errors import DmmError
-from ..files import check_output
-from ..inputs import Source, files_of, resolve_source, resolve_sources
+from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
 from ..synthesis import LOSSES, presets
 from ..synthesis.settings import Settings
 from . import _inversion as inversion
 from . import _options as options
+from ._outputs import check_files
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable
 from ._statistics import Pair, statistics_of
@@ -94,7 +94,7 @@ def synthesize(
     _require_witnesses(settings, recorded)
     rival = resolve_source(student) if student else None
     inputs = files_of((*sources, *recorded.values(), *([rival] if rival else [])))
-    check_output(output, inputs=inputs, force=force)
+    check_files(output, grid, inputs=[*inputs, *named_files(checkpoints)], force=force)
     if rival:
         require_other(rival, sources)
     if dry_run:

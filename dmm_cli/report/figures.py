@@ -25,9 +25,14 @@ def save(figure: Figure, path: Path, *, force: bool = False) -> None:
     Raises:
         DmmError: another suffix, or the output is refused.
     """
+    check_drawable(path)
+    write_bytes(path, encode(figure, path.suffix[1:]), force=force)
+
+
+def check_drawable(path: Path) -> None:
+    """Raise DmmError for a file that is not .png or .svg."""
     if path.suffix not in (".png", ".svg"):
         raise DmmError(f"cannot draw {path}", hint="name a .png or .svg file")
-    write_bytes(path, encode(figure, path.suffix[1:]), force=force)
 
 
 def encode(figure: Figure, kind: str) -> bytes:

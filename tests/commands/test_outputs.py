@@ -1,0 +1,81 @@
+"""What a command must not write over, and finds out before it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import DIGITS, dmm
+
+from dmm_cli.report import console
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
+TEST = DIGITS / "test.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("command", "clashes"),
+    [
+        (["similarity", "a", "b", "-o"], ["a", "b"]),
+        (["similarity", "a", "b", "--dry-run", "-o"], ["a"]),
+        (["similarity", "a", "--against", "b", "-o"], ["b"]),
+        (["similarity", "@list.txt", "b", "-o"], ["list.txt"]),
+        (["evaluate", "a", "--data", "t", "-o"], ["a", "t"]),
+        (["inspect", "a", "-o"], ["a"]),
+        (["synthesize", "a", "-o"], ["a"]),
+        (["run", "out/model.safetensors", "b", "-o"], ["out"]),
+        (["run", "out/merged/group-0.safetensors", "b", "--dry-run", "-o"], ["out"]),
+        (["merge", "a", "b", "--recalibrate", "c", "-o"], ["c.safetensors"]),
+    ],
+)
+def test_no_command_writes_over_its_inputs(tmp_path, monkeypatch, command, clashes):
+    monkeypatch.chdir(tmp_path)
+    Path("out/merged").mkdir(parents=True)
+    names = {"a": SITES[0], "b": SITES[1], "c.safetensors": SITES[2], "t": TEST}
+    for name, path in {**names, "out/model.safetensors": SITES[0], "out/merged/group-0.safetensors": SITES[0]}.items():
+        Path(name).write_bytes(path.read_bytes())
+    Path("c").symlink_to("c.safetensors")
+    Path("list.txt").write_text("a\n")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    for clash in clashes:
+        result = dmm(*command, clash, "--force")
+        assert result.exit_code == 2 and "one of the inputs" in result.stderr, result.stderr
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["similarity", *SITES[:2]], "-o"),
+        (["similarity", *SITES[:2], "-o", "new.txt"], "--figure"),
+        (["evaluate", SITES[0], "--data", TEST], "-o"),
+        (["inspect", SITES[0]], "-o"),
+        (["synthesize", SITES[0], "--steps", 9999, "-o", "new.safetensors"], "--grid"),
+    ],
+)
+def test_outputs_are_checked_before_anything_is_computed(tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "PATIENCE", -1.0)
+    Path("old.png").write_text("mine")
+    for path, words in (("old.png", "the output exists"), ("no/such/x.png", "no such directory")):
+        result = dmm(*command, option, path)
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: {words}"), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and Path("old.png").read_text() == "mine"
+
+
+def test_a_report_and_its_figure_are_two_files(tmp_path):
+    result = dmm("similarity", *SITES[:2], "-o", tmp_path / "x.png", "--figure", tmp_path / "x.png")
+    assert result.exit_code == 2 and "two outputs for one file" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_an_index_of_shards_is_an_input_too(tmp_path):
+    folder, shards = tmp_path / "m", ["--max-shard-size", "400KB"]
+    folder.mkdir()
+    assert dmm("merge", SITES[0], "-o", folder / "model.safetensors", *shards).exit_code == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    other = ["merge", folder, SITES[1], "--max-shard-size", "100KB", "-o", folder / "model.safetensors"]
+    text = ["similarity", folder, SITES[1], "-o", folder / "model.safetensors.index.json"]
+    for command in (other, text):
+        result = dmm(*command, "--force")
+        assert result.exit_code == 2 and "one of the inputs" in result.stderr
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
