@@ -269,7 +269,7 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
     Where the metadata tell of widths, layers are as wide as the tensors, see ``widths``.
 
     Raises:
-        DmmError: the architecture is unknown, or tensors do not fit it.
+        DmmError: the architecture is unknown, tensors do not fit it, or hold what no network computes with.
     """
     architecture = identify(source, arch)
     model = build(architecture.spec)
@@ -291,7 +291,26 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
             hint=_hint(held, wanted),
         )
     model.load_state_dict(load_state_dict(source))
-    return model.float().eval(), architecture
+    model.float().eval()
+    _require_sound(source, model.state_dict())
+    return model, architecture
+
+
+def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise DmmError where tensors, in the precision that they are used in, hold NaN or infinity, or variances < 0."""
+    values = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    problems = [f"{printable(name)} holds NaN or infinity" for name in values if not values[name].isfinite().all()]
+    problems += [
+        f"{printable(name)} holds a negative variance"
+        for name in values
+        if name.rpartition(".")[2] == "running_var" and (values[name] < 0).any()
+    ]
+    if problems:
+        raise DmmError(
+            f"{source.path} cannot be computed with",
+            evidence=capped(problems),
+            hint="train or export it again: its training diverged, or the file was changed",
+        )
 
 
 def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS
-from safetensors.torch import save_file
+from conftest import DIGITS, dmm
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dmm_cli import architectures as arch
 from dmm_cli.errors import DmmError
@@ -188,3 +189,20 @@ def test_input_and_class_mistakes(tmp_path, write):
         arch.input_spec(source, torch.nn.Identity(), size=(1, 2, 2), mean=(0.0, 1.0), std=(1.0,))
     with pytest.raises(DmmError, match="does not say how many classes"):
         arch.num_classes(torch.nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("conv1.weight", np.nan, "conv1.weight holds NaN or infinity"),
+        ("bn1.running_mean", np.inf, "bn1.running_mean holds NaN or infinity"),
+        ("bn1.running_var", -1.0, "bn1.running_var holds a negative variance"),
+    ],
+)
+def test_tensors_that_cannot_be_computed_with_are_named(tmp_path, name, value, words):
+    arrays, path = load_file(DIGITS / "site-a.safetensors"), tmp_path / "bad.safetensors"
+    arrays[name].reshape(-1)[0] = value
+    with safe_open(DIGITS / "site-a.safetensors", "np") as file:
+        save_file(arrays, path, file.metadata())
+    result = dmm("evaluate", path, "--data", DIGITS / "test.safetensors", "-q")
+    assert result.exit_code == 2 and words in result.stderr and str(path) in result.stderr and not result.stdout
