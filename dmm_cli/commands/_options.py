@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +19,18 @@ FORMATS = ("table", "json", "tsv", "md")
 
 
 def option(*names: str, help: str, **details: Any) -> Any:
-    """A Typer option. Its environment variable works but stays out of the help, where it would double every line."""
-    return typer.Option(*names, help=help, show_envvar=False, **details)
+    """A Typer option; no number may be NaN or infinite.
+
+    Its environment variable works but stays out of the help, where it would double every line.
+    """
+    return typer.Option(*names, help=help, show_envvar=False, **{"callback": _finite, **details})
+
+
+def _finite(value: Any) -> Any:
+    """The value of an option; NaN would pass every bound, since it compares as false."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 Checkpoints = Annotated[
@@ -149,7 +161,7 @@ def key_values(pairs: list[str], option: str) -> dict[str, float | str]:
     """``name=value`` options as a dict, numbers as floats.
 
     Raises:
-        DmmError: a pair has no equals sign.
+        DmmError: a pair has no equals sign, or a number is NaN or infinite.
     """
     values: dict[str, float | str] = {}
     for pair in pairs:
@@ -160,6 +172,8 @@ def key_values(pairs: list[str], option: str) -> dict[str, float | str]:
             values[name] = float(text)
         except ValueError:
             values[name] = text
+        else:
+            _require_finite((values[name],), f"{option} {name}", text)
     return values
 
 
@@ -167,12 +181,19 @@ def numbers(text: str | None, option: str) -> tuple[float, ...]:
     """Comma-separated numbers.
 
     Raises:
-        DmmError: one is not a number.
+        DmmError: one is not a number, or not finite.
     """
     try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
+        values = tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise DmmError(f"{option} takes numbers separated by commas, not {text}") from None
+    _require_finite(values, option, text)
+    return values
+
+
+def _require_finite(values: Sequence[float], option: str, text: str | None) -> None:
+    if not all(map(math.isfinite, values)):
+        raise DmmError(f"{option} takes finite numbers, not {text}")
 
 
 def group_rule(text: str) -> str | float:

@@ -143,6 +143,10 @@ def test_the_same_file_twice_is_warned_about(tmp_path):
         (["distill", *SITES[:2], "--data", SITES[0]], "name a file with -o"),
         (["evaluate", SITES[0], "--data", SITES[0]], "no array named images"),
         (["evaluate", SITES[0], "--data", DIGITS / "test.safetensors", "--std", "0"], "above zero"),
+        (["evaluate", SITES[0], "--data", DIGITS / "test.safetensors", "--mean", "nan"], "--mean takes finite numbers"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--input-size", "inf,1,1"], "--input-size takes finite"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--loss", "norm=inf"], "--loss norm takes finite numbers"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--class-prior", "1,nan"], "--class-prior takes finite"),
         (["run", *SITES], "name a directory with -o"),
         (["run", *SITES, "-o", "out", "--data", "nothing"], "no such file: nothing"),
         (["inspect", "nothing.safetensors"], "no such file: nothing.safetensors"),
@@ -154,6 +158,17 @@ def test_mistakes_exit_2_with_one_message_and_write_nothing(tmp_path, monkeypatc
     assert result.exit_code == 2 and words in result.stderr
     assert result.stderr.count("error:") == 1 and result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--learning-rate", "inf"), ("--temperature", "nan"), ("--fail-under", "nan")],
+)
+def test_options_that_are_no_finite_numbers_are_refused(tmp_path, option, value):
+    out = tmp_path / "x.safetensors"
+    result = dmm("distill", *SITES[:2], "--data", SITES[0], "-o", out, option, value)
+    assert result.exit_code == 2 and option in result.stderr and "not a finite number" in result.stderr
+    assert not out.exists()
 
 
 BROKEN = {
