@@ -43,6 +43,7 @@ def load_teachers(
     from ..synthesis.soft import require_soft
     from ..synthesis.teacher import Teacher, freeze, require_statistics
 
+    require_same_class_names(sources)
     recorded = recorded or {}
     teachers, specs = [], {}
     for source in sources:
@@ -67,9 +68,21 @@ def load_teachers(
             evidence=[f"{label}: {in_words(s)}" for s, label in specs.items()],
             hint="synthesize them apart, one file for each kind of input",
         )
+    _require_same_number(sources, teachers)
     spec = next(iter(specs))
     witnesses = [_witnesses(place, teachers, recorded, spec, device) for place in range(len(teachers))]
     return [replace(teacher, witnesses=found) for teacher, found in zip(teachers, witnesses, strict=True)], spec
+
+
+def _require_same_number(sources: Sequence[Source], teachers: Sequence[Teacher]) -> None:
+    """Raise DmmError unless all have as many classes: their logits go side by side, and one student learns them."""
+    if len({teacher.num_classes for teacher in teachers}) > 1:
+        pairs = zip(sources, teachers, strict=True)
+        raise DmmError(
+            "the teachers have different numbers of classes",
+            evidence=capped([f"{source.path}: {teacher.num_classes}" for source, teacher in pairs]),
+            hint="synthesize those of the same classes, one file for each list of classes",
+        )
 
 
 def _witnesses(
@@ -135,7 +148,7 @@ def require_same_class_names(sources: Sequence[Source]) -> None:
     lists = {path: names for path, names in told.items() if names}
     if len(set(lists.values())) > 1:
         raise DmmError(
-            "student and teachers know other classes",
+            "the checkpoints name different classes",
             evidence=capped([f"{path}: {printable(', '.join(names))}" for path, names in lists.items()]),
             hint=SAME_CLASSES,
         )

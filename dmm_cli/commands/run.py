@@ -24,6 +24,7 @@ from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
 from ._stages import STATE, Layout, Stages, file_hash
 from ._statistics import Pair, statistics_of
+from ._teachers import require_same_class_names
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources
 from .merge import grouping_of
@@ -113,6 +114,7 @@ def run(
     chosen = options.preset(preset, count, synthesize_steps)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
+    require_same_class_names(sources)
     origin = resolve_source(base) if base else None
     count = chosen.count(len(sources))
     require_same_tensors([*sources, *([origin] if origin else [])])

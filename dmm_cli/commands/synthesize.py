@@ -22,7 +22,7 @@ from ._outputs import check_files
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable
 from ._statistics import Pair, statistics_of
-from ._teachers import load_student, load_teachers, require_other
+from ._teachers import load_student, load_teachers, require_other, require_same_class_names
 
 if TYPE_CHECKING:
     from ..manifest import SynthesisManifest, TeacherReport
@@ -89,6 +89,7 @@ def synthesize(
         arch, options.input_flags(input_size, mean, std), device, options.numbers(class_prior, "--class-prior")
     )
     sources = resolve_sources(checkpoints, stdin=sys.stdin)
+    require_same_class_names(sources)
     settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
     _require_witnesses(settings, recorded)

@@ -1,0 +1,40 @@
+"""Teachers that cannot go together are refused before the first step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import DIGITS, dmm
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+SITE = DIGITS / "site-a.safetensors"
+
+
+def changed(path, classes: int, names: list[str] | None):
+    """A site whose classifier is cut to some classes, which may be named."""
+    with safe_open(SITE, "np") as file:
+        metadata = file.metadata()
+    arrays = load_file(SITE)
+    arrays |= {name: arrays[name][:classes].copy() for name in ("fc.weight", "fc.bias")}
+    metadata["dmm.arch"] = metadata["dmm.arch"].replace("num_classes=10", f"num_classes={classes}")
+    del metadata["dmm.classes"]
+    metadata.pop("dmm.class_counts", None)
+    save_file(arrays, path, metadata | ({"dmm.classes": json.dumps(names)} if names else {}))
+    return path
+
+
+def test_teachers_with_fewer_classes_are_refused_before_the_first_step(tmp_path):
+    seven, out = changed(tmp_path / "seven.safetensors", 7, None), tmp_path / "out.safetensors"
+    result = dmm("synthesize", SITE, seven, "--count", 8, "--steps", 2, "--batch", 4, "-o", out)
+    assert result.exit_code == 2 and "different numbers of classes" in result.stderr
+    assert f"{seven}: 7" in result.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("command", ["synthesize", "run"])
+def test_teachers_that_name_other_classes_are_refused_by_their_headers(tmp_path, command):
+    other, out = changed(tmp_path / "other.safetensors", 10, [*"9876543210"]), tmp_path / "out.safetensors"
+    result = dmm(command, SITE, other, "--dry-run", "-o", out)
+    assert result.exit_code == 2 and "name different classes" in result.stderr and str(other) in result.stderr
+    assert not result.stdout and not out.exists()
