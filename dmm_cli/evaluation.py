@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from .layout import place
 from .manifest import EvaluationRow
 from .metadata import class_names
 from .spaces import Spec, TokenSpec, example, space_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 
@@ -166,11 +170,16 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
 
 def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("not an .npz archive, which numpy.savez writes")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*names, "classes") if name in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}", hint="copy or download the file again") from None
-    return arrays, tuple(map(str, arrays.pop("classes", ())))
+    classes = arrays.pop("classes", np.array([]))
+    if classes.ndim != 1:
+        raise DmmError(f"classes of {path} must be a list of names, not {list(classes.shape)}")
+    return arrays, tuple(map(str, classes))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -207,10 +216,25 @@ def _decode(path: Path, channels: int) -> torch.Tensor:
 
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+            pixels = np.array(_in_bytes(image, path).convert("L" if channels == 1 else "RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow calls a broken PNG a syntax error
         raise DmmError(f"cannot read image {path}: {printable(str(error))}") from None
     return torch.from_numpy(pixels).reshape(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2)  # (1, C, H, W)
+
+
+def _in_bytes(image: Image.Image, path: Path) -> Image.Image:
+    """An image of 16 bits in 8, which Pillow would clip instead of scaling; others as they are."""
+    from PIL import Image
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise DmmError(
+            f"the values of image {path} are not in 0..65535, or not integers",
+            hint="save it in 8 or 16 bits",
+        )
+    return Image.fromarray((values.astype(np.int64) / 257).round().astype(np.uint8))
 
 
 @torch.inference_mode()

@@ -175,3 +175,31 @@ def test_a_site_knows_its_own_digits_and_no_others():
     assert logits.shape == (450, 10)
     row = evaluation.score("d", logits, data.labels)
     assert min(row.recall[7:9]) > 90 and max(row.recall[:7] + row.recall[9:]) == 0
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind):
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels.astype(kind) * kind(257)).save(tmp_path / "a" / "x.tif")
+    found = evaluation.load_labelled(tmp_path).batch(0, 1, InputSpec((1, 16, 16), (0.0,), (1.0,)))
+    assert (found[0, 0] * 255).round().numpy().astype(np.uint8).tolist() == pixels.tolist()
+
+
+@pytest.mark.parametrize("pixels", [np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)])
+def test_images_of_other_numbers_are_refused(tmp_path, pixels):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "x.tif")
+    with pytest.raises(DmmError, match=r"x\.tif are not in 0\.\.65535"):
+        evaluation.load_labelled(tmp_path).batch(0, 1, SPEC)
+
+
+def test_archives_that_are_none_or_name_one_class_without_a_list(tmp_path):
+    images, path = np.zeros((1, 1, 2, 2), np.uint8), tmp_path / "a.npz"
+    with path.open("wb") as file:
+        np.save(file, images)
+    with pytest.raises(DmmError, match=r"cannot read .*a\.npz"):
+        evaluation.load_labelled(path)
+    np.savez(path, images=images, labels=np.zeros(1, int), classes=np.array("cat"))
+    with pytest.raises(DmmError, match=r"classes of .*a\.npz must be a list"):
+        evaluation.load_labelled(path)
