@@ -149,7 +149,10 @@ def draw_image_grid(data: PseudoData) -> Figure:
 
 
 def _strip(images):
-    """Images (n, C, H, W) side by side, (H, COLUMNS (W + 1), C or none), white where there are fewer."""
+    """Images (n, C, H, W) side by side, (H, COLUMNS (W + 1), 3 or none), white where there are fewer.
+
+    Two channels are no colours: the first is drawn alone.
+    """
     import numpy as np
 
     _, channels, height, width = images.shape
@@ -157,7 +160,7 @@ def _strip(images):
     for number, image in enumerate(images):
         left = number * (width + 1)
         strip[:, left : left + width] = image.transpose(1, 2, 0)
-    return strip[..., 0] if channels == 1 else strip[..., :3]
+    return strip[..., 0] if channels < 3 else strip[..., :3]
 
 
 def draw_curves(history: History, title: str) -> Figure:

@@ -13,7 +13,8 @@ def total_variation(seen: Observation) -> torch.Tensor:
     total = seen.logits.new_zeros(())
     for images in named(seen.images).values():
         if images.dim() == 4:
-            rows = (images[..., 1:, :] - images[..., :-1, :]).square().mean()
-            columns = (images[..., 1:] - images[..., :-1]).square().mean()
-            total = total + (rows + columns)
+            rows = images[..., 1:, :] - images[..., :-1, :]
+            columns = images[..., 1:] - images[..., :-1]
+            # an image one pixel high or wide has no neighbours that way, and no mean of them
+            total = total + sum(part.square().mean() for part in (rows, columns) if part.numel())
     return total
