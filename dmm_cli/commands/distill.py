@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ import typer
 
 from ..devices import require_precision
 from ..distillation.settings import Settings
-from ..errors import CheckFailed, DmmError
+from ..errors import CheckFailed, DmmError, capped, printable
 from ..files import check_output
 from ..inputs import Source, files_of, resolve_source, resolve_sources
 from ..metadata import class_names
@@ -27,6 +27,7 @@ from ._teachers import SAME_CLASSES, require_same_class_names
 SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
@@ -143,7 +144,8 @@ def distill_sources(
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     require_same_class_names([*students, *teachers])
     told = next(filter(None, map(class_names, [*students, *teachers])), ())
-    lessons = _lessons(load_pseudo_data(data), told, teachers, where)
+    pseudo = load_pseudo_data(data)
+    lessons = _lessons(pseudo, told, teachers, where)
     networks = [_network(teacher, _untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
     student, model, starts = _start(students, arch, lessons, where)
     layers = [layer for _, layer in architectures.norm_layers(model)]
@@ -166,7 +168,9 @@ def distill_sources(
             )
             inputs = files_of((student, data, *teachers))
             arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
-            save_like(output, student, arrays, {**metadata, **inherited([student])}, inputs=inputs, force=force)
+            _require_finite(arrays, settings)
+            metadata |= {**inherited([student]), **_taught_in(pseudo)}
+            save_like(output, student, arrays, metadata, inputs=inputs, force=force)
         ranks.wait()
     return DistillManifest(
         student=parents[0],
@@ -182,6 +186,25 @@ def distill_sources(
     )
 
 
+def _require_finite(arrays: Mapping[str, np.ndarray], settings: Settings) -> None:
+    import numpy as np
+
+    lost = [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    if lost:
+        raise DmmError(
+            f"the student diverged: {len(lost)} of its tensors hold NaN or infinity",
+            evidence=capped([printable(name) for name in lost]),
+            hint=f"teach it more gently: --learning-rate below {settings.learning_rate:g}",
+        )
+
+
+def _taught_in(data: PseudoData) -> dict[str, str]:
+    """The input that the student was taught with, which may be another than its file told, or one it did not tell."""
+    from ..images import InputSpec
+
+    return {"dmm.input": jsonlib.dumps(asdict(data.spec))} if isinstance(data.spec, InputSpec) else {}
+
+
 def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source], device: torch.device) -> Lessons:
     """The rows of the pseudo-data that belong to the named teachers; classes as told, if these are as many."""
     import numpy as np
@@ -193,6 +216,7 @@ def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source]
 
     count = data.logits.shape[1]
     places = [data.place_of(teacher) for teacher in teachers]
+    _require_lessons_of_each(data, places, teachers)
     rows = np.flatnonzero(np.isin(data.teacher_id, places))
     rank = np.full(len(data.teachers), -1)
     rank[places] = np.arange(len(places))
@@ -204,6 +228,14 @@ def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source]
         labels=tuple(teacher.label for teacher in teachers),
         classes=told if len(told) == count else tuple(map(str, range(count))),
     )
+
+
+def _require_lessons_of_each(data: PseudoData, places: Sequence[int], teachers: Sequence[Source]) -> None:
+    for number, (place, teacher) in enumerate(zip(places, teachers, strict=True)):
+        if place in places[:number]:
+            raise DmmError(f"{teacher.path} is among the teachers twice", hint="name it once")
+        if not (data.teacher_id == place).any():
+            raise DmmError(f"the pseudo-data hold no image of {teacher.path}", hint="make them again: dmm synthesize")
 
 
 def _start(

@@ -81,6 +81,7 @@ def record(
         raise DmmError(f"no such file: {data}")
     inputs = [*files_of([*sources, *([trained] if trained else [])]), data]
     names = [f"{trained.label}-in-{source.label}" if trained else source.label for source in sources]
+    names = [name.replace("/", "-") for name in names]  # labels of files of one name begin with their folder
     paths = file_or_directory(output, names, inputs=inputs, force=force, example="stats.safetensors")
 
     from ..report.console import Progress, emit, status

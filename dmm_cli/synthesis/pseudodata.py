@@ -148,6 +148,8 @@ def load_pseudo_data(source: Source) -> PseudoData:
         images = {name: file.array(name) for name in inputs}
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
     _require_rows(path, spec, images, arrays)
+    for name, count in (("targets", arrays["logits"].shape[1]), ("teacher_id", len(teachers))):
+        _require_numbers_of(path, name, arrays[name], count)
     return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec)
 
 
@@ -172,4 +174,13 @@ def _require_rows(path: Path, spec: Spec, images: dict[str, np.ndarray], arrays:
         raise DmmError(
             f"arrays of {path} do not belong together",
             evidence=[f"{name} {list(array.shape)}" for name, array in held.items()],
+        )
+
+
+def _require_numbers_of(path: Path, name: str, array: np.ndarray, count: int) -> None:
+    """Raise DmmError unless an array (N,) holds at least one number, and none but 0 to count - 1."""
+    if array.dtype.kind not in "iu" or not array.size or array.min() < 0 or array.max() >= count:
+        raise DmmError(
+            f"{name} of pseudo-data file {path} are not numbers from 0 to {count - 1}",
+            hint="make it again with: dmm synthesize CKPT... -o pseudo.safetensors",
         )

@@ -100,3 +100,37 @@ def test_teachers_of_other_classes_are_refused(drawn, tmp_path):
         and "has 7 classes, the pseudo-data 10" in result.stderr
         and not (tmp_path / "out.safetensors").exists()
     )
+
+
+@pytest.mark.parametrize("told", ['{"mean": [0.9], "std": [0.1]}', None])
+def test_a_student_tells_the_input_it_was_taught_in(drawn, tmp_path, told):
+    student, out = tmp_path / "s.safetensors", tmp_path / "out.safetensors"
+    metadata = {name: text for name, text in load_metadata(SITES[0]).items() if name != "dmm.input"}
+    save_file(load_file(SITES[0]), student, metadata | ({"dmm.input": told} if told else {}))
+    assert dmm("distill", student, *SITES, "--data", drawn, "--steps", 2, "-o", out).exit_code == 0
+    assert json.loads(load_metadata(out)["dmm.input"]) == json.loads(INPUT)
+
+
+def test_a_student_that_diverged_is_not_written(drawn, tmp_path):
+    out = tmp_path / "out.safetensors"
+    result = dmm("distill", *SITES[:1], *SITES, "--data", drawn, "--steps", 3, "--learning-rate", 1e38, "-o", out)
+    assert result.exit_code == 2 and "the student diverged" in result.stderr and not out.exists()
+
+
+@pytest.mark.parametrize(("teachers", "words"), [([0, 1, 0], "among the teachers twice"), ([0, 1], "hold no image of")])
+def test_every_teacher_has_lessons_of_its_own(drawn, tmp_path, teachers, words):
+    data, out = tmp_path / "data.safetensors", tmp_path / "out.safetensors"
+    arrays = load_file(drawn)
+    arrays["teacher_id"] *= words.endswith("twice")
+    save_file(arrays, data, load_metadata(drawn))
+    result = dmm("distill", SITES[0], *(SITES[number] for number in teachers), "--data", data, "-o", out)
+    assert result.exit_code == 2 and words in result.stderr and not out.exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("targets", 10), ("targets", -1), ("targets", 0.5), ("teacher_id", 2)])
+def test_pseudo_data_of_no_class_or_teacher_are_refused(drawn, tmp_path, name, value):
+    data, arrays = tmp_path / "data.safetensors", load_file(drawn)
+    arrays[name] = torch.full((len(arrays[name]),), value)
+    save_file(arrays, data, load_metadata(drawn))
+    result = dmm("distill", SITES[0], *SITES, "--data", data, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and f"{name} of pseudo-data file {data} are not numbers" in result.stderr

@@ -179,3 +179,14 @@ def test_what_does_not_fit_is_refused(recorded, tmp_path):
         result = dmm("record", *arguments)
         assert result.exit_code == 2 and words in result.stderr, result.stderr
         assert not out.exists() and not folder.exists()
+
+
+def test_networks_in_files_of_one_name_are_told_apart_by_their_folder(tmp_path):
+    paths = [tmp_path / name / "model.safetensors" for name in KNOWN]
+    for path, site in zip(paths, SITES.values(), strict=True):
+        path.parent.mkdir()
+        path.write_bytes(site.read_bytes())
+    words = ["--data", DIGITS / "test.safetensors", "--owner", SITES["c"], "-o", tmp_path / "stats"]
+    assert dmm("record", *paths, *words).exit_code == 0
+    written = sorted(path.name for path in (tmp_path / "stats").iterdir())
+    assert written == [f"site-c-in-{name}-model.safetensors" for name in KNOWN]
