@@ -182,9 +182,9 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         "merge",
         {
             "sources": hashes,
+            "base": plan.base and plan.base.sha256,
             "similarity": file_hash(files.similarity),
-            "group": plan.group,
-            "method": plan.method,
+            "recipe": [plan.group, plan.method, plan.synthesis.seed, plan.device],
         },
         [files.merged],
         lambda: _merge(plan, files),

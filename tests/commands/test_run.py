@@ -114,6 +114,17 @@ def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
     assert "fc.weight" in changed()
 
 
+def test_another_seed_drops_others_at_random(tmp_path):
+    short = ["--synthesize-steps", 2, "--distill-steps", 0, "--count", 8]
+    command = ["run", *SITES[:2], "--base", DIGITS / "base.safetensors", "--method", "dare_linear", *short]
+    merged = []
+    for out, seed in (("one", 0), ("one", 1), ("two", 1)):
+        result = dmm(*command, "-o", tmp_path / out, "--seed", seed)
+        assert result.exit_code == 0, result.stderr
+        merged.append((tmp_path / out / "merged" / "group-0.safetensors").read_bytes())
+    assert merged[0] != merged[1] == merged[2]
+
+
 def test_where_a_merge_of_one_group_forgets_it_is_distilled(tmp_path, monkeypatch):
     """A twin of site a for negatives: its first layer is negated, and the mean of the two sees nothing."""
     monkeypatch.setattr("dmm_cli.commands.run.DistillSettings", partial(Settings, steps=20))
