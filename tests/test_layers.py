@@ -11,7 +11,7 @@ from conftest import DIGITS, ROOT, shell
 
 FLOOR = {
     "errors", "registry", "header", "files", "inputs", "serialization", "manifest", "config", "names", "shards",
-    "digest", "recall", "devices", "metadata", "groups",
+    "digest", "recall", "devices", "metadata", "groups", "hub", "trust",
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",

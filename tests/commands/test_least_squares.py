@@ -16,6 +16,7 @@ from torch import nn
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
+from dmm_cli.trust import grant
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
 REGMEAN = ("--method", "regmean")
@@ -64,6 +65,9 @@ def test_pleas_keeps_what_two_networks_of_different_starts_know(tmp_path):
         result = dmm("merge", *pair, "--method", method, "--align", "never", "--recalibrate", data, "-o", out, "--json")
         retained[method] = [item["after"] for item in json.loads(result.stdout)["retained"]["group-0"]]
     assert min(retained["pleas"]) > 90 and max(retained["linear"]) < 70
+
+
+grant([__name__])
 
 
 class Line(nn.Module):

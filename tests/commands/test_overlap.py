@@ -111,7 +111,7 @@ def test_every_stage_builds_the_wider_network(pseudo, tmp_path):
     ("arguments", "words"),
     [
         ([A, D, "--overlap", "1.5"], "--overlap must lie between 0 and 1"),
-        ([A, D, "--overlap", "nan"], "--overlap must lie between 0 and 1"),
+        ([A, D, "--overlap", "nan"], "nan is not a finite number"),
         ([A, D, E, "--overlap", "0.5"], "--overlap merges two checkpoints, not 3"),
         ([A, D, "--overlap", "0.5", "--align", "never"], "leave out --align never"),
         (
