@@ -139,7 +139,7 @@ class Checkpoint:
 
 
 def encode_floats(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The values of a tensor as the bytes of F16, BF16, F32 or F64, rounded to nearest, ties to even; uint8.
+    """The values (n,) of a tensor as the bytes of F16, BF16, F32 or F64, rounded to nearest, ties to even; uint8.
 
     Raises:
         DmmError: a value is NaN or infinite, or would be in that dtype.
@@ -158,6 +158,9 @@ def encode_floats(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 def _require_range(values: np.ndarray, dtype: str, name: str) -> None:
     limit, told, wider = RANGES[dtype]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if float(np.dot(values, values)) < limit**2:  # as a rule, and without a copy: no value is larger than the norm
+            return
     largest = float(np.abs(values).max(initial=0.0))
     if largest < limit:
         return
