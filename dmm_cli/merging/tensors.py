@@ -2,9 +2,9 @@
 
 Float weights go through the method. Running means are averaged, running variances follow
 ``merged_variance``, step counters take the maximum, other integer and boolean tensors must be equal. Heads
-of different classes follow ``heads``.
+of different classes follow ``heads``. No rule sees a checkpoint whose weight in the tensor is 0.
 
-Legend: N checkpoints, n elements of a block, C channels, K classes.
+Legend: N checkpoints, of a tensor those whose weight is not 0; n elements of a block, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,6 @@ from .method import Block, Facts, effective_parameters
 from .recipe import DTYPES, Recipe
 
 BLOCK = 1 << 18  # elements of one checkpoint held at a time; which elements share a random stream depends on it
-UNHEARD = 1e-12  # share of a checkpoint of weight 0 in classes that no other knows
 
 
 class Part(NamedTuple):
@@ -64,7 +64,8 @@ class Tensors:
         self._parameters = {
             name: effective_parameters(self._method, recipe.parameters_of(name)) for name in self._infos
         }
-        self._weights = {name: np.array(recipe.weights_of(name, len(files))) for name in self._infos}
+        self._given = {name: np.array(recipe.weights_of(name, len(files))) for name in self._infos}
+        self._weights = {name: weights[weights > 0] for name, weights in self._given.items()}  # (N,) each
         self._local = threading.local()
         self._facts = self._find_out()
         self.pairs = pair_layers(self._infos)
@@ -123,9 +124,9 @@ class Tensors:
 
     def _fact(self, info: TensorInfo) -> Fact:
         if "gram" in self._traits:
-            return Gram(len(self._files))
-        density = self._parameters[info.name]["density"]
-        return trim_threshold(density, len(self._files), info.numel, width_of(self._all, info.name))
+            return Gram(len(self._weights[info.name]))
+        density, files = self._parameters[info.name]["density"], self._used(self._all, info.name)
+        return trim_threshold(density, len(self._weights[info.name]), info.numel, width_of(files, info.name))
 
     def measure(self, piece: Piece, number: int) -> np.ndarray:
         """What a block contributes to the round of this number, from 0 on."""
@@ -158,12 +159,25 @@ class Tensors:
         Every byte is told once: by the one read of each tensor that goes through ``self._told``. That is the first
         round of measuring, in which all tensors are read if any is measured; else it is the merge.
         """
-        skipped = set() if all(map(self.is_weight, names)) else {self._base}
-        whole = [file for file in self._all if file not in skipped and not self._kept and file.is_ordered(names)]
+        read = set() if self._kept else set(self._all).intersection(*map(self._read_for, names))
+        whole = [file for file in self._all if file in read and file.is_ordered(names)]
         for header in (header for file in whole for header in file.source.headers):
             hashes.expect(header.path, header.data_start)
         self._told = [file.telling(hashes.feed) if file in whole else file for file in self._all]
         self._reading = self._all if any(map(self.rounds, names)) else self._told
+
+    def _used(self, files: Sequence[Checkpoint], name: str) -> list[Checkpoint]:
+        """Of all files, the base if there is one and the checkpoints whose weight in a tensor is not 0."""
+        first = len(files) - len(self._files)
+        return [*files[:first], *compress(files[first:], self._given[name] > 0)]
+
+    def _read_for(self, name: str) -> list[Checkpoint]:
+        """Of all files, those that merging a tensor reads."""
+        return self._used(self._all if self.is_weight(name) else self._files, name)
+
+    def _parents(self, name: str) -> list[Checkpoint]:
+        """The checkpoints of a tensor as a merge reads them, without the base."""
+        return self._used(self._reading[1:] if self._base else self._reading, name)
 
     def _rule(self, info: TensorInfo) -> Callable[[TensorInfo, Piece], Part]:
         kind = kind_of(info.name)
@@ -183,7 +197,8 @@ class Tensors:
 
         The rows are this thread's until it reads again.
         """
-        rows = self._scratch(len(self._all), piece.stop - piece.start, width_of(self._all, piece.name))
+        files = self._used(files, piece.name)
+        rows = self._scratch(len(files), piece.stop - piece.start, width_of(files, piece.name))
         squares = np.zeros(len(rows))
         for n, file in enumerate(files):  # file by file: the next thread can hash one while this one reads the others
             for block, part in _blocks(piece):
@@ -240,21 +255,12 @@ class Tensors:
             return self.shares(name)  # a draft, whose layers are solved later
         if "coefficients" not in self._traits:
             return fact
-        used = self._used(name)
-        coefficients = np.zeros(len(used))
-        gram = fact if fact is None else fact[np.ix_(used, used)]
-        coefficients[used] = self._method(Facts(self._weights[name][used], gram), **self._parameters[name])
-        return coefficients
-
-    def _used(self, name: str) -> np.ndarray:
-        """Which checkpoints take part in a tensor, bool (N,): a weight of 0 leaves one out."""
-        return self._weights[name] > 0
+        return self._method(Facts(self._weights[name], fact), **self._parameters[name])
 
     def _merged_matrix(self, info: TensorInfo, tasks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         from .matrices import merge_matrices
 
-        used = self._used(info.name)
-        weighted = tasks[used] * self._weights[info.name][used].astype(tasks.dtype)[:, None]
+        weighted = tasks * self._weights[info.name].astype(tasks.dtype)[:, None]
         return merge_matrices(weighted, shape, self.device, self._method, self._parameters[info.name])
 
     def _merged_block(self, info: TensorInfo, block: Piece, tasks: np.ndarray, known: np.ndarray | None) -> np.ndarray:
@@ -263,10 +269,7 @@ class Tensors:
             return self.shares(info.name).astype(tasks.dtype) @ tasks
         if "coefficients" in self._traits:
             return known.astype(tasks.dtype) @ tasks
-        used = self._used(info.name)
         weights = self._weights[info.name].astype(tasks.dtype)
-        if not used.all():
-            tasks, weights, known = tasks[used], weights[used], known if known is None else known[used]
         stream = self._stream(block) if "random" in self._traits else None
         return self._method(Block(tasks, weights, known, stream), **self._parameters[info.name])
 
@@ -279,19 +282,16 @@ class Tensors:
 
         return matrix_shape(self._infos[name].shape)
 
-    @property
-    def _parents(self) -> Sequence[Checkpoint]:
-        """The checkpoints as a merge reads them, without the base."""
-        return self._reading[1:] if self._base else self._reading
-
     def _mean(self, info: TensorInfo, piece: Piece) -> Part:
-        means = _doubles(self._parents, piece)  # (N, C); no differences, which can overflow where no mean does
+        means = _doubles(self._parents(info.name), piece)  # (N, C)
+        # not by differences, which can overflow where the mean does not
         merged = np.where((means == means[0]).all(0), means[0], self.shares(info.name) @ means)
         return Part(self._encode(info, merged))
 
     def _variance(self, info: TensorInfo, piece: Piece) -> Part:
-        variances = _doubles(self._parents, piece)  # (N, C)
-        for file, row in zip(self._files, variances, strict=True):
+        files = self._parents(info.name)
+        variances = _doubles(files, piece)  # (N, C)
+        for file, row in zip(files, variances, strict=True):
             if row.size and row.min() < 0:
                 raise DmmError(
                     f"negative running variance in {printable(info.name)} of {file.source.path}",
@@ -301,39 +301,54 @@ class Tensors:
         weight = self.pairs.get(info.name.rpartition(".")[0])
         if weight is not None:
             held = self._infos[weight]
-            filters = _doubles(self._files, Piece(weight, 0, held.numel))
+            filters = _doubles(self._used(self._files, info.name), Piece(weight, 0, held.numel))
             filters = filters.reshape(len(variances), held.shape[0], -1)  # (N, C, S)
         return Part(self._encode(info, merged_variance(filters, variances, self.shares(info.name))))
 
     def _head(self, info: TensorInfo, piece: Piece) -> Part:
         width = info.numel // info.shape[0]
         total = np.zeros((len(self._union.classes), width))  # (K, width)
-        known = np.zeros((len(total), 1))
-        shares = np.maximum(self.shares(info.name), UNHEARD)
-        for file, places, share in zip(self._parents, self._union.places, shares, strict=True):
-            rows, _ = read_rows([file], Piece(info.name, 0, file.source.tensors[info.name].numel))
-            total[list(places)] += share * rows.reshape(len(places), width)
-            known[list(places)] += share
-        return Part(self._encode(info, (total / known).reshape(-1)))
+        shares = _class_shares(self._union.places, self._given[info.name], len(total))  # (all checkpoints, K)
+        files = self._reading[1:] if self._base else self._reading
+        for file, places, share in zip(files, map(list, self._union.places), shares, strict=True):
+            if share.any():
+                rows, _ = read_rows([file], Piece(info.name, 0, file.source.tensors[info.name].numel))
+                total[places] += share[places, None] * rows.reshape(len(places), width)
+        return Part(self._encode(info, total.reshape(-1)))
 
     def _first(self, info: TensorInfo, piece: Piece) -> Part:
         rows, _ = read_rows(self._files[:1], piece)
         return Part(self._encode(info, rows[0]))
 
     def _largest(self, info: TensorInfo, piece: Piece) -> Part:
-        values = [file.array(info.name) for file in self._parents]
+        values = [file.array(info.name) for file in self._parents(info.name)]
         return Part(np.maximum.reduce(values).reshape(-1).view(np.uint8))
 
     def _equal(self, info: TensorInfo, piece: Piece) -> Part:
-        first, *others = (file.raw(info.name) for file in self._parents)
-        for file, other in zip(self._files[1:], others, strict=True):
+        files = self._parents(info.name)
+        first, *others = (file.raw(info.name) for file in files)
+        for file, other in zip(files[1:], others, strict=True):
             if not np.array_equal(first, other):
                 raise DmmError(
                     f"{info.dtype} tensor {printable(info.name)} differs between "
-                    f"{self._files[0].source.path} and {file.source.path}",
+                    f"{files[0].source.path} and {file.source.path}",
                     hint="integer and boolean tensors have no mean; they must be equal",
                 )
         return Part(first)
+
+
+def _class_shares(places: Sequence[Sequence[int]], weights: np.ndarray, count: int) -> np.ndarray:
+    """The share (N, K) of every checkpoint in each of ``count`` classes, of those that know it.
+
+    One of weight 0 is heard about what nobody else knows: the row must come from somewhere.
+    """
+    known = np.zeros((len(weights), count))
+    for row, own in zip(known, places, strict=True):
+        row[list(own)] = 1.0
+    shares = known * weights[:, None]
+    unheard = ~shares.any(0)
+    shares[:, unheard] = known[:, unheard]
+    return shares / shares.sum(0)
 
 
 def _doubles(files: Sequence[Checkpoint], piece: Piece) -> np.ndarray:
@@ -352,6 +367,8 @@ def _blend(rows: np.ndarray, coefficients: np.ndarray, *, out: np.ndarray) -> np
     Computed as the first row and weighted differences from it, so that equal rows come back bit for bit.
     """
     first, others = rows[0], rows[1:]
+    if not len(others):
+        return np.multiply(first, rows.dtype.type(coefficients[0]), out=out)
     np.subtract(others, first, out=others)
     weights = coefficients[1:].astype(rows.dtype)
     if len(others) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -17,6 +18,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from dmm_cli.architectures import build
+from dmm_cli.digest import hashing
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.merging import METHODS, engine, tensors
@@ -248,15 +250,46 @@ def test_weights_and_parameters_of_some_tensors(three, tmp_path):
     assert np.allclose(got["fc.weight"], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("method", METHODS.names())
-def test_a_weight_of_zero_leaves_a_checkpoint_out(write, tmp_path, method):
-    paths = [write(f"m{i}", w=small_net(i)["fc.weight"]) for i in range(4)]
-    base, *paths = paths
-    alone = paths[:1] if "pair" in METHODS.traits(method) else paths[:2]
-    weights = (1.0,) * len(alone) + (0.0,)
-    with_zero, _ = run(paths[: len(weights)], tmp_path / "z.safetensors", recipe_for(method, base, weights=weights))
-    without, _ = run(alone, tmp_path / "w.safetensors", recipe_for(method, base))
-    assert np.allclose(with_zero["w"], without["w"], rtol=1e-6, atol=1e-7)
+def test_a_weight_of_zero_leaves_a_checkpoint_out(write, tmp_path, method, place):
+    """To the bit, whatever it holds: NaN, other integers, a larger step counter."""
+    count = number_for(method)
+    place = min(place, count - 1)
+    base, *alone = [write(f"m{i}", table=np.arange(3), **small_net(i)) for i in range(count)]
+    left_out = {name: value * np.nan for name, value in small_net(9).items()}
+    left_out["bn1.num_batches_tracked"] = np.array(10**6)
+    paths = [*alone[:place], write("left out", table=np.arange(3) + 1, **left_out), *alone[place:]]
+    weights = [1.0] * count
+    weights[place] = 0.0
+    given = {"calibrate": "svc"} if "base" in METHODS.traits(method) else {}
+    got, found = run(paths, tmp_path / "z.safetensors", recipe_for(method, base, weights=tuple(weights), **given))
+    wanted, expected = run(alone, tmp_path / "w.safetensors", recipe_for(method, base, **given))
+    assert {name: value.tobytes() for name, value in got.items()} == {n: v.tobytes() for n, v in wanted.items()}
+    assert found.lengths == expected.lengths
+
+
+def test_a_checkpoint_that_alone_counts_comes_back_to_the_bit(write, tmp_path):
+    values = [np.array([1e8, 1.0, 0.0], np.float32), np.array([1.2345, 1e8, -0.0], np.float32)]
+    paths = [write(f"m{i}", w=value, bn__running_mean=value, bn__running_var=value) for i, value in enumerate(values)]
+    for weights, value in zip([(1.0, 0.0), (0.0, 1.0)], values, strict=True):
+        got, _ = run(paths, tmp_path / "out.safetensors", Recipe(weights=weights))
+        (tmp_path / "out.safetensors").unlink()
+        assert {array.tobytes() for array in got.values()} == {value.tobytes()}
+
+
+def test_a_weight_of_zero_in_some_tensors_leaves_a_checkpoint_out_of_those(three, tmp_path):
+    """Its hash is taken all the same."""
+    sources = resolve_sources([str(path) for path in three])
+    recipe = Recipe(overrides=(Override("bn1.*", weights=(0.0, 1.0, 0.0)), Override("fc*", weights=(1.0, 0.0, 0.0))))
+    with hashing(sources) as hashes:
+        engine.merge(sources, tmp_path / "out.safetensors", recipe, {}, hashes=hashes)
+        hashes.wait(sources)
+    nets, got = [small_net(i) for i in range(3)], load_file(tmp_path / "out.safetensors")
+    assert all(got[name].tobytes() == value.tobytes() for name, value in nets[1].items() if name.startswith("bn1."))
+    assert got["fc.weight"].tobytes() == nets[0]["fc.weight"].tobytes()
+    assert np.allclose(got["conv1.weight"], np.mean([net["conv1.weight"] for net in nets], axis=0), atol=1e-7)
+    assert [source.sha256 for source in sources] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in three]
 
 
 def test_calibration_works_on_any_task_vector_and_on_matrices_alone(three, tmp_path):

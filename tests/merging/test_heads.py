@@ -68,6 +68,28 @@ def test_the_merged_head_has_a_row_for_every_class_and_shared_ones_are_averaged(
     assert np.allclose(got["conv.weight"], mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_checkpoint_of_weight_zero_is_heard_only_about_what_nobody_else_knows(source, tmp_path, weights):
+    sources = [source("a", FIRST, 0), source("b", SECOND, 1)]
+    got = merged(sources, tmp_path, Recipe(weights=weights))
+    parents = [
+        dict(zip(names, net(len(names), i)["fc.weight"], strict=True)) for i, names in enumerate([FIRST, SECOND])
+    ]
+    left_out, counted = parents if weights[1] else parents[::-1]
+    expected = {**left_out, **counted}
+    assert got["fc.weight"].tobytes() == np.array([expected[name] for name in UNION]).tobytes()
+
+
+def test_a_checkpoint_that_nobody_needs_is_not_read(write, source, tmp_path):
+    left_out = {name: value * np.nan for name, value in net(2, 0).items()}
+    sources = [
+        source("a", FIRST, 0),
+        resolve_source(str(write("b", {"dmm.classes": json.dumps(["dog", "cat"])}, **left_out))),
+    ]
+    got = merged(sources, tmp_path, Recipe(weights=(1.0, 0.0)))
+    assert all(got[name].tobytes() == value.tobytes() for name, value in net(3, 0).items())
+
+
 def test_lists_of_equal_length_in_another_order_are_joined_by_name(source, tmp_path):
     """The shapes agree, the rows do not."""
     sources = [source("a", ["cat", "dog"], 0), source("b", ["dog", "cat"], 1)]
