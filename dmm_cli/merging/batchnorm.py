@@ -43,13 +43,17 @@ def pair_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, str | None]:
 
     Read from the names alone, per parent module: the preceding entry of a sequence, layers counted
     in order (conv1, bn1, conv2, bn2), or, where the widths show that normalisation comes first,
-    the convolution before (conv1, norm2). Where widths do not fit, nothing is paired.
+    the convolution before (conv1, norm2). Where widths do not fit, nothing is paired, nor for running variances
+    that are no vectors.
+
+    Tensors do not tell a transposed convolution, whose filters lie along the second axis, from a plain one. With as
+    many inputs as outputs it is paired as a plain one, and the merged variance is off: pseudo-data set it right.
     """
     norms: dict[str, list[str]] = defaultdict(list)
     weights: dict[str, list[str]] = defaultdict(list)
     for name, info in tensors.items():
         path, _, kind = name.rpartition(".")
-        if kind == "running_var" and path:
+        if kind == "running_var" and path and len(info.shape) == 1:
             norms[path.rpartition(".")[0]].append(path)
         elif kind == "weight" and len(info.shape) >= 2:
             weights[path.rpartition(".")[0]].append(path)

@@ -63,3 +63,9 @@ def test_equal_parents_keep_their_variance_exactly():
     filters = np.stack([np.random.default_rng(2).normal(size=(5, 3))] * 2)
     got = merged_variance(filters, np.stack([variance] * 2), np.array([1 / 3, 2 / 3]))
     assert (got == variance).all()
+
+
+def test_a_running_variance_that_is_no_vector_is_not_paired():
+    shapes = {"m.conv.weight": (4, 4), "m.bn.running_var": (), "n.conv.weight": (4, 4), "n.bn.running_var": (4,)}
+    infos = {name: TensorInfo(name, "F32", shape, 0, 0) for name, shape in shapes.items()}
+    assert pair_layers(infos) == {"n.bn": "n.conv.weight"}

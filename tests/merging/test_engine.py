@@ -343,6 +343,14 @@ def test_what_cannot_be_merged(write, tmp_path):
         assert not output.exists() and threading.active_count() == threads
 
 
+def test_statistics_that_are_numbers_are_merged_too(write, tmp_path):
+    nets = [{"bn.running_var": np.array(v, np.float32), "bn.running_mean": np.array(v, np.float32)} for v in (4, 16)]
+    paths = [write(name, **net, **{"conv.weight": W}) for name, net in zip("ab", nets, strict=True)]
+    got, found = run(paths, tmp_path / "out.safetensors")
+    assert got["bn.running_var"] == 9.0 and got["bn.running_mean"] == 10.0, "the squared mean of the deviations"
+    assert (found.paired, found.unpaired) == (0, 0)
+
+
 def test_means_do_not_overflow_on_the_way(write, tmp_path):
     for dtype in (np.float32, np.float64):
         most = np.finfo(dtype).max
