@@ -48,16 +48,18 @@ def drawn_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch
 def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Inputs]) -> None:
     """Replace running means and variances by their average over batches of inputs (B, ...), in place.
 
-    ``num_batches_tracked`` and everything else stay as they are; the model is left in eval mode.
+    ``num_batches_tracked`` and everything else stay as they are; the model is left in eval mode, which all other layers
+    are in meanwhile: the statistics are those of the network that is evaluated, without dropout.
     """
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
     counts = [layer.num_batches_tracked.clone() for layer in layers]
+    model.eval()
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
-    model.train()
+        layer.training = True  # not by train(), which would reach layers inside, as timm's have
     for batch in batches:
         forward(model, batch)
     model.eval()

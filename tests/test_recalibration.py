@@ -44,6 +44,30 @@ def test_reset_statistics_are_the_mean_over_batches():
     assert model[0].momentum == 0.1 and model[0].num_batches_tracked == counter and not model.training
 
 
+class Normed(nn.BatchNorm1d):
+    """With a layer of its own inside, as timm's have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(super().forward(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_reset_statistics_are_those_of_the_network_that_is_evaluated(training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 4), Normed(4), nn.Linear(4, 3), nn.BatchNorm1d(3))
+    images = torch.randn(64, 3)
+    reset_statistics(model.train(training), [model[2], model[4]], [images])
+    for layer, inputs in ((model[2], model[1](images)), (model[4], model[:4](images))):
+        assert torch.allclose(layer.running_mean, inputs.mean(0), atol=1e-5)
+        assert torch.allclose(layer.running_var, inputs.var(0), rtol=0.05)
+    assert not any(module.training for module in model.modules())
+
+
 class Net(nn.Module):
     """A convolution, a layer norm, a linear layer without a bias and one with, and a classifier."""
 
