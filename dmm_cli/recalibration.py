@@ -4,11 +4,12 @@ Averaged weights shrink the variance of activations, most of all between models 
 BatchNorm follows, its running statistics are estimated again; where nothing standardises a layer's output,
 REPAIR rescales the layer itself.
 
-Legend: N images, B images of a batch, C channels, K classes.
+Legend: N images, B images of a batch, C channels, K classes, U uses of a layer in a pass.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from .examples import Inputs, forward, hooked
 
 BATCHES, BATCH = 8, 256
-SMALLEST = 1e-12  # variance of a channel that is switched off
+SMALLEST = 1e-6  # deviation of a channel that is switched off
 
 
 def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -81,7 +82,8 @@ def repair(
 
     ``W' = (t / s) W`` and ``b' = (t / s) (b - m) + u``: m and s are the channel's mean and deviation in the
     model, once all layers before are set right, u and t the weighted means of the parents' (REPAIR, Jordan et
-    al., ICLR 2023). Channels correspond to one another across parents. A layer without a bias keeps its mean.
+    al., ICLR 2023). Channels correspond to one another across parents. A layer without a bias keeps its mean. Of one
+    that a pass uses several times, m, s, u and t are means over its uses.
 
     Args:
         parents: modules of the same architecture, in eval mode; used one at a time.
@@ -96,12 +98,12 @@ def repair(
     names = [name for name, layer in model.named_modules() if _is_affine(layer) and name not in left_out]
     targets: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
     for parent, share in zip(parents, shares, strict=True):
-        for name, (mean, variance) in _measure(parent, names, batches).items():
-            targets[name] = targets[name] + share * torch.stack([mean, variance.sqrt()])
+        for name, moments in _measure(parent, names, batches).items():
+            targets[name] = targets[name] + share * moments
     found = _measure(model, names, batches, targets)
     modules = dict(model.named_modules())
-    for name in found:
-        _rescale(modules[name], *found[name], *targets[name])
+    for name, moments in found.items():
+        _rescale(modules[name], moments.mean(0), targets[name].mean(0))
     return list(found)
 
 
@@ -116,13 +118,14 @@ def _measure(
     names: Sequence[str],
     batches: Sequence[Inputs],
     targets: dict[str, torch.Tensor] | None = None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Mean and variance (C,) of the outputs of layers, averaged over batches.
+) -> dict[str, torch.Tensor]:
+    """Mean and deviation (U, 2, C) of the outputs of layers, of means and variances averaged over batches.
 
-    With targets, (2, C) mean and deviation, every layer hands on its output as these would have it, so that the
-    layers after it are measured on what they are going to see. Layers that are not used are left out.
+    With targets (U, 2, C) every layer hands on its output as these would have it, so that the layers after it are
+    measured on what they are going to see. Layers that are not used are left out.
     """
-    sums: dict[str, torch.Tensor] = {}
+    totals: dict[str, torch.Tensor] = {}
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)  # in one pass, use by use
     modules = dict(model.named_modules())
 
     def hook(name: str):
@@ -130,32 +133,34 @@ def _measure(
             axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
             dims = [dim for dim in range(output.ndim) if dim != axis]
             variance, mean = torch.var_mean(output, dims, correction=0)
-            sums[name] = sums.get(name, 0) + torch.stack([mean, variance])
+            seen[name].append(torch.stack([mean, variance]))
             if targets is None:
                 return None
             shape = [-1 if dim == axis else 1 for dim in range(output.ndim)]
-            scale, shift = _change(layer, mean, variance, *targets[name])
+            moments, wanted = torch.stack([mean, variance.sqrt()]), targets[name][len(seen[name]) - 1]
+            scale, shift = _change(layer, moments, wanted)
             return output * scale.view(shape) + shift.view(shape)
 
         return measure
 
     with hooked(modules[name].register_forward_hook(hook(name)) for name in names):
         for batch in batches:
+            seen.clear()
             forward(model, batch)
-    return {name: tuple(total / len(batches)) for name, total in sums.items()}
+            for name, uses in seen.items():
+                totals[name] = totals.get(name, 0) + torch.stack(uses) / len(batches)
+    return {name: torch.stack([total[:, 0], total[:, 1].sqrt()], 1) for name, total in totals.items()}
 
 
-def _change(
-    layer: nn.Module, mean: torch.Tensor, variance: torch.Tensor, wanted: torch.Tensor, deviation: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift (C,) of a layer's output; a channel that is switched off is only shifted."""
-    scale = torch.where(variance > SMALLEST, deviation / variance.clamp_min(SMALLEST).sqrt(), 1.0)
-    shift = torch.zeros_like(mean) if layer.bias is None else wanted - scale * mean
+def _change(layer: nn.Module, moments: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift (C,) of a layer's output from and to (2, C); a channel that is switched off is only shifted."""
+    scale = torch.where(moments[1] > SMALLEST, wanted[1] / moments[1].clamp_min(SMALLEST), 1.0)
+    shift = torch.zeros_like(scale) if layer.bias is None else wanted[0] - scale * moments[0]
     return scale, shift
 
 
-def _rescale(layer: nn.Module, mean: torch.Tensor, variance: torch.Tensor, *target: torch.Tensor) -> None:
-    scale, shift = _change(layer, mean, variance, *target)
+def _rescale(layer: nn.Module, moments: torch.Tensor, wanted: torch.Tensor) -> None:
+    scale, shift = _change(layer, moments, wanted)
     layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.mul_(scale).add_(shift)

@@ -135,3 +135,48 @@ def test_a_channel_that_is_switched_off_stays_finite(family):
     repair(merged, parents, [0.5, 0.5], [images])
     assert all(value.isfinite().all() for value in merged.state_dict().values())
     assert torch.equal(merged.conv.weight[0], torch.zeros_like(merged.conv.weight[0]))
+
+
+class Recurrent(nn.Module):
+    """A network that uses a layer three times."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.again, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 12)
+        for layer in self.children():
+            nn.init.kaiming_normal_(layer.weight)  # so that the last use still sees something
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        for _ in range(3):
+            x = self.again(x).relu()
+        return self.head(x)
+
+
+def spread(net: Recurrent, images: torch.Tensor) -> torch.Tensor:
+    """The mean deviation of what the layers of a recurrent network give, use by use."""
+    seen = []
+    handles = [layer.register_forward_hook(lambda *a: seen.append(a[2].std(0).mean())) for layer in net.children()]
+    net(images)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_used_several_times_is_repaired_for_all_uses():
+    parents = [Recurrent(seed).eval() for seed in (1, 2)]
+    images = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    batches = [images, images.flip(0)]
+    same = copy.deepcopy(parents[0])
+    repair(same, [parents[0]] * 2, [0.5, 0.5], batches)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(same.parameters(), parents[0].parameters(), strict=True))
+
+    merged = copy.deepcopy(parents[0])
+    for value, other in zip(merged.parameters(), parents[1].parameters(), strict=True):
+        value.lerp_(other, 0.5)
+    wanted = (spread(parents[0], images) + spread(parents[1], images)) / 2
+    assert (spread(merged, images) < 0.8 * wanted).all()
+    repair(merged, parents, [0.5, 0.5], batches)
+    assert torch.allclose(spread(merged, images), wanted, rtol=0.15)
