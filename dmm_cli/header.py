@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -97,6 +97,7 @@ def read_header(path: Path) -> Header:
         os.close(descriptor)
     record = _parse_json(path, text)
     metadata = _metadata(path, record.pop("__metadata__", {}))
+    _require_text(path, [*record, *metadata, *metadata.values()])
     tensors = {name: _tensor(path, name, entry) for name, entry in record.items()}
     _check_coverage(path, tensors, status.st_size - 8 - length)
     return Header(path, tensors, metadata, 8 + length, fingerprint(status))
@@ -199,6 +200,15 @@ def _metadata(path: Path, entry: Any) -> dict[str, str]:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise _broken(path, "its __metadata__ is not a map from text to text")
     return entry
+
+
+def _require_text(path: Path, texts: Iterable[str]) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and UTF-8, to write it again, cannot."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _broken(path, f"its header holds what is not Unicode text: {printable(text)}") from None
 
 
 def _is_count(value: Any) -> bool:

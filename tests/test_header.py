@@ -45,6 +45,22 @@ def test_reads_what_the_reference_writer_wrote(write):
     assert np.frombuffer(data, np.float32).tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a.\ud800weight": entry()},
+        {"a": entry(), "__metadata__": {"note": "x\ud800"}},
+        {"a": entry(), "__metadata__": {"\udfff": "x"}},
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_and_told_in_print(tmp_path, header):
+    text = message(raw(tmp_path / "a.safetensors", header, bytes(4)))
+    assert "not Unicode text" in text and ("\\ud800" in text or "\\udfff" in text)
+    text.encode()
+    whole = read_header(raw(tmp_path / "b.safetensors", {"\U0001f600": entry()}, bytes(4)))
+    assert list(whole.tensors) == ["\U0001f600"]
+
+
 def test_the_reference_reader_reads_what_we_encode(tmp_path):
     layout = {"b.weight": ("F16", (3,)), "a.count": ("I64", ()), "c": ("F32", (2, 1))}
     head = encode_header(layout, {"z": "1", "a": 'quote " and ü'})
