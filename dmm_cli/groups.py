@@ -5,11 +5,14 @@ Loads no array library: ``grouping`` finds groups, by similarity.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 from .errors import DmmError, printable
 from .manifest import Group, Grouping, Matrix, PairReason, SimilarityReport
+
+HINT = 'write {"groups": [["a", "b"], ["c"]]}'
 
 
 def given_groups(labels: Sequence[str], groups: Sequence[Sequence[str]], origin: str) -> Grouping:
@@ -43,20 +46,54 @@ def stated(record: dict, labels: Sequence[str], origin: str) -> Grouping | Simil
         DmmError: the record holds neither groups nor similarities, or they do not fit the labels.
     """
     if record.get("schema") == SimilarityReport.SCHEMA:
-        report = SimilarityReport.from_json(record)
+        report = _whole_report(record, origin)
         if sorted(report.labels) != sorted(labels):
             raise DmmError(
                 f"{origin} compares other checkpoints",
                 evidence=[f"it holds {', '.join(report.labels)}", f"given are {', '.join(labels)}"],
             )
         return in_order(report, labels)
-    if "grouping" in record:
-        record = record["grouping"]
-    groups, names = record.get("groups"), record.get("labels", list(labels))
-    if not isinstance(groups, list):
-        raise DmmError(f"{origin} holds no groups", hint='write {"groups": [["a", "b"], ["c"]]}')
-    members = [[names[i] for i in g["members"]] if isinstance(g, dict) else list(g) for g in groups]
-    return given_groups(labels, members, origin)
+    return given_groups(labels, _listed(record, labels, origin), origin)
+
+
+def _whole_report(record: dict, origin: str) -> SimilarityReport:
+    """A report whose matrices have a row and a column for every checkpoint."""
+    try:
+        report = SimilarityReport.from_json(record)
+    except DmmError as error:
+        raise DmmError(f"{origin}: {error.what}") from None
+    matrices = [report.measures.get("cosine", ()), *report.measures.values(), *(x.cosine for x in report.layers)]
+    matrices += [matrix for matrix in (report.raw_cosine, report.unrelated) if matrix]
+    sizes = [len(part) for matrix in matrices for part in (matrix, *matrix)]
+    sizes += [len(layer.norms) for layer in report.layers if layer.norms]
+    if any(size != len(report.sources) for size in sizes):
+        raise DmmError(
+            f"{origin} does not compare every checkpoint with every other", hint="make it with dmm similarity --json"
+        )
+    return report
+
+
+def _listed(record: dict, labels: Sequence[str], origin: str) -> list[list[str]]:
+    """The labels in every group; members of earlier groupings are indices into the labels these have."""
+    inner = record.get("grouping", record)
+    groups, names = (inner.get("groups"), inner.get("labels", list(labels))) if isinstance(inner, dict) else (None, [])
+    if not isinstance(groups, list) or not _are(str, names):
+        raise DmmError(f"{origin} holds no groups", hint=HINT)
+    listed = []
+    for group in groups:
+        members = group.get("members") if isinstance(group, dict) else group
+        if isinstance(group, dict) and _are(int, members) and all(0 <= i < len(names) for i in members):
+            listed.append([names[i] for i in members])
+        elif isinstance(group, list) and _are(str, members):
+            listed.append(members)
+        else:
+            raise DmmError(f"{origin} holds what is not a group: {printable(json.dumps(group))}", hint=HINT)
+    return listed
+
+
+def _are(kind: type, values: object) -> bool:
+    """Whether this is a list of such values."""
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def in_order(report: SimilarityReport, labels: Sequence[str]) -> SimilarityReport:

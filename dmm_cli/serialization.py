@@ -9,7 +9,9 @@ import types
 import typing
 from typing import Any, ClassVar, Self
 
-from .errors import DmmError
+from .errors import DmmError, printable
+
+SCALARS: dict[Any, Any] = {float: (int, float, type(None)), int: int, str: str, bool: bool}  # null may be NaN
 
 
 class Record:
@@ -27,8 +29,10 @@ class Record:
         """The record a JSON object describes.
 
         Raises:
-            DmmError: another schema, or a required field is missing.
+            DmmError: another schema, or a required field is missing or of another type.
         """
+        if not isinstance(record, dict):
+            raise DmmError(f"not a {cls.SCHEMA or cls.__name__} record: {_shown(record)}")
         if cls.SCHEMA and record.get("schema") != cls.SCHEMA:
             raise DmmError(f"expected a {cls.SCHEMA} record, got {record.get('schema', 'none')}")
         hints = typing.get_type_hints(cls)
@@ -36,7 +40,7 @@ class Record:
         try:
             return cls(**{name: _typed(hints[name], value) for name, value in record.items() if name in known})
         except TypeError as error:
-            raise DmmError(f"incomplete {cls.SCHEMA or cls.__name__} record: {error}") from None
+            raise DmmError(f"incomplete or damaged {cls.SCHEMA or cls.__name__} record: {error}") from None
 
 
 def dump(record: Record) -> str:
@@ -59,12 +63,24 @@ def _plain(value: Any) -> Any:
 def _typed(hint: Any, value: Any) -> Any:
     if isinstance(hint, types.UnionType):
         inner = [option for option in hint.__args__ if option is not type(None)]
-        return None if value is None else _typed(inner[0], value) if len(inner) == 1 else value
+        return None if value is None else _typed(inner[0], value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple:
+        _require(list, value)
         return tuple(_typed(arguments[0], item) for item in value)
-    if origin is dict and isinstance(value, dict):
+    if origin is dict:
+        _require(dict, value)
         return {key: _typed(arguments[1], item) for key, item in value.items()}
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint.from_json(value)
+    _require(SCALARS.get(hint, object), value)
     return value
+
+
+def _require(kind: type | tuple[type, ...], value: Any) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"not what belongs there: {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return printable(json.dumps(value), 60)

@@ -99,3 +99,36 @@ def test_groups_that_do_not_fit():
         groups_from_record(report(blocks(2)).to_json(), ["a", "z"], "f")
     with pytest.raises(DmmError, match="holds no groups"):
         groups_from_record({}, ["a"], "f")
+
+
+SIMILAR = report(blocks(2)).to_json()
+LAYER = {"name": "w", "shape": [2, 2], "minimum": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"groups": [3]}, "not a group: 3"),
+        ({"groups": [["a"], [0]]}, "not a group: \\[0\\]"),
+        ({"groups": [{"members": [9]}]}, "not a group: .*9"),
+        ({"groups": [{"members": [-1]}]}, "not a group"),
+        ({"groups": [{"m": [9]}]}, "not a group"),
+        ({"groups": [{"members": [0]}], "labels": [7]}, "holds no groups"),
+        ({"groups": {"a": 1}}, "holds no groups"),
+        ({"grouping": 3}, "holds no groups"),
+        ({**SIMILAR, "measures": {}}, "does not compare every checkpoint"),
+        ({**SIMILAR, "measures": 3}, "damaged"),
+        ({**SIMILAR, "measures": {"cosine": [[1, 0.5], [0.5]]}}, "does not compare every checkpoint"),
+        ({**SIMILAR, "measures": {"cosine": [[1, "x"], [0.5, 1]]}}, 'damaged .*"x"'),
+        ({**SIMILAR, "unrelated": [[0.1]]}, "does not compare every checkpoint"),
+        ({**SIMILAR, "raw_cosine": [[1, 1, 1]] * 3}, "does not compare every checkpoint"),
+        ({**SIMILAR, "layers": [{**LAYER, "cosine": [[1]]}]}, "does not compare every checkpoint"),
+        ({**SIMILAR, "layers": [3]}, "not a LayerSimilarity record: 3"),
+        ({**SIMILAR, "sources": [{"label": 1, "path": "a"}]}, "damaged"),
+        ({key: value for key, value in SIMILAR.items() if key != "layers"}, "incomplete"),
+    ],
+)
+def test_damaged_records_are_refused_by_name(record, words):
+    with pytest.raises(DmmError, match=words) as error:
+        groups_from_record(record, ["a", "b"], "g.json")
+    assert "g.json" in error.value.what

@@ -114,6 +114,13 @@ def test_a_similarity_report_groups_the_same_checkpoints_in_any_order(tmp_path):
     assert len(merged[0]) == 3
 
 
+@pytest.mark.parametrize("text", ['{"groups": [3]}', '{"groups": [{"members": [9]}]}', '{"grouping": 3}', "[]", "{"])
+def test_group_files_that_hold_no_groups(tmp_path, text):
+    result = dmm("merge", *SITES, "--group", "-", "-o", tmp_path / "out", text=text)
+    assert result.exit_code == 2 and result.stderr.startswith("error: standard input "), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 TIES, WUDI = (["--method", name, "--base", BASE] for name in ("ties", "wudi"))
 
 
