@@ -11,6 +11,7 @@ from ..devices import require_device_name
 from ..errors import CheckFailed, DmmError
 from ..inputs import files_of, named_files, resolve_source, resolve_sources
 from ..similarity import MEASURES
+from ..similarity.parts import comparable_parts
 from . import _options as options
 from ._measures import with_aligned, with_cka
 from ._outputs import check_files
@@ -75,6 +76,7 @@ def similarity(
     sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=1 if against else 2)
     origin, reference, pseudo = (resolve_source(path) if path else None for path in (base, against, data))
     read = files_of([*sources, *filter(None, (origin, reference, pseudo))])
+    comparable_parts(sources, origin, reference)
     check_files(output, figure, inputs=[*read, *named_files(checkpoints)], force=force)
 
     from ..report.console import Progress, emit, status

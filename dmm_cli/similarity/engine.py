@@ -13,14 +13,14 @@ import numpy as np
 
 from ..chance import unrelated_cosine
 from ..checkpoint import Checkpoint
-from ..errors import DmmError
 from ..header import TensorInfo
-from ..inputs import Source, kinds_of, require_same_tensors
+from ..inputs import Source
 from ..manifest import LayerSimilarity, Matrix, SimilarityReport, SourceRecord
-from ..names import is_head, is_weight
+from ..names import is_weight
 from ..streaming import Piece, in_order, one_blas_thread, pieces, read_rows
 from . import MEASURES
 from .cosine import Cosine
+from .parts import comparable_parts
 
 BLOCK = 1 << 16  # elements; a float32 dot product of this length is good to 1e-6
 READ = 1 << 20  # elements read at once, per checkpoint
@@ -48,10 +48,10 @@ def compute_similarity(
         measures: names from ``MEASURES``; cosine is always among them, since grouping stands on it.
 
     Raises:
-        DmmError: names or shapes differ, no float weights are there, or a value is NaN or infinite.
+        DmmError: see ``comparable_parts``; or a value is NaN or infinite.
     """
-    kinds = kinds_of(sources)
-    if base or reference or len(kinds) in (1, len(sources)):
+    kinds = comparable_parts(sources, base, reference)
+    if len(kinds) == 1:
         return _compare(sources, base, reference, measures, on_progress)
     parts = [_compare([sources[i] for i in kind], None, None, measures, on_progress) for kind in kinds]
     return _joined(sources, kinds, parts)
@@ -66,10 +66,6 @@ def _compare(
 ) -> SimilarityReport:
     """A report on checkpoints of one architecture."""
     everything = [*sources, *([reference] if reference else [])]
-    heads = [name for name in sources[0].tensors if is_head(name)]
-    require_same_tensors([*everything, *([base] if base else [])], any_shape=heads)
-    if not any(is_weight(info) for info in sources[0].tensors.values()):
-        raise DmmError(f"no float weights of two or more dimensions in {sources[0].path}")
     names = ["cosine", *(name for name in measures if name != "cosine")]
     tools = {name: MEASURES.load(name)(len(everything)) for name in names}
     raw = Cosine(len(everything))

@@ -71,6 +71,15 @@ def test_a_gate_stops_what_cannot_be_compared(write):
     assert result.exit_code == 1 and result.stderr.endswith("  d: not comparable\n"), result.stderr
 
 
+def test_a_dry_run_of_similarity_refuses_what_cannot_be_compared(write):
+    draw = np.random.default_rng(0)
+    shapes = {"a": (4, 4), "b": (5, 4), "c": (4, 4), "flat": (4,)}
+    a, b, c, flat = (write(name, w=draw.normal(size=shape)) for name, shape in shapes.items())
+    for paths, code in (([a, b], 2), ([a, c, "--against", b], 2), ([flat, flat], 2), ([a, b, c], 0), ([a, c], 0)):
+        dry, result = dmm("similarity", *paths, "--dry-run"), dmm("similarity", *paths)
+        assert dry.exit_code == result.exit_code == code and dry.stderr == result.stderr
+
+
 def test_per_layer_shows_the_ten_least_similar():
     text = dmm("similarity", *SITES, "--per-layer").stdout
     rows = text[text.index("least similar layers") :].split("\n\n")[0].splitlines()[2:]
