@@ -17,13 +17,13 @@ Steps (notation: cos is the cosine of the weights, heads and one-dimensional ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .chance import shuffled_cosines
-from .groups import assembled, stated
+from .groups import assembled
 from .manifest import Grouping, LayerSimilarity, PairReason, SimilarityReport
 
 BASIN = 0.3
@@ -89,7 +89,7 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
         threshold = min((cut.threshold for cut in cuts.values()), default=BASIN)
         known = replace(known, basins=basins, cuts=cuts)
     else:
-        labels, threshold = _cut(tree, float(rule)), float(rule)
+        labels, threshold = _by_threshold(report.labels, cosine, float(rule)), float(rule)
     pairs = _pairs(known, labels, rule, threshold)
     heights = tuple(tuple(map(float, row)) for row in tree)
     return assembled(report.labels, labels.tolist(), pairs, str(rule), threshold, heights)
@@ -104,16 +104,6 @@ def same_start(report: SimilarityReport) -> np.ndarray:
     """Which checkpoints of a report share a start with their units in the order they have, (N, N)."""
     raw, unrelated = _starts(report)
     return raw >= start_bounds(unrelated)
-
-
-def groups_from_record(record: dict, labels: Sequence[str], origin: str) -> Grouping:
-    """The groups that a JSON record states, see ``groups.stated``, or those of the similarity report that it is.
-
-    Raises:
-        DmmError: the record holds neither, or does not fit the labels.
-    """
-    found = stated(record, labels, origin)
-    return group_checkpoints(found) if isinstance(found, SimilarityReport) else found
 
 
 def split_group(grouping: Grouping, out: Sequence[int], reason: str) -> Grouping:
@@ -168,8 +158,7 @@ def _auto(
 ) -> tuple[np.ndarray, dict[int, _Cut]]:
     """A label for every checkpoint, and of every basin that was cut where."""
     labels, cuts = np.zeros(len(cosine), dtype=int), {}
-    for basin in np.unique(basins):
-        members = sorted(np.flatnonzero(basins == basin), key=lambda i: report.labels[i])
+    for basin, members in _parts(report.labels, basins):
         inside = np.ix_(members, members)
         tree = _tree(cosine[inside])
         inner = np.zeros(len(members), dtype=int)
@@ -179,9 +168,23 @@ def _auto(
             shuffled = shuffled_cosines(report.layers, members) if usable and report.layers else []
             cut = replace(cut, chance=max((_largest_gap(_tree(one)).gap for one in shuffled), default=None))
             if cut.gap >= (cut.chance or 0.0) * (1.0 - ROUNDING):
-                cuts[int(basin)], inner = cut, _cut(tree, cut.threshold)
+                cuts[basin], inner = cut, _cut(tree, cut.threshold)
         labels[members] = labels.max() + 1 + inner
     return labels, cuts
+
+
+def _by_threshold(names: Sequence[str], cosine: np.ndarray, threshold: float) -> np.ndarray:
+    """A label for every checkpoint, from the trees of what can be compared."""
+    labels = np.zeros(len(cosine), dtype=int)
+    for _, members in _parts(names, components(~np.isnan(cosine))):
+        labels[members] = labels.max() + 1 + _cut(_tree(cosine[np.ix_(members, members)]), threshold)
+    return labels
+
+
+def _parts(names: Sequence[str], labels: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+    """Every label with its members, which go by name: their order decides which of equal distances is joined first."""
+    for label in np.unique(labels):
+        yield int(label), sorted(np.flatnonzero(labels == label), key=lambda i: names[i])
 
 
 def _complete(layer: LayerSimilarity, members: Sequence[int]) -> bool:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dmm_cli.errors import DmmError
-from dmm_cli.grouping import group_checkpoints, groups_from_record
-from dmm_cli.groups import given_groups
+from dmm_cli.grouping import group_checkpoints
+from dmm_cli.groups import given_groups, stated
 from dmm_cli.manifest import Grouping, SimilarityReport, SourceRecord, dump
 
 
@@ -19,6 +19,11 @@ def report(matrix, names="abcdefghij") -> SimilarityReport:
 
 def members(grouping: Grouping) -> list[set[str]]:
     return [{grouping.labels[i] for i in group.members} for group in grouping.groups]
+
+
+def groups_from_record(record, labels, origin) -> Grouping:
+    found = stated(record, labels, origin)
+    return group_checkpoints(found) if isinstance(found, SimilarityReport) else found
 
 
 def blocks(*sizes: int, inside: float = 0.95, outside: float = 0.0) -> np.ndarray:
@@ -62,6 +67,21 @@ def test_threshold_and_all():
     assert members(group_checkpoints(report(matrix), 0.7)) == [{"a", "b"}, {"c"}]
     assert members(group_checkpoints(report(matrix), 0.5)) == [{"a", "b", "c"}]
     assert members(group_checkpoints(report(matrix), "all")) == [{"a", "b", "c"}]
+
+
+def test_checkpoints_that_cannot_be_compared_are_never_together():
+    matrix = blocks(2, 2, inside=0.5, outside=np.nan)
+    for rule in ("auto", 0.0, -1.0):
+        assert members(group_checkpoints(report(matrix), rule)) == [{"a", "b"}, {"c", "d"}]
+
+
+def test_equal_distances_are_joined_in_one_order():
+    """Of a chain with equal links, which end is joined to the middle is a matter of order."""
+    matrix = np.array([[1, 0.8, 0.2], [0.8, 1, 0.8], [0.2, 0.8, 1]])
+    for order in itertools.permutations(range(3)):
+        names = "".join("abc"[i] for i in order)
+        found = members(group_checkpoints(report(matrix[np.ix_(order, order)], names), 0.7))
+        assert found == [{"a", "b"}, {"c"}]
 
 
 def test_groups_come_back_from_every_record():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
 from ..ranks import Ranks
 from ._align import Aligning, aligned_copies
+from ._outputs import file_or_directory
 from ._provenance import inherited, lineage, records, stamp
 from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
 
@@ -57,6 +59,18 @@ class Destination:
     def record(self) -> Path | None:
         """Where merge.json goes: beside the groups in a directory."""
         return None if self.is_file else self.path / "merge.json"
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """The directory is there during the block; one that was not, and in which nothing stays, goes with it."""
+        new = not self.directory.exists()
+        self.directory.mkdir(exist_ok=True)
+        try:
+            yield
+        finally:
+            if new:
+                with suppress(OSError):  # there is something in it
+                    self.directory.rmdir()
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ def merge_groups(
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     check_outputs(to, grouping, inputs_of(sources, recipe))
-    with aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
+    with to.made(), aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
     # units side by side meet zeros, so that lengths are expected to shrink
@@ -175,11 +189,14 @@ def check_each(sources: Sequence[Source], groups: Sequence[tuple[int, ...]], rec
         check([sources[i] for i in members], _part(recipe, members, len(groups)))
 
 
-def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path]) -> None:
-    """Refuse outputs that cannot be written, before anything is computed; makes the directory.
+def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path], *, more: bool = False) -> None:
+    """Refuse outputs that cannot be written, before anything is computed.
+
+    Args:
+        more: whether these groups may be parted before they are merged.
 
     Raises:
-        DmmError: see ``check_output``; or several groups are to go to one file.
+        DmmError: see ``file_or_directory``; or several groups are to go to one file.
     """
     if to.is_file and len(grouping.groups) > 1:
         raise DmmError(
@@ -187,10 +204,20 @@ def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path]) -
             evidence=[f"{g.name}: {', '.join(grouping.labels[i] for i in g.members)}" for g in grouping.groups],
             hint="name a directory with -o, or merge everything with --group all",
         )
-    if to.record:
-        to.path.mkdir(parents=True, exist_ok=True)
-    for path in [*([to.record] if to.record else []), *(to.group(group.name) for group in grouping.groups)]:
-        check_output(path, inputs=inputs, force=to.force)
+    names = [group.name for group in grouping.groups]
+    example = "merged.safetensors"
+    file_or_directory(to.path, names, inputs=inputs, force=to.force, example=example, more=more)
+    if to.record and to.path.is_dir():
+        check_output(to.record, inputs=inputs, force=to.force)
+
+
+def require_one_file(to: Destination, ranks: Ranks = Ranks()) -> None:
+    """Raise DmmError where a recalibrated checkpoint would have to go to several files, or be written by several."""
+    if to.max_shard or ranks.count > 1:
+        raise DmmError(
+            "recalibrated checkpoints are written by one process, to one file",
+            hint="leave out --recalibrate, or --max-shard-size and torchrun",
+        )
 
 
 def _written(
@@ -203,11 +230,7 @@ def _written(
     recalibration: Recalibration,
 ) -> tuple[Outcome, Recalibrated]:
     """A group merged, recalibrated and saved."""
-    if to.max_shard or team.ranks.count > 1:
-        raise DmmError(
-            "recalibrated checkpoints are written by one process, to one file",
-            hint="leave out --recalibrate, or --max-shard-size and torchrun",
-        )
+    require_one_file(to, team.ranks)
     path = to.group(group.name)
     with draft(path) as place:
         outcome, result = merge_and_recalibrate(

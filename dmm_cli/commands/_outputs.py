@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DmmError
@@ -26,7 +26,13 @@ def check_files(output: Path | None, picture: Path | None = None, *, inputs: Seq
 
 
 def file_or_directory(
-    output: Path | None, names: Sequence[str], *, inputs: Iterable[Path], force: bool, example: str
+    output: Path | None,
+    names: Sequence[str],
+    *,
+    inputs: Sequence[Path],
+    force: bool,
+    example: str,
+    more: bool = False,
 ) -> tuple[Path, ...]:
     """A path for every name: the output itself if it is a .safetensors file, else files in that directory.
 
@@ -34,6 +40,7 @@ def file_or_directory(
 
     Args:
         names: of the files, without their suffix. example: a file's name, for the hint.
+        more: whether there may be others, whose names are not known yet.
 
     Raises:
         DmmError: there is no output, several names do not fit in one file, one is to go to a file of another kind, or a
@@ -46,7 +53,7 @@ def file_or_directory(
             raise DmmError(f"{len(names)} checkpoints do not fit in one file: {output}", hint="name a directory")
         check_output(output, inputs=inputs, force=force)
         return (output,)
-    if output.suffix and len(names) == 1 and not output.is_dir():
+    if output.suffix and len(names) == 1 and not more and not output.is_dir():
         raise DmmError(f"not the name of a .safetensors file: {output}", hint=f"name one, as in -o {example}")
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")

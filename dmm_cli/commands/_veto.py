@@ -39,6 +39,7 @@ def settle(
     def judge(members: tuple[int, ...]) -> tuple[Retention, ...]:
         group = Group("a trial merge", members, "")
         with (
+            to.made(),
             aligned_copies(sources, [group], aligning, to.directory, team.on_progress) as ordered,
             draft(to.group("trial")) as place,
         ):

@@ -22,7 +22,16 @@ from ..shards import parse_size
 from . import _options as options
 from ._align import POLICIES as ALIGN
 from ._align import Aligning
-from ._groups import Destination, Team, check_each, merge_groups, parents_of
+from ._groups import (
+    Destination,
+    Team,
+    check_each,
+    check_outputs,
+    inputs_of,
+    merge_groups,
+    parents_of,
+    require_one_file,
+)
 from ._measures import with_aligned
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
@@ -30,7 +39,7 @@ from ._run import epilog, guarded
 from ._veto import settle
 
 if TYPE_CHECKING:
-    from ..manifest import Grouping, MergeManifest
+    from ..manifest import Grouping, MergeManifest, SimilarityReport
 
 EPILOG = epilog(
     "dmm merge a.safetensors b.safetensors --weights 3,1 -o merged.safetensors",
@@ -162,17 +171,49 @@ def merge(
         device=device,
         features=pseudo,
     )
-    check_each(sources, kinds_of(sources) if group != "all" else [tuple(range(len(sources)))], recipe)
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(pseudo, arch, device, seed) if pseudo else None
     aligning = Aligning(align, arch, seed, overlap)
     aligning.check(len(sources), recipe.base is not None)
     if recipe.base:  # which says that all checkpoints have one start
         aligning = replace(aligning, policy="never")
+    known = known_groups([source.label for source in sources], group, record)
+    _check_plan(sources, recipe, to, aligning, group, known)
     if dry_run:
         _show_plan(sources, recipe, to, aligning)
     else:
-        _execute(sources, recipe, to, after, aligning, group, record, quiet, json)
+        _execute(sources, recipe, to, after, aligning, group, known, quiet, json)
+
+
+def _check_plan(
+    sources: Sequence[Source],
+    recipe: Recipe,
+    to: Destination,
+    aligning: Aligning,
+    group: str,
+    known: Grouping | SimilarityReport | None,
+) -> None:
+    """Refuse what the headers tell that cannot be done: of groups that are not known yet, the largest there can be."""
+    from ..groups import given_groups
+    from ..manifest import Grouping
+
+    kinds = [[sources[i].label for i in kind] for kind in kinds_of(sources)]
+    least = (
+        known if isinstance(known, Grouping) else given_groups([s.label for s in sources], kinds, f"--group {group}")
+    )
+    check_each(sources, [group.members for group in least.groups], recipe)
+    if recipe.features:
+        require_one_file(to)
+    _require_one_group(aligning, least)
+    check_outputs(to, least, inputs_of(sources, recipe), more=least is not known)
+
+
+def _require_one_group(aligning: Aligning, grouping: Grouping) -> None:
+    if aligning.widens and len(grouping.groups) > 1:
+        raise DmmError(
+            f"--overlap merges two checkpoints, and {grouping.rule} puts them in two groups",
+            hint="leave out --overlap, or merge both with --group all",
+        )
 
 
 def _execute(
@@ -182,7 +223,7 @@ def _execute(
     recalibration: Recalibration | None,
     aligning: Aligning,
     group: str,
-    record: dict | None,
+    known: Grouping | SimilarityReport | None,
     quiet: bool,
     json: bool,
 ) -> None:
@@ -191,12 +232,8 @@ def _execute(
         from ..report.console import Progress
 
         progress = Progress(quiet or not ranks.is_first)
-        grouping = grouping_of(sources, recipe.base, group, record, progress, aligning)
-        if aligning.widens and len(grouping.groups) > 1:
-            raise DmmError(
-                f"--overlap merges two checkpoints, and {grouping.rule} puts them in two groups",
-                hint="leave out --overlap, or merge both with --group all",
-            )
+        grouping = grouping_of(sources, recipe.base, group, known, progress, aligning)
+        _require_one_group(aligning, grouping)
         team = Team(ranks, hashes, progress)
         if recalibration and grouping.rule == "auto":
             grouping = settle(sources, grouping, to, recipe, team, recalibration, aligning)
@@ -233,33 +270,44 @@ def _sources(arguments: list[str], record: dict | None) -> list[Source]:
     return resolve_sources(arguments, stdin=sys.stdin)
 
 
+def known_groups(labels: Sequence[str], group: str, record: dict | None) -> Grouping | SimilarityReport | None:
+    """The groups that a record or ``--group all`` names, or a report of similarities; None if these are to be taken.
+
+    Raises:
+        DmmError: the record does not fit the checkpoints.
+    """
+    from ..groups import given_groups, stated
+
+    if record is not None:
+        return stated(record, labels, "standard input" if group == "-" else group)
+    return given_groups(labels, [labels], "--group all") if group == "all" or len(labels) == 1 else None
+
+
 def grouping_of(
     sources: Sequence[Source],
     base: Source | None,
     group: str,
-    record: dict | None,
+    known: Grouping | SimilarityReport | None,
     on_progress,
     aligning: Aligning = Aligning(),
 ) -> Grouping:
-    """The groups a record names, or those that the rule ``group`` makes of the checkpoints' similarity.
+    """The groups that are known, or those that the rule ``group`` makes of the checkpoints' similarity.
 
     Where all are to be aligned, those that are one network but for the order of its units are found, too.
     """
-    from ..grouping import group_checkpoints, groups_from_record
-    from ..groups import given_groups
+    from ..grouping import group_checkpoints
+    from ..manifest import Grouping
 
-    labels = [source.label for source in sources]
-    if record is not None:
-        return groups_from_record(record, labels, "standard input" if group == "-" else group)
-    rule = options.group_rule(group)
-    if rule == "all" or len(sources) == 1:
-        return given_groups(labels, [labels], "--group all")
+    if isinstance(known, Grouping):
+        return known
+    if known:
+        return group_checkpoints(known)
     from ..similarity.engine import compute_similarity
 
     report = compute_similarity(sources, base=base, measures=["cosine"], on_progress=on_progress)
     if aligning.policy == "always":
         report = with_aligned(report, sources, arch=aligning.arch, seed=aligning.seed, on_progress=on_progress)
-    return group_checkpoints(report, rule)
+    return group_checkpoints(report, options.group_rule(group))
 
 
 def _report(manifest: MergeManifest, quiet: bool, json: bool) -> None:

@@ -27,7 +27,7 @@ from ._statistics import Pair, statistics_of
 from ._teachers import require_same_class_names
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources
-from .merge import grouping_of
+from .merge import grouping_of, known_groups
 
 if TYPE_CHECKING:
     from ..manifest import DistillManifest
@@ -257,7 +257,8 @@ def _merge(plan: Plan, files: Layout) -> None:
     for stale in files.merged.glob("group-*.safetensors"):
         stale.unlink()
     progress = Progress(plan.quiet)
-    grouping = grouping_of(plan.sources, plan.base, group, record, progress)
+    known = known_groups([source.label for source in plan.sources], group, record)
+    grouping = grouping_of(plan.sources, plan.base, group, known, progress)
     merge_groups(plan.sources, grouping, Destination(files.merged, force=True), recipe, Team(on_progress=progress))
 
 

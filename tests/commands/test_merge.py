@@ -155,6 +155,65 @@ def test_mistakes_exit_2_write_nothing_and_are_found_by_a_dry_run(tmp_path, flag
     assert list(tmp_path.iterdir()) == []
 
 
+D = DIGITS / "site-d.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-o", "old.safetensors"], "the output exists: old.safetensors"),
+        (["-o", "no/such/out.safetensors"], "no such directory: no/such"),
+        (["-o", "no/such/out"], "cannot make the directory no/such/out"),
+        (["-o", "out.pt"], "not the name of a .safetensors file: out.pt"),
+        (["-o", "old"], "the output exists: old/merge.json"),
+        (["-o", "out", "--group", "unknown.json"], "groups in unknown.json do not fit"),
+        (["-o", "out", "--group", "other.json"], "other.json compares other checkpoints"),
+        (["-o", "out.safetensors", "--group", "two.json"], "2 groups do not fit in one file"),
+        (["-o", "out", "--group", "two.json", "--method", "slerp"], ""),
+        (["-o", "out", "--group", "mixed.json", "w.safetensors"], "do not have the same tensors"),
+        (["-o", "out.safetensors", "--group", "0", "w.safetensors"], "2 groups do not fit in one file"),
+        (["-o", "out.safetensors", "--recalibrate", "w.safetensors", "--max-shard-size", "1KB"], "to one file"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, monkeypatch, write, flags, words):
+    monkeypatch.chdir(tmp_path)
+    write("old", w=np.ones(2, np.float32))
+    write("w", w=np.ones((2, 2), np.float32))
+    (tmp_path / "old").mkdir()
+    for name, groups in {"unknown": [["site-z"]], "two": [["site-a", "site-c"]], "mixed": [["site-a", "w"]]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"groups": groups}))
+    (tmp_path / "other.json").write_text(dmm("similarity", D, SITES[0], "--json").stdout)
+    (tmp_path / "old" / "merge.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["merge", *SITES, *flags, "--align", "never"]
+    dry = dmm(*command, "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+    result = dmm(*command)
+    assert dry.exit_code == result.exit_code == (2 if words else 0), (dry.output, result.output)
+    assert words in dry.stderr and dry.stderr == result.stderr
+    assert not words or sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("rule", ["0", "-1"])
+def test_checkpoints_of_two_architectures_are_two_groups_whatever_the_threshold(write, tmp_path, rule):
+    draw = np.random.default_rng(0)
+    shapes = {"a": (4, 4), "b": (4, 4), "c": (5, 4)}
+    paths = [write(name, w=draw.normal(1, 0.1, shape).astype(np.float32)) for name, shape in shapes.items()]
+    result = dmm("merge", *paths, "--group", rule, "--align", "never", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    grouping = json.loads(result.stdout)["grouping"]
+    assert [group["members"] for group in grouping["groups"]][-1] == [2] and grouping["pairs"][0]["together"] is True
+
+
+def test_a_directory_in_which_nothing_came_to_stand_goes_again(write, tmp_path):
+    paths = [write(name, w=np.full((2, 2), value, np.float32)) for name, value in (("a", 1.0), ("b", np.nan))]
+    result = dmm("merge", *paths, "--align", "never", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "NaN or infinity" in result.stderr and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    assert dmm("merge", *paths, "--align", "never", "-o", tmp_path / "out").exit_code == 2
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_gpu_that_is_not_there_is_an_error(tmp_path):
     result = dmm("merge", *SITES, *WUDI, "--device", "cuda:99", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and "no such device: cuda:99" in result.stderr
