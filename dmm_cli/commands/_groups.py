@@ -18,6 +18,7 @@ from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
 from ..ranks import Ranks
 from ._align import Aligning, aligned_copies
+from ._earlier import earlier_files, remove_earlier
 from ._outputs import file_or_directory
 from ._provenance import inherited, lineage, records, stamp
 from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
@@ -131,6 +132,7 @@ def merge_groups(
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     check_outputs(to, grouping, inputs_of(sources, recipe))
+    earlier = earlier_files([to.group(group.name) for group in grouping.groups], to.record)
     with to.made(), aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
@@ -151,9 +153,17 @@ def merge_groups(
         aligned=ordered.aligned,
         widened=ordered.widened,
     )
-    if to.record and team.ranks.is_first:
-        write_text(to.record, dump(manifest) + "\n", force=to.force)
+    if team.ranks.is_first:
+        remove_earlier(earlier, (path for outcome in outcomes for path in _files(outcome)))
+        if to.record:
+            write_text(to.record, dump(manifest) + "\n", force=to.force)
     return manifest
+
+
+def _files(outcome: Outcome) -> list[Path]:
+    """What a merge wrote: a checkpoint, or an index and its shards."""
+    shards = json.loads(outcome.index)["weight_map"].values() if outcome.index else ()
+    return [outcome.path, *(outcome.path.parent / name for name in sorted(set(shards)))]
 
 
 def _merge_each(
@@ -207,8 +217,9 @@ def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path], *
     names = [group.name for group in grouping.groups]
     example = "merged.safetensors"
     file_or_directory(to.path, names, inputs=inputs, force=to.force, example=example, more=more)
-    if to.record and to.path.is_dir():
-        check_output(to.record, inputs=inputs, force=to.force)
+    record = [to.record] if to.record and to.path.is_dir() else []
+    for path in (*record, *earlier_files([to.group(name) for name in names], to.record)):
+        check_output(path, inputs=inputs, force=to.force)
 
 
 def require_one_file(to: Destination, ranks: Ranks = Ranks()) -> None:

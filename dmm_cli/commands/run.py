@@ -169,6 +169,8 @@ def _check_arguments(output: Path | None, method: str, group: str, device: str, 
 
 def execute(plan: Plan, files: Layout, stages: Stages) -> None:
     """All stages, in order; each one reads what the one before wrote."""
+    from ..manifest import MergeManifest
+
     hashes = [source.sha256 for source in plan.sources]
     where = {"arch": plan.arch, "device": plan.device}
     names = [[source.label, str(source.path)] for source in plan.sources]
@@ -203,7 +205,8 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         lambda: _synthesize(plan, files),
     )
     settings = DistillSettings(seed=plan.synthesis.seed, precision=plan.synthesis.precision)
-    groups = [resolve_source(str(path)) for path in sorted(files.merged.glob("group-*.safetensors"))]
+    merged = _read(files.merge, MergeManifest)
+    groups = [resolve_source(str(files.group(group.name))) for group in merged.grouping.groups]
     lessons = {"data": file_hash(files.pseudo), "sources": hashes, "names": names}
     stages.run(
         "distill",
@@ -254,8 +257,6 @@ def _merge(plan: Plan, files: Layout) -> None:
     if group == "auto":
         group = str(files.similarity)
         record = read_record(read_text(files.similarity), group)
-    for stale in files.merged.glob("group-*.safetensors"):
-        stale.unlink()
     progress = Progress(plan.quiet)
     known = known_groups([source.label for source in plan.sources], group, record)
     grouping = grouping_of(plan.sources, plan.base, group, known, progress)
