@@ -40,6 +40,13 @@ def test_specs_are_split_at_the_right_commas():
         ("hf-hub:timm/resnet18", "does not fetch"),
         ("local-dir:/tmp", "does not fetch"),
         ("no.such:thing", "no factory no.such:thing"),
+        ("torch.nn:Nothing", "no factory torch.nn:Nothing"),
+        (":net", "no factory :net"),
+        ("builtins:list", "makes no torch.nn.Module but a list"),
+        ("torch.nn:Linear", "torch.nn:Linear fails: TypeError"),
+        ("resnet18,checkpoint_path=weights.pth", "no weights to load"),
+        ("resnet18,pretrained=True", "no weights to load"),
+        ("resnet18,pretrained_cfg=a1_in1k", "no weights to load"),
     ],
 )
 def test_specs_that_cannot_be_built(spec, words):
@@ -49,26 +56,6 @@ def test_specs_that_cannot_be_built(spec, words):
 
 def test_a_factory_is_called():
     assert isinstance(arch.build("torch.nn:Identity"), torch.nn.Identity)
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("builtins:list", "makes no torch.nn.Module but a list"),
-        ("torch.nn:Linear", "torch.nn:Linear fails: TypeError"),
-        (":net", "no factory :net"),
-        ("torch.nn:Nothing", "no factory torch.nn:Nothing"),
-    ],
-)
-def test_factories_that_do_not_make_a_network(spec, words):
-    with pytest.raises(DmmError, match=words):
-        arch.build(spec)
-
-
-@pytest.mark.parametrize("argument", ["checkpoint_path=weights.pth", "pretrained=True", "pretrained_cfg=a1_in1k"])
-def test_an_architecture_loads_no_weights(argument):
-    with pytest.raises(DmmError, match="no weights to load"):
-        arch.build(f"resnet18,{argument}")
 
 
 def test_a_file_does_not_choose_what_code_runs(tmp_path, monkeypatch):

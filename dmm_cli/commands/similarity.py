@@ -67,9 +67,6 @@ def similarity(
     "bn" is the distance of the BatchNorm statistics, 0 for equal ones. "cka" compares what the networks make of
     pseudo-images, whatever the order of their units; "aligned", on request, puts the units in one order first.
     """
-
-    from ..manifest import dump
-
     style = options.chosen_format(format, json)
     require_device_name(device)
     measures = _chosen(measure, data)
@@ -86,8 +83,6 @@ def similarity(
         emit(f"compare {len(sources)} checkpoints, {len(sources[0].tensors)} tensors each, {size} bytes in all")
         return
 
-    from ..grouping import group_checkpoints
-    from ..report.tables import group_table, render, similarity_tables
     from ..similarity.engine import compute_similarity
 
     progress = Progress(quiet)
@@ -97,19 +92,26 @@ def similarity(
         report = with_cka(report, sources, pseudo, arch=arch, device=device, seed=seed, on_progress=progress)
     if "aligned" in measures:
         report = with_aligned(report, sources, arch=arch, seed=seed, on_progress=progress)
-    if quiet:
-        emit(_values(report), output, force=force)
-    elif style == "json":
-        emit(dump(report), output, force=force)
-    else:
-        tables = similarity_tables(report, 10 if per_layer else None)
-        emit(render([*tables, group_table(group_checkpoints(report))], style), output, force=force)
+    emit(_values(report) if quiet else _shown(report, style, per_layer), output, force=force)
     if figure:
+        from ..grouping import group_checkpoints
         from ..report.figures import heat_map
 
         heat_map(report, group_checkpoints(report), figure, force=force)
         status(f"wrote {figure}", quiet=quiet)
     _check(report, fail_under)
+
+
+def _shown(report: SimilarityReport, style: str, per_layer: bool) -> str:
+    """The report as JSON, or as tables, with its groups."""
+    from ..grouping import group_checkpoints
+    from ..manifest import dump
+    from ..report.tables import group_table, render, similarity_tables
+
+    if style == "json":
+        return dump(report)
+    tables = similarity_tables(report, 10 if per_layer else None)
+    return render([*tables, group_table(group_checkpoints(report))], style)
 
 
 def _chosen(names: list[str] | None, data: str | None) -> list[str]:
