@@ -12,6 +12,7 @@ from typing import BinaryIO
 from .errors import DmmError
 
 STRIDE = 32 << 20  # bytes handed to the disk at a time: enough to keep it busy, little enough to begin early
+TEMPORARY = ".dmm-*.tmp"  # names of what is not whole yet
 Buffer = bytes | memoryview
 
 
@@ -51,7 +52,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DmmError: the file system refused the write; the message names the output.
     """
-    temporary = path.parent / f".dmm-{os.urandom(8).hex()}.tmp"
+    temporary = path.parent / TEMPORARY.replace("*", os.urandom(8).hex())
     try:
         try:  # from before the file is there: an interrupt may come as soon as it is
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

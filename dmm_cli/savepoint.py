@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from . import __version__
 from .checkpoint import Checkpoint, save_arrays
 from .errors import DmmError
+from .files import TEMPORARY
+from .header import read_header
 from .inputs import resolve_source
 
 LONGEST = 255  # bytes of a file name
@@ -84,12 +85,30 @@ def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(output.name)).hexdigest() + SUFFIX
     directory = output.with_name(name)
+    if directory.exists() and not directory.is_dir():
+        raise DmmError(f"{directory} is in the way of what is kept to go on from", hint="move it, or name another -o")
     try:
         yield Savepoint(directory, key)
     except BaseException as error:
         if isinstance(error, DmmError) and not isinstance(error.__cause__, OSError):
-            shutil.rmtree(directory, ignore_errors=True)
+            _clear(directory)
         with suppress(OSError):
             directory.rmdir()  # nothing was saved in it
         raise
-    shutil.rmtree(directory, ignore_errors=True)
+    _clear(directory)
+
+
+def _clear(directory: Path) -> None:
+    """Remove the states, and the directory unless somebody keeps files of their own in it."""
+    states = filter(_is_state, directory.glob("*.safetensors"))
+    for path in [*states, *directory.glob(TEMPORARY)]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        return "dmm.key" in read_header(path).metadata
+    except DmmError:  # damaged
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dmm_cli.errors import DmmError
 from dmm_cli.savepoint import Savepoint, savepoint
@@ -43,6 +44,25 @@ def test_a_damaged_state_is_not_found(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with savepoint(out) as states:
         assert states.load("part") is None
+
+
+def test_files_of_somebody_else_stay(tmp_path):
+    out = tmp_path / "out.safetensors"
+    saved(out, seed=0)
+    directory = tmp_path / "out.safetensors.partial"
+    (directory / "notes.txt").write_text("mine")
+    save_file({"x": np.ones(1)}, directory / "mine.safetensors")
+    (directory / ".dmm-00.tmp").write_bytes(b"of a killed process")
+    with savepoint(out, seed=0) as states:
+        states.save("part", {"x": np.ones(1)})
+    assert sorted(path.name for path in directory.iterdir()) == ["mine.safetensors", "notes.txt"]
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused_first(tmp_path):
+    (tmp_path / "out.safetensors.partial").write_text("mine")
+    with pytest.raises(DmmError, match="is in the way"), savepoint(tmp_path / "out.safetensors"):
+        raise AssertionError("it began")
+    assert (tmp_path / "out.safetensors.partial").read_text() == "mine"
 
 
 def test_the_longest_name_has_room_beside_it(tmp_path):
