@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import DmmError, printable
 from ..synthesis import ENGINES, LOSSES
-from ._options import option
+from ._options import key_values, option
 
 Count = Annotated[int | None, option("--count", help="Images per teacher, in place of the preset's.", min=1)]
 Steps = Annotated[int | None, option("--steps", help="Optimiser steps, in place of the preset's.", min=1)]
@@ -45,3 +46,16 @@ ClassPrior = Annotated[
     str | None, option("--class-prior", help="Class mix of every teacher: 10,10,1. Else it is estimated.")
 ]
 Grid = Annotated[Path | None, option("--grid", help="Draw the images to a .png or .svg file, a row per class.")]
+
+
+def loss_weights(pairs: list[str]) -> dict[str, float]:
+    """Weights of losses by name, as ``--loss`` gives them.
+
+    Raises:
+        DmmError: there is no such loss, or a weight is not a number from 0 up.
+    """
+    weights = {LOSSES.check(name): value for name, value in key_values(pairs, "--loss").items()}
+    for name, value in weights.items():
+        if isinstance(value, str) or value < 0:
+            raise DmmError(f"--loss {name} takes a number, 0 or more, not {printable(str(value))}")
+    return weights

@@ -14,7 +14,7 @@ from ..devices import require_precision
 from ..errors import DmmError
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
-from ..synthesis import LOSSES, presets
+from ..synthesis import presets
 from ..synthesis.settings import Settings
 from . import _inversion as inversion
 from . import _options as options
@@ -77,7 +77,7 @@ def synthesize(
     chosen = options.preset(preset, count, steps, engine)
     size = options.batch_size(batch)
     require_precision(precision)
-    weights = {LOSSES.check(name): value for name, value in options.key_values(loss or [], "--loss").items()}
+    weights = inversion.loss_weights(loss or [])
     settings = Settings(
         chosen.each, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
         norm_average, coarse / 100,

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import DmmError
 from ..examples import Inputs, cat
 from ..manifest import History, Steps
 from ..runtime import generator as random_stream
@@ -52,7 +53,13 @@ class GeneratorEngine:
         self.steps = Steps(0, MEMBERS * self._settings.steps)
 
     def explore(self) -> list[torch.Tensor]:
-        """Fit the statistics alone; returns each teacher's logits (B, K) on images drawn then."""
+        """Fit the statistics alone; returns each teacher's logits (B, K) on images drawn then.
+
+        Raises:
+            DmmError: no step would be left for the classes.
+        """
+        if self._settings.steps < 2:
+            raise DmmError("one step is too few to estimate the class mix too", hint="--steps 2, or --class-prior")
         self._train(self._task.exploring(), max(1, round(self._settings.steps * EXPLORE)))
         images = self._settings.count // MEMBERS + 1
         parts = self._host.ranks.collect([member.explored(images) for member in self._members])

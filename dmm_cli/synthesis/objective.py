@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from ..errors import DmmError
 from ..examples import Inputs
 from . import LOSSES
 from .teacher import Teacher
@@ -25,7 +26,7 @@ class Objective:
         student: frozen, for the losses that compare it with the teacher.
 
     Raises:
-        DmmError: there is no loss of that name.
+        DmmError: there is no loss of that name, or none has a weight.
     """
 
     def __init__(
@@ -35,6 +36,11 @@ class Objective:
         defaults |= {} if student is None else AGAINST_STUDENT
         self.weights = {**defaults, **{LOSSES.check(name): value for name, value in weights.items()}}
         self._losses = {name: LOSSES.load(name) for name, weight in self.weights.items() if weight}
+        if not self._losses:
+            raise DmmError(
+                "no loss is left to minimise",
+                hint="give --loss norm a weight, or tell the class mix by --class-prior",
+            )
         self._student = student
 
     def __call__(

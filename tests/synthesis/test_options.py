@@ -283,6 +283,24 @@ def test_of_few_teachers_generators_draw_as_many_images_as_of_four(tmp_path):
     assert "1024 images from each of 1" in planned("a", "--engine", "pixels")
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--loss", "norm=abc"], "--loss norm takes a number, 0 or more, not abc"),
+        (["--loss", "norm=-1"], "--loss norm takes a number, 0 or more, not -1"),
+        (["--loss", "norm=0"], "no loss is left to minimise"),
+        (["--loss", "norm=0", "--loss", "cross_entropy=0", "--class-prior", UNIFORM], "no loss is left"),
+        (["--steps", 1], "one step is too few to estimate the class mix too"),
+    ],
+)
+def test_what_leaves_nothing_to_do_is_refused(tmp_path, flags, words):
+    plain = {name: text for name, text in resolve_source(SITES["a"]).metadata.items() if name != "dmm.class_counts"}
+    save_file(load_file(SITES["a"]), tmp_path / "site.safetensors", plain)
+    result = dmm("synthesize", tmp_path / "site.safetensors", "--count", 4, *flags, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and words in result.stderr, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["site.safetensors"]
+
+
 def test_options_of_the_other_engine_are_refused(tmp_path):
     for flags in (["--keep-best"], ["--coarse", 50], ["--engine", "pixels", "--norm-average", 0.9]):
         refused = dmm("synthesize", SITES["a"], *flags, "-o", tmp_path / "p.safetensors")
