@@ -168,7 +168,7 @@ def distill_sources(
             )
             inputs = files_of((student, data, *teachers))
             arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
-            _require_finite(arrays, settings)
+            _require_convergence(arrays, settings)
             metadata |= {**inherited([student]), **_taught_in(pseudo)}
             save_like(output, student, arrays, metadata, inputs=inputs, force=force)
         ranks.wait()
@@ -186,7 +186,7 @@ def distill_sources(
     )
 
 
-def _require_finite(arrays: Mapping[str, np.ndarray], settings: Settings) -> None:
+def _require_convergence(arrays: Mapping[str, np.ndarray], settings: Settings) -> None:
     import numpy as np
 
     lost = [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]

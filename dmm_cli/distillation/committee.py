@@ -68,7 +68,8 @@ def _testimony(teacher: nn.Module, inputs: Inputs) -> torch.Tensor:
     last = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1:]
     with hooked(layer.register_forward_pre_hook(lambda _, given: held.append(given[0])) for layer in last):
         logits = answer(teacher, inputs)
-    features = [part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in held[-1:]]  # (B, F)
+    rows = [part for part in held[-1:] if len(part) == len(logits)]  # not of one that works on places as rows
+    features = [part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in rows]  # (B, F)
     return torch.cat([logits.float(), *[part.float() for part in features]], 1)
 
 

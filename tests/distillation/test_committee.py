@@ -116,6 +116,24 @@ def test_a_committee_reads_what_a_teacher_has_no_class_for(places):
     assert not teacher.classifier._forward_pre_hooks
 
 
+class Places(nn.Module):
+    """A classifier of every pixel, whose last linear layer is given pixels as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(1, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images[:, 0].reshape(-1, 1)  # (B H W, 1)
+        return self.classifier(pixels).view(len(images), -1, 4).mean(1)
+
+
+def test_features_of_places_are_not_those_of_images():
+    data, teacher = lessons(), Places()
+    images = data.show(torch.arange(8))
+    assert data.committee([teacher], Settings())(images).shape == (8, 4)
+
+
 def test_a_committee_is_fitted_to_disturbed_images_too():
     data = lessons()
     strengths = (0.0, 0.0), (0.5, 0.0), (0.0, 0.25)
