@@ -49,13 +49,15 @@ def drawn_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch
 def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Inputs]) -> None:
     """Replace running means and variances by their average over batches of inputs (B, ...), in place.
 
-    ``num_batches_tracked`` and everything else stay as they are; the model is left in eval mode, which all other layers
-    are in meanwhile: the statistics are those of the network that is evaluated, without dropout.
+    ``num_batches_tracked`` and everything else stay as they are, layers that are no BatchNorm or are not used as well;
+    the model is left in eval mode, which all other layers are in meanwhile: the statistics are those of the network
+    that is evaluated, without dropout.
     """
+    layers = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
-    counts = [layer.num_batches_tracked.clone() for layer in layers]
+    before = [{name: value.clone() for name, value in layer.named_buffers(recurse=False)} for layer in layers]
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -64,9 +66,11 @@ def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Ite
     for batch in batches:
         forward(model, batch)
     model.eval()
-    for layer, momentum, count in zip(layers, momenta, counts, strict=True):
+    for layer, momentum, held in zip(layers, momenta, before, strict=True):
         layer.momentum = momentum
-        layer.num_batches_tracked.copy_(count)
+        used = bool(layer.num_batches_tracked)
+        for name in ("num_batches_tracked",) if used else held:
+            layer.get_buffer(name).copy_(held[name])
 
 
 @torch.no_grad()

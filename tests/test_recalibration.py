@@ -68,6 +68,40 @@ def test_reset_statistics_are_those_of_the_network_that_is_evaluated(training):
     assert not any(module.training for module in model.modules())
 
 
+class Frozen(nn.Module):
+    """BatchNorm as detectors have it: four buffers, and nothing else."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.weight / (self.running_var + 1e-5).sqrt()
+        return (x - self.running_mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+
+
+@torch.no_grad()
+def test_what_is_no_batchnorm_or_is_not_used_keeps_its_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.InstanceNorm2d(3, track_running_stats=True), Frozen(3))
+    model.extend([nn.BatchNorm2d(3), nn.Flatten()])
+    model.unused = nn.BatchNorm2d(3)
+    model.forward = lambda x: model[4](model[3](model[2](model[1](model[0](x)))))
+    layers = [model[1], model[2], model[3], model.unused]
+    for layer in layers:
+        layer.running_mean += torch.rand(3)
+        layer.running_var += torch.rand(3)
+    model.unused.num_batches_tracked += 5
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(16, 2, 6, 6)
+    inputs = model.eval()[2](model[1](model[0](images)))
+    reset_statistics(model, layers, [images])
+    assert torch.allclose(model[3].running_mean, inputs.mean((0, 2, 3)), atol=1e-6)
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert changed == {"3.running_mean", "3.running_var"}
+
+
 class Net(nn.Module):
     """A convolution, a layer norm, a linear layer without a bias and one with, and a classifier."""
 
