@@ -95,10 +95,15 @@ def check(sources: Sequence[Source], recipe: Recipe) -> None:
         class_counts(source)  # their sum is written in the end
 
 
+def require_base(method: str, base: object) -> None:
+    """Raise DmmError for a method of task vectors without the checkpoint they start from."""
+    if "base" in METHODS.traits(method) and base is None:
+        raise DmmError(f"{method} needs the common start", hint="name it with --base")
+
+
 def _check_method(recipe: Recipe, count: int) -> None:
     traits = METHODS.traits(recipe.method)
-    if "base" in traits and recipe.base is None:
-        raise DmmError(f"{recipe.method} needs the common start", hint="name it with --base")
+    require_base(recipe.method, recipe.base)
     if "features" in traits and recipe.features is None:
         raise DmmError(
             f"{recipe.method} needs pseudo-data of the checkpoints",

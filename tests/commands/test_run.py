@@ -156,6 +156,7 @@ def test_directories_that_are_not_ours(tmp_path):
         (["--device", "gpu"], "unknown device: gpu"),
         (["--method", "regmean"], "regmean needs pseudo-data, which run makes after it has merged"),
         (["--data", "nowhere.npz"], "no such file: nowhere.npz"),
+        (["--method", "ties"], "ties needs the common start"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_computed(tmp_path, flags, words):
