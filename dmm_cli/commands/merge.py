@@ -197,11 +197,10 @@ def _check_plan(
     from ..groups import given_groups
     from ..manifest import Grouping
 
-    kinds = [[sources[i].label for i in kind] for kind in kinds_of(sources)]
-    least = (
-        known if isinstance(known, Grouping) else given_groups([s.label for s in sources], kinds, f"--group {group}")
-    )
-    check_each(sources, [group.members for group in least.groups], recipe)
+    labels = [source.label for source in sources]
+    kinds = [[labels[i] for i in kind] for kind in kinds_of(sources)]
+    least = known if isinstance(known, Grouping) else given_groups(labels, kinds, f"--group {group}")
+    check_each(sources, [part.members for part in least.groups], recipe)
     if recipe.features:
         require_one_file(to)
     _require_one_group(aligning, least)
