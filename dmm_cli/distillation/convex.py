@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 ITERATIONS = 80
+HISTORY = 10  # steps that are remembered, at two copies of the unknowns each; all 80 get 1e-5 lower
 
 
 def minimise(loss: Callable[[], torch.Tensor], unknowns: Sequence[torch.Tensor]) -> None:
@@ -15,7 +16,7 @@ def minimise(loss: Callable[[], torch.Tensor], unknowns: Sequence[torch.Tensor])
     Args:
         unknowns: they take gradients, also where the caller has switched these off.
     """
-    optimiser = torch.optim.LBFGS(unknowns, max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(unknowns, max_iter=ITERATIONS, history_size=HISTORY, line_search_fn="strong_wolfe")
 
     def evaluate() -> torch.Tensor:
         optimiser.zero_grad()

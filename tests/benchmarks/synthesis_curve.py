@@ -5,18 +5,19 @@
 Digits: five sites as those of the fixtures, trained on parts of the training images and judged on 300 training images
 that were kept from them; a student from the merged group, as in ``dmm run``. CIFAR-10 (DIRECTORY is that of
 merge_quality.py): one network trained on nine tenths of the training images, judged on the others; a student from its
-own random start. The test sets of either are not touched: defaults are chosen here. Everything goes through the public
-commands. Students are kept, so that a second run goes on. Prints Markdown.
+own random start. The test sets of either are not touched: defaults are chosen here. One synthesis for every number of
+steps draws the largest number of images, and fewer images are the first so many of every teacher: which of them come
+first is by chance. Syntheses and students are kept, so that a second run goes on. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from commands import dmm
 from merge_quality import ARCH, save, train, unpack
 
 from dmm_cli.architectures import build
+from dmm_cli.inputs import resolve_source
+from dmm_cli.synthesis.pseudodata import REQUIRED, load_pseudo_data, save_pseudo_data
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
 import make_digits
@@ -70,21 +73,34 @@ def cifar10(folder: Path) -> Callable[[Path, int], None]:
     return make
 
 
-def measure(work: Path, count: int, steps: int, seed: int) -> dict[str, float]:
-    """Accuracy in per cent, and seconds of the synthesis, of one point."""
+def measure(work: Path, count: int, steps: int, seed: int) -> float:
+    """Accuracy of the student of one point, in per cent."""
     result = work / f"{count}-{steps}.json"
     if not result.exists():
         pseudo, out = work / "pseudo.safetensors", work / "out.safetensors"
         teachers = sorted(work.glob("teacher-*"))
-        shown = dmm(
-            "synthesize", *teachers, "-o", pseudo, "--count", count, "--steps", steps, "--seed", seed, "--force",
-            "--json",
-        )  # fmt: skip
+        first_of_each(synthesis(work, teachers, steps, seed), count, pseudo)
         dmm("distill", work / "student.safetensors", *teachers, "--data", pseudo, "-o", out, "--seed", seed,
             "--force", "-q")  # fmt: skip
-        accuracy = float(dmm("evaluate", out, "--data", work / "validation.npz", "-q"))
-        result.write_text(json.dumps({"accuracy": accuracy, "seconds": json.loads(shown)["seconds"]}))
-    return json.loads(result.read_text())
+        result.write_text(dmm("evaluate", out, "--data", work / "validation.npz", "-q"))
+    return float(result.read_text())
+
+
+def synthesis(work: Path, teachers: list[Path], steps: int, seed: int) -> Path:
+    """Pseudo-data of the largest number of images, made where they are missing."""
+    out = work / f"pseudo-{steps}.safetensors"
+    if not out.exists():
+        dmm("synthesize", *teachers, "-o", out, "--count", max(COUNTS), "--steps", steps, "--seed", seed, "-q")
+    return out
+
+
+def first_of_each(source: Path, count: int, out: Path) -> None:
+    """Pseudo-data of the first ``count`` images of every teacher."""
+    read = resolve_source(str(source))
+    data = load_pseudo_data(read)
+    kept = np.sort(np.concatenate([np.flatnonzero(data.teacher_id == t)[:count] for t in range(len(data.teachers))]))
+    parts = {name: getattr(data, name)[kept] for name in ("images", *REQUIRED)}
+    save_pseudo_data(out, replace(data, **parts), dict(read.metadata), force=True)
 
 
 def main() -> None:
@@ -107,7 +123,7 @@ def main() -> None:
             for point in POINTS:
                 found = measure(work, *point, seed)
                 print(f"{name}, seed {seed}, {point}: {found}", file=sys.stderr, flush=True)
-                columns.setdefault(name, {}).setdefault(point, []).append(found["accuracy"])
+                columns.setdefault(name, {}).setdefault(point, []).append(found)
     print(f"| images a teacher | steps | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")
     for count, steps in sorted(POINTS):
         cells = [summary(column[count, steps]) for column in columns.values()]
