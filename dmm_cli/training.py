@@ -161,14 +161,17 @@ class Worker(Protocol):
         """Keep what there is, to go on from."""
 
 
-def work_through(jobs: Sequence[Callable[[], Worker]], stage: str, steps: int, host: Host) -> None:
+def work_through(
+    jobs: Sequence[Callable[[], Worker]], stage: str, steps: int, host: Host, begun: Sequence[int] = ()
+) -> None:
     """Train every worker, saving it every ``SAVE_EVERY`` seconds, at its end, and when the user interrupts.
 
     Args:
         jobs: make the workers, each just before its turn. stage: its name, and steps of each, for the progress.
+        begun: steps that each has taken, where that is known before its turn.
     """
     lock = threading.Lock()
-    done, totals = [0] * len(jobs), [steps] * len(jobs)
+    done, totals = list(begun) or [0] * len(jobs), [steps] * len(jobs)
 
     def work(number: int, stop: Callable[[], bool]) -> None:
         worker = jobs[number]()

@@ -185,18 +185,23 @@ def _merge_each(
     return outcomes, recalibrated
 
 
-def check_each(sources: Sequence[Source], groups: Sequence[tuple[int, ...]], recipe: Recipe) -> None:
+def check_each(
+    sources: Sequence[Source], groups: Sequence[tuple[int, ...]], recipe: Recipe, *, settled: bool = True
+) -> None:
     """Everything about the merges of these groups that the recipe and the headers can tell.
+
+    Args:
+        settled: whether these are the groups, and not those that groups will be parts of.
 
     Raises:
         DmmError: see ``check``.
     """
     if len(groups) == 1:
-        check(sources, recipe)
+        check(sources, recipe, settled=settled)
         return
     check_weights(recipe, len(sources))
     for members in groups:
-        check([sources[i] for i in members], _part(recipe, members, len(groups)))
+        check([sources[i] for i in members], _part(recipe, members, len(groups)), settled=settled)
 
 
 def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path], *, more: bool = False) -> None:

@@ -1,7 +1,8 @@
 """The memory of a run: which stage was done with which inputs, so that it can be skipped.
 
 ``run.json`` maps each stage to a key, the SHA-256 of its inputs and parameters, and to the SHA-256 of
-every file it wrote. A stage is up to date when its key is the same and its files still are.
+every file it wrote. A stage is up to date when its key is the same and its files still are. It also tells of which
+checkpoints the run is.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import __version__
 from ..files import write_text
-from ..inputs import file_digest, read_record, read_text
+from ..inputs import Source, file_digest, read_record, read_text
 
 STATE = "run.json"
+CHECKPOINTS = "checkpoints"  # in it, beside the stages
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,43 @@ class Layout:
         return [*fixed, *self.merged.glob("*")]
 
 
+def checkpoints_of(directory: Path) -> list[tuple[str, str]]:
+    """Label and SHA-256 of the checkpoints that an earlier run in this directory was of; none if there was none."""
+    told = _state(directory).get(CHECKPOINTS)
+    pairs = told if isinstance(told, list) else []
+    return [(str(pair[0]), str(pair[1])) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+
+
+def _state(directory: Path) -> dict[str, Any]:
+    path = directory / STATE
+    return read_record(read_text(path), str(path)) if path.exists() else {}
+
+
 class Stages:
     """Runs stages in one directory, or skips them.
 
     Args:
+        sources: the checkpoints that the run is of.
         on_event: told the stage and whether it is skipped.
     """
 
-    def __init__(self, directory: Path, on_event: Callable[[str, bool], None]) -> None:
+    def __init__(self, directory: Path, sources: Sequence[Source], on_event: Callable[[str, bool], None]) -> None:
         self._directory, self._on_event = directory, on_event
-        path = directory / STATE
-        self._done: dict[str, Any] = read_record(read_text(path), str(path)) if path.exists() else {}
+        self._done = _state(directory) | {CHECKPOINTS: [[source.label, source.sha256] for source in sources]}
 
-    def run(self, stage: str, inputs: Mapping[str, Any], outputs: Sequence[Path], work: Callable[[], None]) -> None:
-        """Do the work unless these inputs already gave these outputs (files, or directories of files)."""
+    def run(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[Path],
+        work: Callable[[], None],
+        outdates: Mapping[str, Sequence[Path]] = MappingProxyType({}),
+    ) -> None:
+        """Do the work unless these inputs already gave these outputs (files, or directories of files).
+
+        Args:
+            outdates: stages that may not follow, with their files, which the work makes untrue: they are removed first.
+        """
         import hashlib
 
         key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
@@ -70,6 +96,10 @@ class Stages:
         self._on_event(stage, fresh)
         if fresh:
             return
+        for name, files in outdates.items():
+            self._done.pop(name, None)
+            for file in files:
+                file.unlink(missing_ok=True)
         work()
         self._done[stage] = {"key": key, "outputs": self._hashes(outputs)}
         write_text(self._directory / STATE, json.dumps(self._done, indent=2) + "\n", force=True)

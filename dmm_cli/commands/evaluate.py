@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,10 @@ from ._outputs import check_files
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..manifest import Evaluation
+    from ..spaces import Spec
 
 EPILOG = epilog(
     "dmm evaluate merged.safetensors --data test.safetensors",
@@ -68,10 +71,13 @@ def evaluate(
     result = evaluate_sources(
         sources, data, arch=arch, flags=flags, device=device, ensemble=ensemble, on_progress=progress
     )
-    if quiet:
-        emit("\n".join(f"{row.accuracy:.4f}" for row in result.rows), output, force=force)
+    if style == "json":
+        shown = dump(result)
+    elif quiet:
+        shown = "\n".join(f"{row.accuracy:.4f}" for row in result.rows)
     else:
-        emit(dump(result) if style == "json" else render(accuracy_tables(result), style), output, force=force)
+        shown = render(accuracy_tables(result), style)
+    emit(shown, output, force=force)
     low = [row for row in result.rows if fail_under is not None and row.accuracy < fail_under]
     if low:
         raise CheckFailed(f"accuracy below {fail_under}", evidence=[f"{row.label}: {row.accuracy!r}" for row in low])
@@ -88,20 +94,16 @@ def evaluate_sources(
     on_progress: Callable[..., None],
 ) -> Evaluation:
     """Accuracy of every checkpoint and, if asked, of their ensembles."""
-    from .. import architectures, evaluation
+    from .. import evaluation
     from ..examples import named
-    from ..layout import require_fit
     from ..manifest import Evaluation
     from ..runtime import resolve_device
-    from ..spaces import example
 
     where = resolve_device(device)
     load = cache(evaluation.load_labelled)
     predictions, labels, names = [], [], ()
     for number, source in enumerate(sources):
-        model, _ = architectures.load_model(source, arch)
-        spec = architectures.input_spec(source, model, **asdict(flags))
-        require_fit(str(source.path), model, example(spec))
+        model, spec = _network(source, arch, flags)
         labelled = load(data, tuple(named(spec)))
         answers = evaluation.predict(model, labelled, spec, where)  # (N, K)
         own = class_names(source) or ()
@@ -119,3 +121,30 @@ def evaluate_sources(
     rows = tuple(evaluation.score(*item) for item in scored)
     names = names or labelled.classes or tuple(map(str, range(predictions[0].shape[1])))
     return Evaluation(str(data), len(labelled), names, rows)
+
+
+def require_judge(source: Source, data: Path, arch: str | None, flags: options.InputFlags) -> None:
+    """Raise DmmError unless a checkpoint can be judged by the data; of the images the first is looked at."""
+    import torch
+
+    from .. import evaluation
+    from ..examples import named
+
+    model, spec = _network(source, arch, flags)
+    labelled = evaluation.load_labelled(data, tuple(named(spec)))
+    first = replace(labelled, images=labelled.images[:1], labels=labelled.labels[:1])
+    classes = evaluation.predict(model, first, spec, torch.device("cpu")).shape[1]
+    labels = evaluation.labels_for(labelled, class_names(source) or (), classes, source.label)
+    evaluation.class_counts(labels, classes, source.label)
+
+
+def _network(source: Source, arch: str | None, flags: options.InputFlags) -> tuple[nn.Module, Spec]:
+    """The network of a checkpoint, and what it takes."""
+    from .. import architectures
+    from ..layout import require_fit
+    from ..spaces import example
+
+    model, _ = architectures.load_model(source, arch)
+    spec = architectures.input_spec(source, model, **asdict(flags))
+    require_fit(str(source.path), model, example(spec))
+    return model, spec

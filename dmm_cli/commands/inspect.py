@@ -93,9 +93,11 @@ def _by_name(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
-    from ..architectures import identify
+    from ..architectures import identify, load_model
     from ..manifest import ArchitectureGuess
 
+    if arch:
+        load_model(source, arch)  # which refuses what does not fit
     try:
         found = identify(source, arch)
     except DmmError as error:

@@ -199,8 +199,9 @@ def _check_plan(
 
     labels = [source.label for source in sources]
     kinds = [[labels[i] for i in kind] for kind in kinds_of(sources)]
-    least = known if isinstance(known, Grouping) else given_groups(labels, kinds, f"--group {group}")
-    check_each(sources, [part.members for part in least.groups], recipe)
+    settled = isinstance(known, Grouping)
+    least = known if settled else given_groups(labels, kinds, f"--group {group}")
+    check_each(sources, [part.members for part in least.groups], recipe, settled=settled)
     if recipe.features:
         require_one_file(to)
     _require_one_group(aligning, least)

@@ -22,11 +22,11 @@ from . import distill as distillation
 from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded
-from ._stages import STATE, Layout, Stages, file_hash
+from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
 from ._teachers import require_same_class_names
 from ._veto import FORGOTTEN
-from .evaluate import evaluate_sources
+from .evaluate import evaluate_sources, require_judge
 from .merge import grouping_of, known_groups
 
 if TYPE_CHECKING:
@@ -120,11 +120,11 @@ def run(
     count = chosen.count(len(sources))
     require_same_tensors([*sources, *([origin] if origin else [])])
     recorded = statistics_of(statistics or [], sources)
-    _check_directory(output, force)
     read = files_of([*sources, *([origin] if origin else []), *recorded.values()])
     files = Layout(output)
-    for path in files.written():
-        refuse_inputs(path, [*read, *([data] if data else [])])
+    _check_outputs(files, sources, [*read, *([data] if data else [])], force)
+    if data is not None:
+        require_judge(sources[0], data, arch, flags)
 
     from ..report.console import emit, status
 
@@ -148,7 +148,7 @@ def run(
         quiet=quiet,
     )
     output.mkdir(parents=True, exist_ok=True)
-    stages = Stages(output, lambda stage, fresh: status(f"{stage}: up to date" if fresh else stage, quiet=quiet))
+    stages = Stages(output, sources, lambda name, fresh: status(name + ": up to date" * fresh, quiet=quiet))
     execute(plan, files, stages)
     _report(files, data, quiet, json)
 
@@ -221,6 +221,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
         },
         [files.model, files.distillation],
         lambda: _distill(plan, files, groups, settings),
+        outdates={"evaluate": [files.evaluation, files.everything]},
     )
     if plan.data is not None:
         stages.run(
@@ -345,7 +346,11 @@ def _write_report(plan: Plan, files: Layout) -> None:
 
 
 def _read(path: Path, kind: type):
-    return kind.from_json(read_record(read_text(path), str(path)))
+    return kind.from_json(_record(path))
+
+
+def _record(path: Path) -> dict:
+    return read_record(read_text(path), str(path))
 
 
 def _data_hash(path: Path) -> str | None:
@@ -354,7 +359,9 @@ def _data_hash(path: Path) -> str | None:
     return file_hash(path)
 
 
-def _check_directory(output: Path, force: bool) -> None:
+def _check_outputs(files: Layout, sources: Sequence[Source], inputs: Sequence[Path], force: bool) -> None:
+    """Refuse a directory that is somebody else's, or of a run of other checkpoints, and outputs over inputs."""
+    output = files.root
     if output.exists() and not output.is_dir():
         raise DmmError(f"the output is not a directory: {output}", hint="name a directory with -o")
     if output.is_dir() and any(output.iterdir()) and not (output / STATE).exists() and not force:
@@ -362,17 +369,29 @@ def _check_directory(output: Path, force: bool) -> None:
             f"the output directory is not empty and not of an earlier run: {output}",
             hint="name another with -o, or use it all the same with --force",
         )
+    earlier = [] if force else checkpoints_of(output)
+    if earlier and sorted(sha256 for _, sha256 in earlier) != sorted(source.sha256 for source in sources):
+        raise DmmError(
+            f"the output directory holds a run of other checkpoints: {output}",
+            evidence=[f"{label} (sha256 {sha256[:12]}...)" for label, sha256 in earlier],
+            hint="name another with -o, or replace it with --force",
+        )
+    for path in files.written():
+        refuse_inputs(path, inputs)
 
 
 def _report(files: Layout, data: Path | None, quiet: bool, json: bool) -> None:
-    from ..manifest import DistillManifest, Evaluation, dump
+    from json import dumps
+
+    from ..manifest import DistillManifest, Evaluation
     from ..report.console import emit
     from ..report.tables import accuracy_tables, render, start_table
 
-    manifest = _read(files.distillation, DistillManifest)
     if json:
-        emit(dump(manifest))
+        told = _record(files.distillation)
+        emit(dumps(told if data is None else told | {"evaluation": _record(files.evaluation)}, indent=2))
         return
+    manifest = _read(files.distillation, DistillManifest)
     if len(manifest.starts) > 1 and not quiet:
         emit(render([start_table(manifest)], "table"))
     if data is not None and not quiet:

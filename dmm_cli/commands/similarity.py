@@ -92,7 +92,7 @@ def similarity(
         report = with_cka(report, sources, pseudo, arch=arch, device=device, seed=seed, on_progress=progress)
     if "aligned" in measures:
         report = with_aligned(report, sources, arch=arch, seed=seed, on_progress=progress)
-    emit(_values(report) if quiet else _shown(report, style, per_layer), output, force=force)
+    emit(_shown(report, style, per_layer, quiet), output, force=force)
     if figure:
         from ..grouping import group_checkpoints
         from ..report.figures import heat_map
@@ -102,14 +102,16 @@ def similarity(
     _check(report, fail_under)
 
 
-def _shown(report: SimilarityReport, style: str, per_layer: bool) -> str:
-    """The report as JSON, or as tables, with its groups."""
+def _shown(report: SimilarityReport, style: str, per_layer: bool, quiet: bool) -> str:
+    """The report as JSON, as a value a line, or as tables, with its groups."""
     from ..grouping import group_checkpoints
     from ..manifest import dump
     from ..report.tables import group_table, render, similarity_tables
 
     if style == "json":
         return dump(report)
+    if quiet:
+        return _values(report)
     tables = similarity_tables(report, 10 if per_layer else None)
     return render([*tables, group_table(group_checkpoints(report))], style)
 

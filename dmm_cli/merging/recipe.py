@@ -69,15 +69,18 @@ class Recipe:
         return matching[-1] if matching else self.weights or (1.0,) * count
 
 
-def check(sources: Sequence[Source], recipe: Recipe) -> None:
+def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) -> None:
     """Everything about a merge that the recipe and the headers can tell.
+
+    Args:
+        settled: whether just these are merged, and not parts of them that are not known yet.
 
     Raises:
         DmmError: tensors differ, weights do not fit, a name is unknown, a parameter is out of its range, or the
             method lacks its base or its pseudo-data or is not defined for this many checkpoints, or class counts are
             damaged.
     """
-    _check_method(recipe, len(sources))
+    _check_method(recipe, len(sources) if settled else 1)
     others = [recipe.base] if recipe.base else []
     require_same_tensors([*sources, *others], any_shape=loose_heads(sources, recipe))
     _require_same_kinds([*sources, *others])

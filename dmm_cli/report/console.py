@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,8 @@ class Progress:
     def _show(self, text: str, seconds: float, finished: bool, numbers: dict[str, float]) -> None:
         text += "".join(f"  {name} {value:.4g}" for name, value in numbers.items()) + f"  {seconds:.0f} s"
         if self._live:
-            sys.stderr.write("\r\x1b[2K" + text + ("\n" if finished else ""))
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
+            sys.stderr.write("\r\x1b[2K" + text[:width] + ("\n" if finished else ""))
             sys.stderr.flush()
         else:
             print(text, file=sys.stderr)

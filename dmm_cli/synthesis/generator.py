@@ -91,4 +91,6 @@ class GeneratorEngine:
         """Train every member until it has taken so many steps."""
         for member in self._members:
             member.plan(objective, until, priors)
-        work_through([lambda m=member: m for member in self._members], "synthesize", self._settings.steps, self._host)
+        begun = [member.done for member in self._members]
+        jobs = [lambda m=member: m for member in self._members]
+        work_through(jobs, "synthesize", self._settings.steps, self._host, begun)

@@ -41,6 +41,7 @@ def test_formats(style, start):
 
 def test_quiet_prints_one_number_a_line():
     values = [float(line) for line in dmm("similarity", *SITES[:3], "-q").stdout.split()]
+    assert json.loads(dmm("similarity", *SITES[:3], "-q", "--json").stdout)["schema"] == "dmm.similarity/1"
     assert len(values) == 3 and all(0.9 < value < 1 for value in values)
 
 
@@ -253,12 +254,14 @@ def test_inspect_tells_what_is_there():
     assert record["dtypes"] == {"F32": 67, "I64": 13} and record["classes"] == list("0123456789")
     assert dmm("inspect", SITES[3], "-q").stdout.startswith("resnet18,num_classes=10")
     assert "BatchNorm layers" in dmm("inspect", SITES[3]).stdout
+    assert dmm("inspect", SITES[3], "--arch", "resnet18,num_classes=10").exit_code == 2  # which it is not
 
 
 def test_evaluate_scores_models_and_their_ensembles():
     command = ["evaluate", *SITES[:2], "--data", DIGITS / "test.safetensors", "--ensemble"]
     record = json.loads(dmm(*command, "--json").stdout)
     assert [row["label"] for row in record["rows"]] == ["site-a", "site-b", "ensemble", "ensemble of logits"]
+    assert json.loads(dmm(*command, "--json", "-q").stdout) == record
     values = [float(line) for line in dmm(*command, "-q").stdout.split()]
     assert values == pytest.approx([row["accuracy"] for row in record["rows"]], abs=1e-4)
     failed = dmm(*command, "--fail-under", 60)

@@ -194,6 +194,15 @@ def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, monkeypatch, write, fl
     assert not words or sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_method_of_two_takes_more_where_groups_are_found_to_hold_two(tmp_path):
+    command = ["merge", SITES[0], SITES[1], D, "--group", "auto", "--method", "slerp", "-o", tmp_path / "out"]
+    assert dmm(*command, "--dry-run").exit_code == 0
+    assert dmm(*command).exit_code == 0
+    assert len(list((tmp_path / "out").glob("group-*.safetensors"))) == 2
+    result = dmm(*command[:3], *command[4:], SITES[2], "--force")
+    assert result.exit_code == 2 and "slerp merges two checkpoints, not 3" in result.stderr
+
+
 @pytest.mark.parametrize("rule", ["0", "-1"])
 def test_checkpoints_of_two_architectures_are_two_groups_whatever_the_threshold(write, tmp_path, rule):
     draw = np.random.default_rng(0)

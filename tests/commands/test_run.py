@@ -7,6 +7,7 @@ import re
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 from conftest import DIGITS, dmm
 from safetensors import safe_open
@@ -55,6 +56,14 @@ def test_the_report_is_one_file_with_everything(done):
     assert "http" not in page and "<script" not in page
 
 
+def test_json_tells_what_the_result_is_worth(done):
+    out, _ = done
+    result = dmm("run", *SITES, "-o", out, *SHORT, "--data", DATA, "--json", "-q")
+    told = json.loads(result.stdout)
+    assert told.pop("evaluation") == json.loads((out / "evaluation.json").read_text())
+    assert told == json.loads((out / "distill.json").read_text())
+
+
 def test_a_second_run_skips_everything(done):
     out, first = done
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -80,6 +89,39 @@ def test_what_changed_is_done_again_and_what_was_damaged_too(done, tmp_path):
     changed = dmm("run", *SITES, "-o", out, *SHORT[:2], "--distill-steps", 5, "--count", COUNT)
     assert changed.stderr.count("up to date") == 3
     assert (out / "model.safetensors").read_bytes() != model
+    assert not (out / "evaluation.json").exists()  # it was of the model before
+
+
+def test_a_result_of_other_checkpoints_stays_unless_forced(done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    command = ["run", *SITES[:2], "-o", out, *SHORT]
+    for last in ([], ["--dry-run"]):
+        result = dmm(*command, *last)
+        assert result.exit_code == 2 and "holds a run of other checkpoints" in result.stderr
+        assert "site-e (sha256 " in result.stderr and "--force" in result.stderr
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    forced = dmm(*command, "--force")
+    assert forced.exit_code == 0, forced.stderr
+    assert not (out / "evaluation.json").exists() and not (out / "linear-merge-of-all.safetensors").exists()
+    assert dmm("run", *reversed(SITES[:2]), "-o", out, *SHORT).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((2, 1, 8, 8), np.uint8)}, "has no array named labels"),
+        ({"images": np.zeros((2, 3, 8, 8), np.uint8), "labels": np.zeros(2, int)}, "3 channels, the model takes 1"),
+        ({"images": np.zeros((2, 1, 8, 8), np.uint8), "labels": np.array([0, 10])}, "classes that site-a cannot name"),
+    ],
+)
+def test_data_that_cannot_judge_are_refused_before_anything_is_computed(tmp_path, arrays, words):
+    np.savez(tmp_path / "data.npz", **arrays)
+    for last in ([], ["--dry-run"]):
+        result = dmm("run", *SITES, "-o", tmp_path / "out", "--data", tmp_path / "data.npz", *last)
+        assert result.exit_code == 2 and words in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
