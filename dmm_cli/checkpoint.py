@@ -27,6 +27,7 @@ NUMPY = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "F16": np.float16,
     "I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64, "F64": np.float64,
 }  # fmt: skip
+WRITABLE = FLOATS | frozenset(NUMPY)  # F8 is read alone
 RANGES = {  # the least magnitude that is rounded to infinity (bfloat16: by way of float32), the name, what holds more
     "F16": ((2 - 2**-11) * 2.0**15, "float16", "bfloat16 or float32"),
     "BF16": ((2 - 2**-8 - 2**-24) * 2.0**127, "bfloat16", "float32 or float64"),

@@ -16,18 +16,21 @@ from ..synthesis import ENGINES, presets
 from ..trust import grant, module_of
 
 FORMATS = ("table", "json", "tsv", "md")
+LARGEST = 2**53  # integers up to here are exact in every reader's JSON
 
 
 def option(*names: str, help: str, **details: Any) -> Any:
-    """A Typer option; no number may be NaN or infinite.
+    """A Typer option; no number may be NaN, infinite, or beyond what JSON keeps exactly.
 
     Its environment variable works but stays out of the help, where it would double every line.
     """
-    return typer.Option(*names, help=help, show_envvar=False, **{"callback": _finite, **details})
+    return typer.Option(*names, help=help, show_envvar=False, **{"callback": _within_reason, **details})
 
 
-def _finite(value: Any) -> Any:
+def _within_reason(value: Any) -> Any:
     """The value of an option; NaN would pass every bound, since it compares as false."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise typer.BadParameter(f"{value} is larger than {LARGEST}")
     if isinstance(value, float) and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value

@@ -167,7 +167,8 @@ def distill_sources(
                 retention=jsonlib.dumps([asdict(item) for item in retention]),
             )
             inputs = files_of((student, data, *teachers))
-            arrays = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+            changed = model.state_dict() if settings.steps else dict(model.named_buffers())
+            arrays = {name: value.cpu().numpy() for name, value in changed.items()}
             _require_convergence(arrays, settings)
             metadata |= {**inherited([student]), **_taught_in(pseudo)}
             save_like(output, student, arrays, metadata, inputs=inputs, force=force)
@@ -247,11 +248,25 @@ def _start(
 
     starts: list[Start] = []
     for source in students:
+        _require_writable(source)
         candidate = _network(source, arch, lessons, device)
         starts.append(Start(source.label, retained(candidate, lessons)))
         if starts[-1].retained > max((start.retained for start in starts[:-1]), default=-1.0):
             best, model = source, candidate
     return best, model, tuple(starts)
+
+
+def _require_writable(student: Source) -> None:
+    """Raise DmmError for tensors of a kind that is read but not written: the student keeps its dtypes."""
+    from ..checkpoint import WRITABLE
+
+    odd = [info for info in student.tensors.values() if info.dtype not in WRITABLE]
+    if odd:
+        raise DmmError(
+            f"a student is not written in {odd[0].dtype}, as {student.path} is",
+            evidence=capped([printable(info.name) for info in odd]),
+            hint="store it as float16 or wider",
+        )
 
 
 def _untold(teacher: Source, arch: str | None) -> str | None:

@@ -293,13 +293,13 @@ def textbook_pseudo_data(
     return data, curve
 
 
-def quality(device: str, work: Path) -> str:
+def quality(device: str, runs: int, work: Path) -> str:
     """Images of the digit sites by both loops, what students of them know, and the loops' first batches."""
     sites, merged = sorted(DIGITS.glob("site-?.safetensors")), work / "merged"
     dmm("merge", *sites, "--group", "auto", "-o", merged, "--force", "-q")
     columns: dict[str, list[float]] = {"plain": [], "fast": []}
     curves: dict[int, tuple[list[float], list[float]]] = {}
-    for seed in range(RUNS):
+    for seed in range(runs):
         ours_file, plain_file = work / "ours.safetensors", work / "plain.safetensors"
         sizes = [word for name, value in QUALITY.items() for word in (f"--{name}", value)]
         flags = ["--seed", seed, "--device", device, "--force"]
@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="*", help="default: all")
     parser.add_argument("--part", nargs="*", choices=("speed", "quality"), default=["speed", "quality"])
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS["cpu"], help="default: all of use on the device")
-    parser.add_argument("--runs", type=int, default=RUNS, help="of the loops whose speed is measured")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of either part")
     arguments = parser.parse_args()
     grant([Path(__file__).stem])  # the teacher's file names a factory that stands here
     precisions = arguments.precision or PRECISIONS[arguments.device]
@@ -360,7 +360,7 @@ def main() -> None:
                     print("\n".join(rows), flush=True)
         if "quality" in arguments.part:
             print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
-            print(quality(arguments.device, work))
+            print(quality(arguments.device, arguments.runs, work))
 
 
 if __name__ == "__main__":

@@ -171,13 +171,18 @@ def test_mistakes_exit_2_with_one_message_and_write_nothing(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--learning-rate", "inf"), ("--temperature", "nan"), ("--fail-under", "nan")],
+    ("option", "value", "words"),
+    [
+        ("--learning-rate", "inf", "inf is not a finite number"),
+        ("--temperature", "nan", "nan is not a finite number"),
+        ("--fail-under", "nan", "nan is not a finite number"),
+        ("--seed", 10**20, "is larger than 9007199254740992"),
+    ],
 )
-def test_options_that_are_no_finite_numbers_are_refused(tmp_path, option, value):
+def test_options_that_are_no_number_to_compute_with_are_refused(tmp_path, option, value, words):
     out = tmp_path / "x.safetensors"
     result = dmm("distill", *SITES[:2], "--data", SITES[0], "-o", out, option, value)
-    assert result.exit_code == 2 and option in result.stderr and "not a finite number" in result.stderr
+    assert result.exit_code == 2 and option in result.stderr and words in result.stderr
     assert not out.exists()
 
 

@@ -134,3 +134,28 @@ def test_pseudo_data_of_no_class_or_teacher_are_refused(drawn, tmp_path, name, v
     save_file(arrays, data, load_metadata(drawn))
     result = dmm("distill", SITES[0], *SITES, "--data", data, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and f"{name} of pseudo-data file {data} are not numbers" in result.stderr
+
+
+def test_without_a_step_weights_stay_to_the_last_bit(drawn, tmp_path):
+    """Also those of a file that stores more digits than networks are run with."""
+    student, out = tmp_path / "wide.safetensors", tmp_path / "out.safetensors"
+    tensors = {
+        name: t.double() * (1 + 1e-12) if t.is_floating_point() else t for name, t in load_file(SITES[0]).items()
+    }
+    save_file(tensors, student, load_metadata(SITES[0]))
+    result = dmm("distill", student, *SITES, "--data", drawn, "--steps", 0, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    written = load_file(out)
+    assert {name for name in tensors if not written[name].equal(tensors[name])} == {
+        name for name in tensors if name.endswith(("running_mean", "running_var"))
+    }
+    assert {str(tensor.dtype) for tensor in written.values()} == {"torch.float64", "torch.int64"}
+
+
+def test_a_student_in_a_dtype_that_is_not_written_is_refused_before_it_is_taught(drawn, tmp_path):
+    student = tmp_path / "small.safetensors"
+    tensors = load_file(SITES[0])
+    save_file({**tensors, "fc.weight": tensors["fc.weight"].to(torch.float8_e4m3fn)}, student, load_metadata(SITES[0]))
+    result = dmm("distill", student, *SITES, "--data", drawn, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "a student is not written in F8_E4M3" in result.stderr
+    assert "fc.weight" in result.stderr and not (tmp_path / "out.safetensors").exists()
