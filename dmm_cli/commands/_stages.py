@@ -51,11 +51,10 @@ class Layout:
         return [*fixed, *self.merged.glob("*")]
 
 
-def checkpoints_of(directory: Path) -> list[tuple[str, str]]:
-    """Label and SHA-256 of the checkpoints that an earlier run in this directory was of; none if there was none."""
-    told = _state(directory).get(CHECKPOINTS)
-    pairs = told if isinstance(told, list) else []
-    return [(str(pair[0]), str(pair[1])) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+def checkpoints_of(directory: Path) -> list[str]:
+    """Labels of the checkpoints that an earlier run in this directory was of; none if there was none."""
+    labels = _state(directory).get(CHECKPOINTS)
+    return list(map(str, labels)) if isinstance(labels, list) else []
 
 
 def _state(directory: Path) -> dict[str, Any]:
@@ -73,7 +72,7 @@ class Stages:
 
     def __init__(self, directory: Path, sources: Sequence[Source], on_event: Callable[[str, bool], None]) -> None:
         self._directory, self._on_event = directory, on_event
-        self._done = _state(directory) | {CHECKPOINTS: [[source.label, source.sha256] for source in sources]}
+        self._done = _state(directory) | {CHECKPOINTS: [source.label for source in sources]}
 
     def run(
         self,
@@ -86,7 +85,8 @@ class Stages:
         """Do the work unless these inputs already gave these outputs (files, or directories of files).
 
         Args:
-            outdates: stages that may not follow, with their files, which the work makes untrue: they are removed first.
+            outdates: later stages that may not be asked for this time, with their files, which tell of what the work
+                replaces; they are removed first.
         """
         import hashlib
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
-from ..errors import DmmError
+from ..errors import DmmError, printable
 from ..files import refuse_inputs, write_text
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
@@ -370,10 +370,10 @@ def _check_outputs(files: Layout, sources: Sequence[Source], inputs: Sequence[Pa
             hint="name another with -o, or use it all the same with --force",
         )
     earlier = [] if force else checkpoints_of(output)
-    if earlier and sorted(sha256 for _, sha256 in earlier) != sorted(source.sha256 for source in sources):
+    if earlier and sorted(earlier) != sorted(source.label for source in sources):
         raise DmmError(
             f"the output directory holds a run of other checkpoints: {output}",
-            evidence=[f"{label} (sha256 {sha256[:12]}...)" for label, sha256 in earlier],
+            evidence=[f"of {printable(label)}" for label in earlier],
             hint="name another with -o, or replace it with --force",
         )
     for path in files.written():

@@ -100,7 +100,7 @@ def test_a_result_of_other_checkpoints_stays_unless_forced(done, tmp_path):
     for last in ([], ["--dry-run"]):
         result = dmm(*command, *last)
         assert result.exit_code == 2 and "holds a run of other checkpoints" in result.stderr
-        assert "site-e (sha256 " in result.stderr and "--force" in result.stderr
+        assert "of site-e" in result.stderr and "--force" in result.stderr
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     forced = dmm(*command, "--force")
     assert forced.exit_code == 0, forced.stderr
