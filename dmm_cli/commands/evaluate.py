@@ -123,7 +123,7 @@ def evaluate_sources(
     return Evaluation(str(data), len(labelled), names, rows)
 
 
-def require_judge(source: Source, data: Path, arch: str | None, flags: options.InputFlags) -> None:
+def require_data_fit(source: Source, data: Path, arch: str | None, flags: options.InputFlags) -> None:
     """Raise DmmError unless a checkpoint can be judged by the data; of the images the first is looked at."""
     import torch
 

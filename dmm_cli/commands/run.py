@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,7 @@ from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
 from ._teachers import require_same_class_names
 from ._veto import FORGOTTEN
-from .evaluate import evaluate_sources, require_judge
+from .evaluate import evaluate_sources, require_data_fit
 from .merge import grouping_of, known_groups
 
 if TYPE_CHECKING:
@@ -124,9 +125,9 @@ def run(
     files = Layout(output)
     _check_outputs(files, sources, [*read, *([data] if data else [])], force)
     if data is not None:
-        require_judge(sources[0], data, arch, flags)
+        require_data_fit(sources[0], data, arch, flags)
 
-    from ..report.console import emit, status
+    from ..report.console import emit
 
     if dry_run:
         emit(f"similarity, merge --method {method} --group {group}, synthesize {count} images from each of "
@@ -148,9 +149,15 @@ def run(
         quiet=quiet,
     )
     output.mkdir(parents=True, exist_ok=True)
-    stages = Stages(output, sources, lambda name, fresh: status(name + ": up to date" * fresh, quiet=quiet))
+    stages = Stages(output, sources, partial(_tell, quiet))
     execute(plan, files, stages)
     _report(files, data, quiet, json)
+
+
+def _tell(quiet: bool, stage: str, fresh: bool) -> None:
+    from ..report.console import status
+
+    status(f"{stage}: up to date" if fresh else stage, quiet=quiet)
 
 
 def _check_arguments(output: Path | None, method: str, group: str, device: str, data: Path | None) -> None:

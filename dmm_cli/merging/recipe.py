@@ -80,7 +80,9 @@ def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) ->
             method lacks its base or its pseudo-data or is not defined for this many checkpoints, or class counts are
             damaged.
     """
-    _check_method(recipe, len(sources) if settled else 1)
+    _check_method(recipe)
+    if settled:
+        _check_count(recipe.method, len(sources))
     others = [recipe.base] if recipe.base else []
     require_same_tensors([*sources, *others], any_shape=loose_heads(sources, recipe))
     _require_same_kinds([*sources, *others])
@@ -104,17 +106,13 @@ def require_base(method: str, base: object) -> None:
         raise DmmError(f"{method} needs the common start", hint="name it with --base")
 
 
-def _check_method(recipe: Recipe, count: int) -> None:
+def _check_method(recipe: Recipe) -> None:
     traits = METHODS.traits(recipe.method)
     require_base(recipe.method, recipe.base)
     if "features" in traits and recipe.features is None:
         raise DmmError(
             f"{recipe.method} needs pseudo-data of the checkpoints",
             hint="dmm synthesize CKPT... -o pseudo.safetensors, then --recalibrate pseudo.safetensors",
-        )
-    if "pair" in traits and count > 2:
-        raise DmmError(
-            f"{recipe.method} merges two checkpoints, not {count}", hint="use --method karcher or linear for more"
         )
     if recipe.calibrate:
         CALIBRATIONS.check(recipe.calibrate)
@@ -127,6 +125,11 @@ def _check_method(recipe: Recipe, count: int) -> None:
         raise DmmError(f"unknown head policy: {printable(recipe.head)}", evidence=[f"known: {', '.join(POLICIES)}"])
     if recipe.dtype and recipe.dtype not in DTYPES:
         raise DmmError(f"unknown dtype: {printable(recipe.dtype)}", evidence=[f"known: {', '.join(DTYPES)}"])
+
+
+def _check_count(method: str, count: int) -> None:
+    if "pair" in METHODS.traits(method) and count > 2:
+        raise DmmError(f"{method} merges two checkpoints, not {count}", hint="use --method karcher or linear for more")
 
 
 def _check_parameters(recipe: Recipe) -> None:
