@@ -313,49 +313,6 @@ def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:
         )
 
 
-def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Name and module of every layer with running statistics (BatchNorm and its relatives), in module order."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "running_mean", None), torch.Tensor)
-        and isinstance(getattr(module, "running_var", None), torch.Tensor)
-    ]
-
-
-@dataclass(frozen=True)
-class NormInput:
-    """A normalisation layer, and where its input has channels: their number, and the dimension they are in."""
-
-    module: nn.Module
-    channels: int
-    axis: int
-
-
-def norm_inputs(model: nn.Module) -> dict[str, NormInput]:
-    """Every normalisation layer by name, in module order, with or without running statistics.
-
-    BatchNorm, InstanceNorm, GroupNorm, LayerNorm and RMSNorm of torch, and timm's variants of them.
-    """
-    found = {name: _norm_input(module) for name, module in model.named_modules()}
-    return {name: layer for name, layer in found.items() if layer}
-
-
-def _norm_input(module: nn.Module) -> NormInput | None:
-    mean, shape = getattr(module, "running_mean", None), getattr(module, "normalized_shape", None)
-    if isinstance(mean, torch.Tensor):
-        return NormInput(module, len(mean), 1)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return NormInput(module, module.num_features, 1)
-    if isinstance(module, nn.GroupNorm):
-        return NormInput(module, module.num_channels, 1)
-    if not shape:
-        return None
-    # LayerNorm and RMSNorm work on the last dimensions; timm and torchvision name those that take (B, C, H, W) ...2d
-    channels_first = any("2d" in kind.__name__ for kind in type(module).__mro__)
-    return NormInput(module, shape[0], 1 if channels_first else -len(shape))
-
-
 def input_spec(
     source: Source,
     model: nn.Module,

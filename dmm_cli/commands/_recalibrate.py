@@ -78,6 +78,7 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
     """
     from .. import architectures
     from ..layout import place
+    from ..norms import norm_layers
     from ..runtime import deterministic, resolve_device
     from ..spaces import example
     from ..synthesis.pseudodata import load_pseudo_data
@@ -91,7 +92,7 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
         lengths = _solve(work) if "features" in METHODS.traits(recipe.method) else {}
         done = [f"{len(lengths)} layers solved ({recipe.method})"] if lengths else []
         changed = set(lengths)
-        if not lengths or architectures.norm_layers(model):
+        if not lengths or norm_layers(model):
             layers, words = _set_right(work)
             changed |= {name for name in model.state_dict() if name.rpartition(".")[0] in layers}
             done.append(words)
@@ -130,8 +131,8 @@ class _Work:
 
 def _solve(work: _Work) -> dict[str, float]:
     """Solve the layers of the model; of each weight, its norm over the weighted mean of the parents'."""
-    from ..architectures import norm_layers
     from ..merging.features import Batch, solve_layers
+    from ..norms import norm_layers
 
     drawn = owned_images(work.data, work.parents, work.settings.seed, "features", work.device)
     batches = [Batch(*pair) for pair in drawn]
@@ -143,7 +144,7 @@ def _solve(work: _Work) -> dict[str, float]:
 
 def _set_right(work: _Work) -> tuple[set[str], str]:
     """Reset statistics or rescale layers; the names of the layers that changed, and in words what was done to them."""
-    from ..architectures import norm_layers
+    from ..norms import norm_layers
     from ..recalibration import repair, reset_statistics
 
     shares = work.shares()

@@ -107,10 +107,10 @@ def _witnesses(
 
 def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:
     """Layers with running statistics, and those with recorded ones, which win; in module order."""
-    from .. import architectures
+    from ..norms import norm_layers
     from ..synthesis.statistics import NormLayer
 
-    running = architectures.norm_layers(model)
+    running = norm_layers(model)
     known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
     if statistics is not None:
         known |= _recorded_layers(model, statistics, spec, device)
@@ -119,11 +119,11 @@ def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, devic
 
 def _recorded_layers(model: nn.Module, statistics: Source, spec: Spec, device: torch.device) -> dict[str, NormLayer]:
     """A network's layers by name, with the statistics of a file that must fit it and its input."""
-    from .. import architectures
+    from ..norms import norm_inputs
     from ..synthesis.recorded import load_recorded
 
     require_input(statistics, spec)
-    return load_recorded(statistics, architectures.norm_inputs(model), device)
+    return load_recorded(statistics, norm_inputs(model), device)
 
 
 def _ordered(model: nn.Module, layers: Mapping[str, NormLayer]) -> list[NormLayer]:

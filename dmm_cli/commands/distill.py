@@ -133,10 +133,10 @@ def distill_sources(
     on_progress=None,
 ) -> DistillManifest:
     """Load the student to start from, refine it, and write the checkpoint; go on from what an interrupted call did."""
-    from .. import architectures
     from ..checkpoint import save_like
     from ..distillation.refine import refine
     from ..manifest import DistillManifest, SourceRecord
+    from ..norms import norm_layers
     from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.pseudodata import load_pseudo_data
 
@@ -148,7 +148,7 @@ def distill_sources(
     lessons = _lessons(pseudo, told, teachers, where)
     networks = [_network(teacher, _untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
     student, model, starts = _start(students, arch, lessons, where)
-    layers = [layer for _, layer in architectures.norm_layers(model)]
+    layers = [layer for _, layer in norm_layers(model)]
     started = time.monotonic()
     parameters = asdict(settings)
     parents = records([student, *teachers])

@@ -160,6 +160,7 @@ def _measured(
     from ..examples import named
     from ..layout import require_fit
     from ..manifest import RecordedLayer, RecordedNetwork
+    from ..norms import norm_inputs
     from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
 
@@ -167,7 +168,7 @@ def _measured(
     spec = architectures.input_spec(source, module, **asdict(flags))
     require_fit(str(source.path), module, example(spec))
     images = evaluation.load_images(data, tuple(named(spec)))
-    layers = architectures.norm_inputs(module)
+    layers = norm_inputs(module)
     if not layers:
         raise DmmError(f"{source.path} has no normalisation layers", hint="there is nothing to record, or to invert")
     counts = ()

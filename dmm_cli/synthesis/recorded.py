@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..architectures import NormInput
 from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
 from ..examples import Inputs, forward, hooked
 from ..inputs import Source
+from ..norms import NormInput
 from ..runtime import deterministic
 from .statistics import NormLayer
 

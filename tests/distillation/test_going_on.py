@@ -13,13 +13,13 @@ from conftest import in_two_processes
 from safetensors.torch import load_file
 from torch import nn
 
-from dmm_cli.architectures import norm_layers
 from dmm_cli.distillation.lessons import Lessons
 from dmm_cli.distillation.refine import refine
 from dmm_cli.distillation.settings import Settings
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.manifest import History
+from dmm_cli.norms import norm_layers
 from dmm_cli.ranks import Ranks
 from dmm_cli.runtime import Host
 from dmm_cli.savepoint import Savepoint

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from dmm_cli.architectures import build, norm_inputs
+from dmm_cli.architectures import build
+from dmm_cli.norms import norm_inputs
 from dmm_cli.runtime import deterministic
 from dmm_cli.synthesis.recorded import Moments, measure
 
