@@ -55,22 +55,31 @@ class Architecture:
 
 
 @cache
-def _timm() -> ModuleType:
+def _imported(name: str) -> ModuleType:
+    """A module, timm or one that may use it, although torchvision's compiled operators may not fit this torch build.
+
+    timm uses none of these, but torchvision registers fake kernels for two schemas at import, and fails when they are
+    absent.
+    """
     try:
-        return importlib.import_module("timm")
+        return importlib.import_module(name)
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-    # torchvision's compiled operators do not fit this torch build; timm uses none of them, but
-    # torchvision registers fake kernels for two schemas at import and fails when they are absent
-    global _schemas
-    _schemas = library.Library("torchvision", "DEF")
+    _define_schemas()
+    return importlib.import_module(name)
+
+
+@cache
+def _define_schemas() -> library.Library:
+    schemas = library.Library("torchvision", "DEF")  # they live as long as it does, in the cache
     for name in ("nms", "qnms"):
-        _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("timm")
+        schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return schemas
 
 
-_schemas: library.Library | None = None  # a library's schemas live as long as the object
+def _timm() -> ModuleType:
+    return _imported("timm")
 
 
 def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
@@ -130,11 +139,12 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
     """What a factory ``package.module:factory`` makes."""
     module, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of no module's name
+        factory = getattr(_imported(module), attribute)
+    except (Exception, SystemExit) as error:  # whatever it is, it is the module's
+        missing = isinstance(error, ModuleNotFoundError)
         raise DmmError(
-            f"no factory {printable(name)}: {printable(str(error))}",
-            hint="modules are looked for where Python looks: add their folder to PYTHONPATH",
+            f"no factory {printable(name)}: {printable(f'{type(error).__name__}: {error}')}",
+            hint="modules are looked for where Python looks: add their folder to PYTHONPATH" if missing else None,
         ) from error
     try:
         made = factory(**arguments)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from dmm_cli import architectures as arch
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
+from dmm_cli.norms import norm_layers
 
 
 def saved(tmp_path, spec: str, metadata=None, name="m"):
@@ -52,6 +54,22 @@ def test_specs_are_split_at_the_right_commas():
 def test_specs_that_cannot_be_built(spec, words):
     with pytest.raises(DmmError, match=words):
         arch.build(spec)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("net = undefined", "NameError: name 'undefined' is not defined"),
+        ("def net(:", "SyntaxError"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+    ],
+)
+def test_modules_that_cannot_be_imported_are_told_as_theirs(code, words, tmp_path, monkeypatch):
+    name = f"module_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DmmError, match=f"no factory {name}:net: {words}"):
+        arch.build(f"{name}:net")
 
 
 def test_a_factory_is_called():
@@ -114,8 +132,8 @@ def test_a_loaded_model_computes_what_the_saved_one_did(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
     assert not loaded.training and arch.num_classes(loaded) == 5
-    assert len(arch.norm_layers(loaded)) == 20
-    assert arch.norm_layers(arch.build("vit_tiny_patch16_224")) == []
+    assert len(norm_layers(loaded)) == 20
+    assert norm_layers(arch.build("vit_tiny_patch16_224")) == []
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path):

@@ -33,6 +33,7 @@ from commands import OutOfTime
 from merge_quality import unpack
 
 from dmm_cli.runtime import Host, resolve_device
+from dmm_cli.trust import grant, module_of
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 TOLD_EVERY = 30.0  # seconds
@@ -113,6 +114,7 @@ def main() -> None:
     profile, work = PROFILES[options.profile], options.work / options.profile
     profile = replace(profile, clients=options.clients or profile.clients)
     clock = Clock(options.minutes and 60 * options.minutes)
+    grant([module_of(profile.own.arch)])  # the clients' files name it, where it is a factory
     work.mkdir(parents=True, exist_ok=True)
     require_same(profile, work)
     images = load_images(options.cifar10, options.work)

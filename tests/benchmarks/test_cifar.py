@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from benchmarks.cifar import split
 from benchmarks.cifar.cells import PROFILES, Cell, Images
 from benchmarks.cifar.training import SPEC, Learner, Recipe, Task
+from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 
@@ -112,3 +116,41 @@ def test_training_that_was_interrupted_ends_in_the_same_bytes(tmp_path):
 def finish(learner: Learner) -> None:
     list(learner.train())
     learner.save()
+
+
+BENCHMARK = """
+from dataclasses import replace
+import cifar_clients
+from cifar.training import Recipe
+arch = "timm.models.mlp_mixer:MlpMixer,num_classes=2,img_size=32,patch_size=8,embed_dim=8,num_blocks=1"
+full = cifar_clients.PROFILES["full"]
+cifar_clients.PROFILES["full"] = replace(full, clients=2, own=Recipe(arch, epochs=1, batch=4))
+cifar_clients.main()
+"""
+
+
+def test_the_whole_benchmark_on_clients_whose_files_name_a_factory(tmp_path):
+    """As in the full profile: what their files name is trusted, here and in the commands that are called."""
+    labels = np.arange(200) % 2
+    images = (photographs(200) // 2 + 90 * labels[:, None, None, None]).astype(np.uint8)
+    work = tmp_path / "work"
+    work.mkdir()
+    np.savez(tmp_path / "train.npz", classes=np.array(["dark", "bright"]))
+    for part in ("train", "test"):
+        np.savez(work / f"cifar10-{part}.npz", images=images, labels=labels)
+    flags = f"--cifar10 {tmp_path} --work {work} --profile full --settings 100-own --seeds 0 --rows linear"
+
+    def table() -> list[str]:
+        command = [sys.executable, "-c", BENCHMARK, *flags.split()]
+        environment = {name: value for name, value in os.environ.items() if name != "DMM_TRUST"}
+        paths = {"PYTHONPATH": str(ROOT / "tests" / "benchmarks")}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | paths, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    first = table()
+    (merge,) = [line for line in first if line.startswith("| linear, analytic variances |")]
+    assert 0 <= float(merge.split("|")[2]) <= 100
+    made = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+    assert len(made) == 3 and table() == first  # two clients and their merge, which are kept
+    assert made == {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
