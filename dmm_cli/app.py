@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,8 @@ from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
 from .commands._run import guarded
 from .config import load_config
+from .errors import DmmError
+from .ranks import process_count
 from .trust import grant
 
 COMMANDS = {
@@ -25,6 +29,8 @@ COMMANDS = {
     "evaluate": (evaluate.evaluate, evaluate.EPILOG),
     "inspect": (inspect.inspect, inspect.EPILOG),
 }
+
+SHARED = ("merge", "synthesize", "distill")  # among the processes of torchrun
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -59,6 +65,7 @@ def defaults(
     ] = None,
 ) -> None:
     """Merge model checkpoints trained apart, without any of the data they were trained on."""
+    _require_one_process(context.invoked_subcommand)
     known = {
         name: [parameter.name for parameter in command.params if parameter.name]
         for name, command in context.command.commands.items()
@@ -67,6 +74,25 @@ def defaults(
     context.default_map = load_config(config, known)
 
 
+def _require_one_process(command: str | None) -> None:
+    """Raise DmmError under torchrun for a command that all its processes would do, each for itself."""
+    if process_count() > 1 and command not in SHARED:
+        raise DmmError(
+            f"{command} is not shared among the processes of torchrun",
+            hint=f"call it without torchrun, which is for {', '.join(SHARED)}",
+        )
+
+
+def _open_closed_streams() -> None:
+    """Give a descriptor that the caller has closed to the null device, before a file of ours gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            if number:
+                setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
 def main() -> None:
     """Entry point of the ``dmm`` command."""
+    _open_closed_streams()
     app()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from .header import ITEM_SIZE
 from .hub import format_arch
 from .inputs import Source
 from .metadata import stated_input
+from .names import is_head
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
@@ -39,6 +39,7 @@ LOADS = {
     "checkpoint_path",
     "cache_dir",
 }  # of timm's arguments
+LIKELY = 0.4  # overlap with its first network from which a family is looked through
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
@@ -88,7 +89,7 @@ def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         DmmError: an argument is not ``name=literal``, or the name points to a hub or a directory.
     """
-    name, *arguments = re.split(r",(?![^(\[]*[)\]])", text)
+    name, *arguments = _split(text)
     if name.startswith(("hf-hub:", "local-dir:", "hf_hub:")):
         raise DmmError(f"dmm does not fetch architectures: {printable(name)}", hint="use the plain timm name")
     values = {}
@@ -98,6 +99,21 @@ def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
             raise DmmError(f"cannot read {printable(argument)!r} in --arch", hint="write name=value")
         values[key.strip()] = _literal(value.strip())
     return name.strip(), values
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that stand in no brackets and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _literal(text: str) -> Any:
@@ -128,8 +144,9 @@ def build(spec: str) -> nn.Module:
         )
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DmmError(f"timm cannot build {printable(spec)}: {printable(str(error))}") from error
+    except Exception as error:  # whatever the arguments make of it
+        told = f"{type(error).__name__}: {error}"
+        raise DmmError(f"timm cannot build {printable(spec)}: {printable(told)}") from error
     if "in_chans" in arguments:
         model.in_chans = arguments["in_chans"]  # its pretrained_cfg tells of three channels all the same
     return model
@@ -184,18 +201,16 @@ def _require_trust(source: Source) -> None:
 def detect(source: Source) -> Architecture:
     """Match tensor names and shapes with timm's catalogue, built without memory on the meta device.
 
-    The classifier's width and the number of input channels are read from the shapes.
+    The classifier's width and the number of input channels are read from the shapes. Families are tried in order of
+    how many parts of their first network the checkpoint has; several networks of one may have the same tensors.
 
     Raises:
         DmmError: no catalogue entry fits.
     """
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    prefixes = {name.partition(".")[0] for name in shapes}
-    for family in _families():
-        first = _meta_shapes(family[0])
-        if first is None or not prefixes <= {name.partition(".")[0] for name in first}:
-            continue
-        for name in family:
+    alike = {family: _overlap(_meta_shapes(family[0]) or {}, shapes) for family in _families()}
+    for family in sorted(alike, key=lambda family: -alike[family]):  # stable: equals stay in the catalogue's order
+        for name in family if alike[family] >= LIKELY else ():
             spec = _fit(name, shapes)
             if spec:
                 return Architecture(spec, f"all {len(shapes)} tensor names and shapes match timm's {name}")
@@ -204,6 +219,12 @@ def detect(source: Source) -> Architecture:
         evidence=["no dmm.arch in its metadata, no config.json beside it, no timm model with these tensors"],
         hint="name it: --arch resnet18,num_classes=10 or --arch package.module:factory",
     )
+
+
+def _overlap(a: Iterable[str], b: Iterable[str]) -> float:
+    """How many of the parts of two networks, by the first word of their tensors' names, are parts of both."""
+    one, other = ({name.partition(".")[0] for name in names} for names in (a, b))
+    return len(one & other) / max(1, len(one | other))
 
 
 @cache
@@ -232,12 +253,15 @@ def _meta_shapes(name: str, **arguments: Any) -> dict[str, tuple[int, ...]] | No
 
 def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
     default = _meta_shapes(name)
-    if default is None or default.keys() != shapes.keys():
+    if default is None or default.keys() - shapes.keys():
         return None
-    other = [key for key in shapes if shapes[key] != default[key]]
-    if not other:
+    heads = shapes.keys() - default.keys()  # a network that comes without a classifier can be given one
+    if not all(map(is_head, heads)):
+        return None
+    arguments: dict[str, Any] = {"num_classes": shapes[head][0] for head in heads}
+    other = [key for key in default if shapes[key] != default[key]]
+    if not other and not heads:
         return name
-    arguments: dict[str, Any] = {}
     for key in other:
         here, there = shapes[key], default[key]
         if here[1:] == there[1:]:

@@ -103,7 +103,8 @@ class Checkpoint:
     def read_floats(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill ``out``, float32 or float64 (n,), with the elements from ``start`` on of a floating tensor."""
         info = self.source.tensors[name]
-        if NUMPY.get(info.dtype) == out.dtype:
+        own = NUMPY.get(info.dtype)  # of BF16 numpy has none, and takes None for float64 when it compares
+        if own is not None and own == out.dtype:
             self._fill(info, start, out.view(np.uint8))
         elif info.dtype == "BF16":
             bits = self.raw(name, start, start + len(out)).view(np.uint16)

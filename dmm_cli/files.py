@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
     if path.exists() and not force:
         raise DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
     if not path.parent.is_dir():
-        raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
+        raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
@@ -67,6 +68,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         _sync_directory(path.parent)
     except OSError as error:
         raise DmmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there, before anything else happens in its directory.
+
+    Raises:
+        DmmError: the file system refused.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise DmmError(f"cannot remove {path}: {error.strerror or error}") from error
 
 
 @contextmanager

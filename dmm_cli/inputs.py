@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -121,15 +123,18 @@ def resolve_source(argument: str) -> Source:
     Raises:
         DmmError: it is not a readable safetensors checkpoint.
     """
+    if "\0" in argument:
+        raise DmmError(f"no path has a NUL in it: {printable(argument)}")
     path = Path(argument)
+    label = os.path.basename(os.path.abspath(path))
     if not path.is_dir():
         if path.name.endswith(".index.json"):
             return Source(path.parent.name or "model", path, _shards(path), _config(path.parent))
         return Source(_stem(path), path, (read_header(path),), None)
     if (path / SINGLE).exists():
-        return Source(path.resolve().name, path, (read_header(path / SINGLE),), _config(path))
+        return Source(label, path, (read_header(path / SINGLE),), _config(path))
     if (path / INDEX).exists():
-        return Source(path.resolve().name, path, _shards(path / INDEX), _config(path))
+        return Source(label, path, _shards(path / INDEX), _config(path))
     found = sorted(p.name for p in path.glob("*.safetensors"))
     raise DmmError(
         f"no {SINGLE} and no {INDEX} in directory {path}",
@@ -231,11 +236,25 @@ def read_record(text: str, origin: str) -> dict[str, Any]:
     """
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: of what is nested a thousand deep
         raise DmmError(f"{origin} is not valid JSON: {printable(str(error))}") from None
     if not isinstance(record, dict):
         raise DmmError(f"{origin} is not a JSON object")
     return record
+
+
+def read_standard_input(stdin: TextIO | None) -> str:
+    """All there is.
+
+    Raises:
+        DmmError: there is no standard input.
+    """
+    if stdin is None:
+        raise DmmError(
+            "standard input cannot be read: it is closed, or shared by the processes of torchrun",
+            hint="write it to a file, and name that: @list.txt, or report.json",
+        )
+    return stdin.read()
 
 
 def read_text(path: Path) -> str:
@@ -252,7 +271,7 @@ def read_text(path: Path) -> str:
 
 def _expand(argument: str, stdin: TextIO | None) -> list[str]:
     if argument == "-":
-        text = stdin.read() if stdin is not None else ""
+        text = read_standard_input(stdin)
         if text.lstrip().startswith("{"):
             return paths_in_record(read_record(text, "standard input"), "standard input")
         return _lines(text)
@@ -279,18 +298,16 @@ def _stem(path: Path) -> str:
 def _with_unique_labels(sources: list[Source]) -> list[Source]:
     """Labels with as much of the path in front as tells them apart, and a number where a checkpoint is there twice.
 
-    Later stages find checkpoints by label, so it must not depend on the order they are named in.
+    Where no path does, for a file beside a directory of the same name, the suffix stays. Later stages find checkpoints
+    by label, so it must not depend on the order they are named in, nor on what links point to.
     """
-    labels = [source.label for source in sources]
-    places = [source.path.resolve() for source in sources]
-    if len(set(labels)) < len(labels):
-        for depth in range(1, max(len(place.parts) for place in places)):
-            labels = [
-                str(Path(*place.parent.parts[-depth:], source.label))
-                for place, source in zip(places, sources, strict=True)
-            ]
-            if len(set(labels)) == len(set(places)):
-                break
+    places = [Path(os.path.abspath(source.path)) for source in sources]
+    short, long = [source.label for source in sources], [place.name for place in places]
+    labels = short
+    for depth, names in product(range(max(len(place.parts) for place in places)), (short, long)):
+        labels = [str(Path(*_last(place.parent, depth), name)) for place, name in zip(places, names, strict=True)]
+        if len(set(labels)) == len(set(places)):
+            break
     seen: Counter[str] = Counter()
     unique = []
     for source, label in zip(sources, labels, strict=True):
@@ -298,6 +315,11 @@ def _with_unique_labels(sources: list[Source]) -> list[Source]:
         suffix = f"#{seen[label]}" if seen[label] > 1 else ""
         unique.append(Source(label + suffix, source.path, source.headers, source.config))
     return unique
+
+
+def _last(directory: Path, depth: int) -> tuple[str, ...]:
+    """The last parts of a path, the root not among them."""
+    return directory.parts[1:][-depth:] if depth else ()
 
 
 def _config(directory: Path) -> dict[str, Any] | None:
@@ -326,7 +348,7 @@ def _shards(index: Path) -> tuple[Header, ...]:
 
 def _require_basenames(index: Path, names: Iterable[Any]) -> None:
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise DmmError(
                 f"{index} names a shard outside its directory: {printable(str(name))}",
                 hint="shard names must be plain file names",

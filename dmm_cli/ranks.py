@@ -52,10 +52,15 @@ class Ranks:
         self.gather(None)
 
 
+def process_count() -> int:
+    """How many processes torchrun started, 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes torchrun started, connected with gloo, and their GPUs with nccl; just this one where it did not."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = process_count()
     if count == 1:
         yield Ranks()
         return

@@ -31,6 +31,10 @@ def test_specs_are_split_at_the_right_commas():
     assert name == "resnet18"
     assert arguments == {"num_classes": 10, "layers": (1, 1, 1, 1), "act_layer": "silu", "drop_rate": 0.1}
     assert arch.format_arch(name, arguments) == text
+    nested = "net,layers=((1,1),(2,2)),cfg={'a':[1,2],'b':\"x,(y\"},stem_type='a,b'"
+    assert arch.parse_arch(nested)[1] == {
+        "layers": ((1, 1), (2, 2)), "cfg": {"a": [1, 2], "b": "x,(y"}, "stem_type": "a,b"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,9 @@ def test_specs_are_split_at_the_right_commas():
         ("resnet19", "timm has no model resnet19"),
         ("resnet18,10", "cannot read '10' in --arch"),
         ("resnet18,no_such=1", "timm cannot build"),
+        ("resnet18,act_layer=foo", "timm cannot build"),
+        ("vit_tiny_patch16_224,embed_dim=191", "timm cannot build"),
+        ("vit_tiny_patch16_224,patch_size=0", "timm cannot build"),
         ("hf-hub:timm/resnet18", "does not fetch"),
         ("local-dir:/tmp", "does not fetch"),
         ("no.such:thing", "no factory no.such:thing"),
@@ -211,3 +218,15 @@ def test_tensors_that_cannot_be_computed_with_are_named(tmp_path, name, value, w
         save_file(arrays, path, file.metadata())
     result = dmm("evaluate", path, "--data", DIGITS / "test.safetensors", "-q")
     assert result.exit_code == 2 and words in result.stderr and str(path) in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "mobilenetv4_conv_small", "eva02_tiny_patch14_224"],
+)
+def test_networks_unlike_the_first_of_their_family_are_detected(tmp_path, name, monkeypatch):
+    family = next(family for family in arch._families() if name in family)
+    around = family[: 1 + family.index(name)][-3:]  # the whole family takes a minute
+    monkeypatch.setattr(arch, "_families", lambda: (("resnet18",), tuple(dict.fromkeys([family[0], *around]))))
+    _, source = saved(tmp_path, f"{name},num_classes=7")
+    assert arch.detect(source).spec == f"{name},num_classes=7"

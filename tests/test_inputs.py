@@ -40,7 +40,7 @@ def test_labels_are_unique(tmp_path):
     paths = [tmp_path / site / "model.safetensors" for site in ("north", "south")]
     assert labels(*paths) == ["north/model", "south/model"]
     assert labels(tmp_path / "north", tmp_path / "south") == ["north", "south"]
-    assert labels(paths[0], paths[0]) == ["north/model", "north/model#2"]
+    assert labels(paths[0], paths[0]) == ["model", "model#2"]
 
 
 def test_labels_do_not_depend_on_the_order(tmp_path):
@@ -158,3 +158,42 @@ def test_every_difference_is_listed(write):
         f"{paths[1]}: w is [1, 2], not [2, 2]",
     ]
     require_same_tensors([sources[0], sources[2]])
+
+
+def test_links_of_one_name_have_labels_by_their_own_paths(tmp_path):
+    """As stores keep data: the name is the link's, and what it points to has another."""
+    (tmp_path / "store").mkdir()
+    for number in range(3):
+        save_file({"w": np.full(2, number, np.float32)}, tmp_path / "store" / f"{number}{number}.safetensors")
+        (tmp_path / f"site{number}").mkdir()
+        (tmp_path / f"site{number}" / "m.safetensors").symlink_to(f"../store/{number}{number}.safetensors")
+    paths = [tmp_path / f"site{number}" / "m.safetensors" for number in (2, 0, 1)]
+    assert labels(*paths) == ["site2/m", "site0/m", "site1/m"]
+    (tmp_path / "latest").symlink_to(tmp_path / "site1")
+    assert labels(tmp_path / "latest" / "m.safetensors", paths[2]) == ["latest/m", "site1/m"]
+
+
+def test_a_file_beside_a_directory_of_its_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "a.safetensors", tmp_path / "a" / "model.safetensors"):
+        save_file({"w": np.ones(2, np.float32)}, path)
+    assert labels(tmp_path / "a.safetensors", tmp_path / "a") == ["a.safetensors", "a"]
+    assert labels(tmp_path / "a", tmp_path / "a.safetensors") == ["a", "a.safetensors"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" + '"a":{' * 100_000])
+def test_json_that_is_nested_too_deep_is_refused(tmp_path, text):
+    (tmp_path / "deep.json").write_text(text)
+    with pytest.raises(DmmError, match=r"deep\.json is not valid JSON"):
+        resolve_sources([str(tmp_path / "deep.json")])
+
+
+def test_a_nul_in_a_path_is_refused(tmp_path):
+    (tmp_path / "list.txt").write_text("a\0b.safetensors\n")
+    with pytest.raises(DmmError, match="NUL"):
+        resolve_sources([f"@{tmp_path}/list.txt"])
+
+
+def test_a_standard_input_that_is_closed_is_refused():
+    with pytest.raises(DmmError, match="standard input cannot be read"):
+        resolve_sources(["-"], stdin=None)

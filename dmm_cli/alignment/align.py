@@ -254,7 +254,7 @@ def _dot(a: Arrays, b: Arrays) -> float:
 
 
 def cosine(a: Arrays, b: Arrays, names: Iterable[str]) -> float:
-    """Cosine of these tensors, taken together; 1 where one side is zero."""
+    """Cosine of these tensors, taken together; where a side is zero 0, and 1 if both are."""
     a, b = ({name: arrays[name] for name in names} for arrays in (a, b))
-    norm = np.sqrt(_dot(a, a) * _dot(b, b))
-    return _dot(a, b) / norm if norm else 1.0
+    one, other = np.sqrt(_dot(a, a)), np.sqrt(_dot(b, b))
+    return _dot(a, b) / (one * other) if one and other else float(one == other)

@@ -72,9 +72,22 @@ def addmm(units: Units, shape: Sequence[int], bias: Value, a: Value, b: Value, *
 
 
 def attention(
-    units: Units, shape: Sequence[int], q: Value, k: Value, v: Value, mask: Value | None = None, *_: Any, **__: Any
+    units: Units,
+    shape: Sequence[int],
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
 ) -> Value:
-    """softmax(q k^T + mask) v over the last two axes."""
+    """softmax(q k^T + mask) v over the last two axes; heads that share keys stay, and positions in a causal one."""
+    if q.shape[:-2] != k.shape[:-2]:
+        units.rigid(*q.axes, *k.axes, *v.axes)
+        return Value.fixed(shape)
+    if is_causal:
+        units.rigid(q.axes[-2], k.axes[-2], v.axes[-2])
     scores = (*q.shape[:-1], k.shape[-2])
     rank = len(k.shape)
     weights = matmul(units, scores, q, k.permuted([*range(rank - 2), rank - 1, rank - 2]))

@@ -56,7 +56,7 @@ def permute(units: Units, shape: Sequence[int], value: Value, order: Sequence[in
 
 def transpose(units: Units, shape: Sequence[int], value: Value, a: int = 0, b: int = 1) -> Value:
     order = list(range(len(shape)))
-    if order:
+    if len(order) > 1:
         order[a], order[b] = order[b], order[a]
     return value.permuted(order)
 

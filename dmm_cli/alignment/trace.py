@@ -28,7 +28,7 @@ def trace(model: nn.Module, size: tuple[int, ...]) -> Spec:
         size: of one input, without the batch axis.
 
     Raises:
-        DmmError: torch.export cannot trace the module.
+        DmmError: torch.export cannot trace the module, or no rule follows its units.
     """
     return spec_of(export(model, size), dict(model.state_dict(keep_vars=True)))
 
@@ -56,6 +56,9 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
 
     Args:
         state: the state dict, not detached, so that tied tensors are one object.
+
+    Raises:
+        DmmError: a rule does not take what the graph gives it.
     """
     units = Units()
     groups = dict(_convolution_weights(program.graph))
@@ -127,7 +130,14 @@ def _apply(units: Units, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     shape = _shape(node)
     if shape is None and rule is not unknown and not isinstance(node.meta.get("val"), (list, tuple)):
         return Value.fixed(())  # an assertion: no tensor comes out
-    result = _checked(rule, node)(units, shape or (), *arguments, **named)
+    try:
+        result = _checked(rule, node)(units, shape or (), *arguments, **named)
+    except Exception as error:  # of what a rule was not written for
+        raise DmmError(
+            f"the units of the network cannot be followed through {_name(node)}",
+            evidence=[printable(f"{type(error).__name__}: {error}".splitlines()[0])],
+            hint="merge it as it is with --align never",
+        ) from error
     for value in result if isinstance(result, list) else [result]:
         units.see(value)
     return result

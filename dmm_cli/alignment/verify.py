@@ -78,7 +78,8 @@ def outputs(name: str, model: nn.Module, state: State, images: torch.Tensor) -> 
     model.load_state_dict(dict(state))
     try:
         with torch.no_grad():
-            return torch.cat([leaf.flatten() for leaf in pytree.tree_leaves(model(images))])
+            leaves = pytree.tree_leaves(model(images))
+            return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, torch.Tensor)])
     except RuntimeError as error:
         raise DmmError(
             f"{name} does not run in float64, so that no order of its units can be verified",

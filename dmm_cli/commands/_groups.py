@@ -146,7 +146,7 @@ def merge_groups(
         outputs=tuple(str(outcome.path) for outcome in outcomes),
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
-        warnings=(*_twins(sources), *ordered.warnings, *odd),
+        warnings=(*_twins(sources), *ordered.warnings, *odd, *_unused(recalibration, several)),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
@@ -246,7 +246,6 @@ def _written(
     recalibration: Recalibration,
 ) -> tuple[Outcome, Recalibrated]:
     """A group merged, recalibrated and saved."""
-    require_one_file(to, team.ranks)
     path = to.group(group.name)
     with draft(path) as place:
         outcome, result = merge_and_recalibrate(
@@ -336,7 +335,8 @@ def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = Tru
         facts["calibrate"] = json.dumps({"method": recipe.calibrate, **own})
     if "random" in METHODS.traits(recipe.method):
         facts["seed"] = str(recipe.seed)
-    own_head = recipe.head == "first" and unlike_heads(members)
+    unlike = unlike_heads(members) or len({member.metadata.get("dmm.classes") for member in members}) > 1
+    own_head = recipe.head == "first" and unlike
     union = head_union(members) if recipe.head == "union" else None
     return {**stamp("merge", parameters, **facts), **inherited(members[:1] if own_head else members, union)}
 
@@ -349,6 +349,10 @@ def _twins(sources: Sequence[Source]) -> list[str]:
             warnings.append(f"{source.path} has the same bytes as {first[source.sha256]}: it counts twice")
         first.setdefault(source.sha256, str(source.path))
     return warnings
+
+
+def _unused(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:
+    return ["--recalibrate sets nothing right: no group has two checkpoints"] if recalibration and not merges else []
 
 
 def _odd_lengths(outcome: Outcome) -> list[str]:

@@ -10,11 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
 from ..errors import DmmError, capped, printable
+from ..ranks import process_count
 
 if TYPE_CHECKING:
     from ..savepoint import Savepoint
@@ -24,6 +25,11 @@ INTERRUPTED, BROKEN_PIPE, TERMINATED, CRASHED = 130, 141, 143, 70
 SMALLER = "take a smaller --batch, or --batch auto where it is offered, a smaller --count, or a device with more memory"
 
 EXIT_CODES = "Exit codes: 0 done; 1 a check you asked for failed; 2 could not run; 130 interrupted."
+
+
+def standard_input() -> TextIO | None:
+    """What a pipe gives; None where it is closed, or where several processes have it together."""
+    return sys.stdin if process_count() == 1 else None
 
 
 def epilog(*examples: str) -> str:

@@ -91,8 +91,7 @@ class Stages:
         import hashlib
 
         key = hashlib.sha256(json.dumps([__version__, stage, inputs], sort_keys=True).encode()).hexdigest()
-        entry = self._done.get(stage, {})
-        fresh = entry.get("key") == key and entry.get("outputs") == self._hashes(outputs)
+        fresh = self._done.get(stage) == {"key": key, "outputs": self._hashes(outputs)}
         self._on_event(stage, fresh)
         if fresh:
             return

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..inputs import files_of, require_same_tensors, resolve_sources
+from ..inputs import files_of, named_files, require_same_tensors, resolve_sources
 from ..merging.heads import unlike_heads
 from . import _options as options
 from ._align import RESTARTS, aligned_record, alignment_metadata, write_aligned
 from ._outputs import file_or_directory
 from ._provenance import records
-from ._run import epilog, guarded
+from ._run import epilog, guarded, standard_input
 
 EPILOG = epilog(
     "dmm align a.safetensors b.safetensors -o b-aligned.safetensors",
@@ -53,17 +52,18 @@ def align(
     """
     style = options.chosen_format(format, json)
     size = options.input_flags(input_size, None, None).size
-    sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
+    sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=2)
     require_same_tensors(sources, any_shape=unlike_heads(sources))
     labels = [source.label for source in sources[1:]]
-    inputs = files_of(sources)
+    inputs = [*files_of(sources), *named_files(checkpoints)]
     files = file_or_directory(output, labels, inputs=inputs, force=force, example="aligned.safetensors")
     paths = dict(zip(labels, files, strict=True))
 
-    from ..report.console import Progress, emit, status
+    from ..report.console import Progress, emit, emit_plan, status
 
     if dry_run:
-        emit(f"align {', '.join(labels)} to {sources[0].label}, {len(sources[0].tensors)} tensors each -> {output}")
+        plan = f"align {', '.join(labels)} to {sources[0].label}, {len(sources[0].tensors)} tensors each -> {output}"
+        emit_plan(plan, as_json=style == "json")
         return
 
     from ..alignment.align import align as align_sources

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,12 +15,12 @@ from ..devices import require_precision
 from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError, capped, printable
 from ..files import check_output
-from ..inputs import Source, files_of, resolve_source, resolve_sources
+from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..metadata import class_names
 from ..ranks import Ranks, joined
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
-from ._run import epilog, guarded, resumable
+from ._run import epilog, guarded, resumable, standard_input
 from ._teachers import SAME_CLASSES, require_same_class_names
 
 SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
@@ -94,16 +93,17 @@ def distill(
         raise DmmError("--learning-rate and --temperature must be above zero")
     require_precision(precision)
     students = resolve_sources([student])
-    sources = resolve_sources(teachers, stdin=sys.stdin)
+    sources = resolve_sources(teachers, stdin=standard_input())
     pseudo = resolve_source(str(data))
-    check_output(output, inputs=files_of((*students, pseudo, *sources)), force=force)
+    read = [*files_of((*students, pseudo, *sources)), *named_files([student, *teachers])]
+    check_output(output, inputs=read, force=force)
 
-    from ..report.console import Progress, emit, status
+    from ..report.console import Progress, emit_plan, status
 
     if dry_run:
         names = ", ".join(source.label for source in sources)
         pupil = " or ".join(source.label for source in students)
-        emit(f"distill {names} into {pupil} with {data}, {steps} steps -> {output}")
+        emit_plan(f"distill {names} into {pupil} with {data}, {steps} steps -> {output}", as_json=json)
         return
 
     settings = Settings(steps, batch, learning_rate, temperature, seed=seed, precision=precision)

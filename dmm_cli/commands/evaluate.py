@@ -13,7 +13,7 @@ from ..inputs import Source, files_of, named_files, resolve_sources
 from ..metadata import class_names
 from . import _options as options
 from ._outputs import check_files
-from ._run import epilog, guarded
+from ._run import epilog, guarded, standard_input
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,11 +56,10 @@ def evaluate(
     Images are resized to the model's input and normalised as the checkpoint says. Of a model with several
     inputs the file holds an array for each, by its name. Classes that the data name are found by name.
     """
-    import sys
 
     style = options.chosen_format(format, json)
     flags = options.input_flags(input_size, mean, std)
-    sources = resolve_sources(checkpoints, stdin=sys.stdin)
+    sources = resolve_sources(checkpoints, stdin=standard_input())
     check_files(output, inputs=[*files_of(sources), *named_files(checkpoints), data], force=force)
 
     from ..manifest import dump

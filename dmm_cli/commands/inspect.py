@@ -11,6 +11,7 @@ import typer
 from ..errors import DmmError
 from ..inputs import Source, files_of, resolve_source
 from ..metadata import class_names, stated_input
+from ..names import is_statistic
 from . import _options as options
 from ._outputs import check_files
 from ._run import epilog, guarded
@@ -69,7 +70,7 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         path=str(source.path),
         sha256=source.sha256,
         bytes=sum(path.stat().st_size for path in source.files),
-        parameters=sum(i.numel for i in source.tensors.values() if i.is_float and "running_" not in i.name),
+        parameters=sum(i.numel for i in source.tensors.values() if i.is_float and not is_statistic(i.name)),
         architecture=_architecture(source, arch),
         kinds={name: tuple(entry) for name, entry in kinds.items()},
         dtypes=dtypes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,16 @@ import typer
 
 from ..digest import hashing
 from ..errors import DmmError
-from ..inputs import Source, kinds_of, paths_in_record, read_record, read_text, resolve_source, resolve_sources
+from ..inputs import (
+    Source,
+    kinds_of,
+    paths_in_record,
+    read_record,
+    read_standard_input,
+    read_text,
+    resolve_source,
+    resolve_sources,
+)
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import POLICIES
 from ..merging.recipe import DTYPES, Recipe
@@ -35,7 +43,7 @@ from ._groups import (
 from ._measures import with_aligned
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
-from ._run import epilog, guarded
+from ._run import epilog, guarded, standard_input
 from ._veto import settle
 
 if TYPE_CHECKING:
@@ -180,7 +188,7 @@ def merge(
     known = known_groups([source.label for source in sources], group, record)
     _check_plan(sources, recipe, to, aligning, group, known)
     if dry_run:
-        _show_plan(sources, recipe, to, aligning)
+        _show_plan(sources, recipe, to, aligning, json)
     else:
         _execute(sources, recipe, to, after, aligning, group, known, quiet, json)
 
@@ -231,6 +239,8 @@ def _execute(
     with joined() as ranks, hashing(ranks.deal(parents_of(sources, recipe))) as hashes:  # first: it takes longest
         from ..report.console import Progress
 
+        if recalibration:
+            require_one_file(to, ranks)
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, known, progress, aligning)
         _require_one_group(aligning, grouping)
@@ -242,20 +252,21 @@ def _execute(
         _report(manifest, quiet, json)
 
 
-def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination, aligning: Aligning) -> None:
-    from ..report.console import emit
+def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination, aligning: Aligning, json: bool) -> None:
+    from ..report.console import emit_plan
 
     tensors = sources[0].tensors.values()
     wider = f", {100 * (1 - aligning.overlap):g} % of the units side by side in more" if aligning.widens else ""
-    emit(
+    emit_plan(
         f"merge {len(sources)} checkpoints with {recipe.method}, {len(tensors)} tensors, "
-        f"{sum(info.nbytes for info in tensors)} bytes a group{wider} -> {to.path}"
+        f"{sum(info.nbytes for info in tensors)} bytes a group{wider} -> {to.path}",
+        as_json=json,
     )
 
 
 def _group_record(group: str) -> dict | None:
     if group == "-":
-        return read_record(sys.stdin.read(), "standard input")
+        return read_record(read_standard_input(standard_input()), "standard input")
     if group.endswith(".json"):
         return read_record(read_text(Path(group)), group)
     options.group_rule(group)
@@ -267,7 +278,7 @@ def _sources(arguments: list[str], record: dict | None) -> list[Source]:
         arguments = paths_in_record(record, "the JSON given with --group")
     if not arguments:
         raise DmmError("no checkpoints given", hint="dmm merge a.safetensors b.safetensors -o merged.safetensors")
-    return resolve_sources(arguments, stdin=sys.stdin)
+    return resolve_sources(arguments, stdin=standard_input())
 
 
 def known_groups(labels: Sequence[str], group: str, record: dict | None) -> Grouping | SimilarityReport | None:

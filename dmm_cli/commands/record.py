@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,12 +12,12 @@ import typer
 
 from ..devices import require_device_name
 from ..errors import DmmError
-from ..inputs import Source, files_of, resolve_source, resolve_sources
+from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..metadata import class_names
 from . import _options as options
 from ._outputs import file_or_directory
 from ._provenance import records, stamp
-from ._run import epilog, guarded
+from ._run import epilog, guarded, standard_input
 from ._statistics import describe
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def record(
     """
     require_device_name(device)
     flags = options.input_flags(input_size, mean, std)
-    sources = resolve_sources(models, stdin=sys.stdin)
+    sources = resolve_sources(models, stdin=standard_input())
     trained = resolve_source(owner) if owner else None
     if len(sources) > 1 and not trained:
         raise DmmError(
@@ -79,16 +78,17 @@ def record(
         )
     if not data.exists():
         raise DmmError(f"no such file: {data}")
-    inputs = [*files_of([*sources, *([trained] if trained else [])]), data]
+    inputs = [*files_of([*sources, *([trained] if trained else [])]), *named_files(models), data]
     names = [f"{trained.label}-in-{source.label}" if trained else source.label for source in sources]
     names = [name.replace("/", "-") for name in names]  # labels of files of one name begin with their folder
     paths = file_or_directory(output, names, inputs=inputs, force=force, example="stats.safetensors")
 
-    from ..report.console import Progress, emit, status
+    from ..report.console import Progress, emit_plan, status
 
     if dry_run:
         whose = f", the data of {trained.label}" if trained else ""
-        emit(f"record statistics of {', '.join(s.label for s in sources)} on {data}{whose} -> {output}")
+        names = ", ".join(source.label for source in sources)
+        emit_plan(f"record statistics of {names} on {data}{whose} -> {output}", as_json=json)
         return
 
     manifest = record_sources(

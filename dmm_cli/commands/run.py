@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from . import _options as options
 from . import distill as distillation
 from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
-from ._run import epilog, guarded
+from ._run import epilog, guarded, standard_input
 from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
 from ._teachers import require_same_class_names
@@ -115,7 +114,7 @@ def run(
     require_precision(precision)
     chosen = options.preset(preset, count, synthesize_steps)
     flags = options.input_flags(input_size, mean, std)
-    sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=2)
+    sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=2)
     require_same_class_names(sources)
     origin = resolve_source(base) if base else None
     count = chosen.count(len(sources))
@@ -127,11 +126,12 @@ def run(
     if data is not None:
         require_data_fit(sources[0], data, arch, flags)
 
-    from ..report.console import emit
+    from ..report.console import emit_plan
 
     if dry_run:
-        emit(f"similarity, merge --method {method} --group {group}, synthesize {count} images from each of "
-             f"{len(sources)} teachers, distill -> {output}")  # fmt: skip
+        images = f"{count} images from each of {len(sources)} teachers"
+        words = f"similarity, merge --method {method} --group {group}, synthesize {images}, distill -> {output}"
+        emit_plan(words, as_json=json)
         return
 
     plan = Plan(

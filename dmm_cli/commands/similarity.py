@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,7 @@ from ..similarity.parts import comparable_parts
 from . import _options as options
 from ._measures import with_aligned, with_cka
 from ._outputs import check_files
-from ._run import epilog, guarded
+from ._run import epilog, guarded, standard_input
 
 if TYPE_CHECKING:
     from ..manifest import SimilarityReport
@@ -70,17 +69,18 @@ def similarity(
     style = options.chosen_format(format, json)
     require_device_name(device)
     measures = _chosen(measure, data)
-    sources = resolve_sources(checkpoints, stdin=sys.stdin, minimum=1 if against else 2)
+    sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=1 if against else 2)
     origin, reference, pseudo = (resolve_source(path) if path else None for path in (base, against, data))
     read = files_of([*sources, *filter(None, (origin, reference, pseudo))])
     comparable_parts(sources, origin, reference)
     check_files(output, figure, inputs=[*read, *named_files(checkpoints)], force=force)
 
-    from ..report.console import Progress, emit, status
+    from ..report.console import Progress, emit, emit_plan, status
 
     if dry_run:
         size = sum(info.nbytes for source in sources for info in source.tensors.values())
-        emit(f"compare {len(sources)} checkpoints, {len(sources[0].tensors)} tensors each, {size} bytes in all")
+        plan = f"compare {len(sources)} checkpoints, {len(sources[0].tensors)} tensors each, {size} bytes in all"
+        emit_plan(plan, as_json=style == "json")
         return
 
     from ..similarity.engine import compute_similarity

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from . import _inversion as inversion
 from . import _options as options
 from ._outputs import check_files
 from ._provenance import records, stamp
-from ._run import epilog, guarded, resumable
+from ._run import epilog, guarded, resumable, standard_input
 from ._statistics import Pair, statistics_of
 from ._teachers import load_student, load_teachers, require_other, require_same_class_names
 
@@ -88,7 +87,7 @@ def synthesize(
     given = Given(
         arch, options.input_flags(input_size, mean, std), device, options.numbers(class_prior, "--class-prior")
     )
-    sources = resolve_sources(checkpoints, stdin=sys.stdin)
+    sources = resolve_sources(checkpoints, stdin=standard_input())
     require_same_class_names(sources)
     settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
@@ -99,7 +98,7 @@ def synthesize(
     if rival:
         require_other(rival, sources)
     if dry_run:
-        _show_plan(sources, settings, output)
+        _show_plan(sources, settings, output, json)
     else:
         _execute(sources, output, settings, given, recorded, rival, grid, force, quiet, json)
 
@@ -117,11 +116,11 @@ class Given(NamedTuple):
     prior: tuple[float, ...]
 
 
-def _show_plan(sources: Sequence[Source], settings: Settings, output: Path) -> None:
-    from ..report.console import emit
+def _show_plan(sources: Sequence[Source], settings: Settings, output: Path, json: bool) -> None:
+    from ..report.console import emit_plan
 
     teachers = f"{settings.count} images from each of {len(sources)} teachers"
-    emit(f"synthesize {teachers}, {settings.steps} steps -> {output}")
+    emit_plan(f"synthesize {teachers}, {settings.steps} steps -> {output}", as_json=json)
 
 
 def _execute(

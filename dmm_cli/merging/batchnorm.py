@@ -55,7 +55,7 @@ def pair_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, str | None]:
         path, _, kind = name.rpartition(".")
         if kind == "running_var" and path and len(info.shape) == 1:
             norms[path.rpartition(".")[0]].append(path)
-        elif kind == "weight" and len(info.shape) >= 2:
+        elif kind == "weight" and len(info.shape) >= 2 and info.is_float:
             weights[path.rpartition(".")[0]].append(path)
     pairs: dict[str, str | None] = {}
     for parent, layers in norms.items():

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, replace_metadata, write_checkpoint
 from ..digest import Hashes
-from ..files import atomic_write, check_output
+from ..files import atomic_write, check_output, remove
 from ..header import Layout, file_order
 from ..inputs import Source
 from ..ranks import Ranks
@@ -90,7 +90,7 @@ def merge(
     work = _Work(tensors, mine, hashes, on_progress)
     ranks.wait()  # a file that another process has just written must not look like one that was there
     with one_blas_thread():
-        _write(mine, [*files, *([base] if base else [])], work, metadata, final_metadata)
+        _write(mine, index, [*files, *([base] if base else [])], work, metadata, final_metadata)
     found = sum(weight is not None for weight in tensors.pairs.values())
     return Outcome(
         index or output, index_text(shards) if index else None, found, len(tensors.pairs) - found, work.lengths()
@@ -99,27 +99,31 @@ def merge(
 
 def _write(
     shards: Mapping[Path, Layout],
+    index: Path | None,
     inputs: Sequence[Checkpoint],
     work: _Work,
     metadata: Mapping[str, str],
     final_metadata: Callable[[], Mapping[str, str]] | None,
 ) -> None:
-    """Write all shards; none takes its place before all of them are complete, and the inputs checked for changes."""
+    """Write all shards; none takes its place before all of them are complete, and the inputs checked for changes.
+
+    An index that stood there goes before that: it would tell of a mixture, were the process killed in between.
+    """
     with ExitStack() as stack:
         files = {path: stack.enter_context(atomic_write(path)) for path in shards}
+        stack.push(lambda failure, *_: remove(index) if index and failure is None else None)
         for checkpoint in inputs:
             stack.enter_context(checkpoint)
         stack.enter_context(work.running())
         for path, file in files.items():
             write_checkpoint(file, shards[path], work.chunks, metadata)
             file.flush()
-        if final_metadata is None:
-            return
-        for file in files.values():
-            os.fsync(file.fileno())  # the disk works while hashes are waited for
-        final = final_metadata()
-        for path, file in files.items():
-            replace_metadata(file, shards[path], metadata, final)
+        if final_metadata is not None:
+            for file in files.values():
+                os.fsync(file.fileno())  # the disk works while hashes are waited for
+            final = final_metadata()
+            for path, file in files.items():
+                replace_metadata(file, shards[path], metadata, final)
 
 
 class _Job(NamedTuple):

@@ -64,13 +64,18 @@ def head_union(sources: Sequence[Source]) -> Union | None:
     return Union(classes, places, tensors)
 
 
+def heads_of(source: Source) -> frozenset[str]:
+    """Names of the tensors of a checkpoint's classifier."""
+    return frozenset(filter(is_head, source.tensors))
+
+
 def unlike_heads(sources: Sequence[Source]) -> list[str]:
     """Names of head tensors whose shapes differ."""
     first = sources[0].tensors
     return [
         name
-        for name in first
-        if is_head(name) and any(s.tensors.get(name) and s.tensors[name].shape != first[name].shape for s in sources)
+        for name in sorted(heads_of(sources[0]))
+        if any(s.tensors.get(name) and s.tensors[name].shape != first[name].shape for s in sources)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,10 +12,11 @@ from ..errors import DmmError, capped, printable
 from ..inputs import Source, require_same_tensors
 from ..metadata import class_counts
 from . import CALIBRATIONS, METHODS, parameters
-from .heads import POLICIES, head_union, unlike_heads
+from .heads import POLICIES, head_union, heads_of, unlike_heads
 from .method import check_parameters
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+RANGE = (1e-12, 1e12)  # of weights: in it no sum of theirs, nor a product with one, leaves float32
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,14 @@ class Recipe:
         matching = [o.parameters for o in self.overrides if fnmatchcase(name, o.pattern)]
         return {key: value for part in (self.parameters, *matching) for key, value in part.items()}
 
+    def override_of(self, name: str) -> tuple[float, ...]:
+        """The weights that are given for one tensor, if any are."""
+        matching = [o.weights for o in self.overrides if o.weights and fnmatchcase(name, o.pattern)]
+        return matching[-1] if matching else ()
+
     def weights_of(self, name: str, count: int) -> tuple[float, ...]:
         """The weights for one tensor, one per checkpoint."""
-        matching = [o.weights for o in self.overrides if o.weights and fnmatchcase(name, o.pattern)]
-        return matching[-1] if matching else self.weights or (1.0,) * count
+        return self.override_of(name) or self.weights or (1.0,) * count
 
 
 def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) -> None:
@@ -147,8 +151,7 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
         DmmError: heads differ, and nothing tells how their rows correspond.
     """
     if recipe.head == "first":
-        everything = [*sources, *([recipe.base] if recipe.base else [])]
-        return frozenset(unlike_heads(everything))
+        return heads_of(sources[0])
     union = head_union(sources)
     if union:
         return union.tensors
@@ -163,13 +166,17 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
 
 
 def check_weights(recipe: Recipe, count: int) -> None:
-    """Raise DmmError unless the weights, if there are any, are ``count``, none negative and not all zero."""
+    """Raise DmmError unless the weights, if there are any, are ``count``, in ``RANGE`` or zero, and not all zero."""
     for weights in (recipe.weights, *(override.weights for override in recipe.overrides)):
         if weights and len(weights) != count:
             raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint="give one each: --weights 1,2")
-        if weights and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+        low, high = RANGE
+        if weights and not (all(w == 0 or low <= w <= high for w in weights) and any(weights)):
             shown = ", ".join(f"{weight:g}" for weight in weights)
-            raise DmmError(f"weights must be zero or more, with a positive sum: {shown}")
+            raise DmmError(
+                f"weights must be zero or more, with a positive sum: {shown}",
+                hint=f"those that are not zero lie between {low:g} and {high:g}; only their ratios count",
+            )
 
 
 def _require_same_kinds(sources: Sequence[Source]) -> None:

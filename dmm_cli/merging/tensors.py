@@ -21,12 +21,12 @@ from ..checkpoint import Checkpoint, encode_floats
 from ..digest import Hashes
 from ..errors import DmmError, printable
 from ..header import Layout, TensorInfo
-from ..names import COUNTER, RUNNING_MEAN, RUNNING_VAR, kind_of
+from ..names import COUNTER, RUNNING_MEAN, RUNNING_VAR, is_statistic, kind_of
 from ..streaming import Piece, pieces, read_rows, split, width_of
 from . import CALIBRATIONS, METHODS
 from .batchnorm import merged_variance, pair_layers
 from .facts import Fact, Gram, trim_threshold
-from .heads import head_union, unlike_heads
+from .heads import head_union, heads_of
 from .method import Block, Facts, effective_parameters
 from .recipe import DTYPES, Recipe
 
@@ -56,21 +56,25 @@ class Tensors:
         sources = [file.source for file in files]
         self._infos = sources[0].tensors
         self._union = head_union(sources) if recipe.head == "union" else None
-        self._kept = (
-            frozenset(unlike_heads([file.source for file in self._all])) if recipe.head == "first" else frozenset()
-        )
+        self._kept = heads_of(sources[0]) if recipe.head == "first" else frozenset()
         self._method = METHODS.load(recipe.method)
         self._traits = METHODS.traits(recipe.method)
         self._parameters = {
             name: effective_parameters(self._method, recipe.parameters_of(name)) for name in self._infos
         }
-        self._given = {name: np.array(recipe.weights_of(name, len(files))) for name in self._infos}
+        self.pairs = pair_layers(self._infos)
+        self._given = {name: np.array(self._weights_for(name)) for name in self._infos}
         self._weights = {name: weights[weights > 0] for name, weights in self._given.items()}  # (N,) each
         self._local = threading.local()
         self._facts = self._find_out()
-        self.pairs = pair_layers(self._infos)
         self.on_matrices = "matrices" in self._traits or recipe.calibrate is not None
         self._open_device()
+
+    def _weights_for(self, name: str) -> tuple[float, ...]:
+        """Of statistics, unless they are given some of their own, those of the filters whose output they tell of."""
+        paired = self.pairs.get(name.rpartition(".")[0]) if is_statistic(name) else None
+        follows = paired and not self._recipe.override_of(name)
+        return self._recipe.weights_of(paired if follows else name, len(self._files))
 
     def _open_device(self) -> None:
         if self.on_matrices:

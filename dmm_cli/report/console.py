@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -26,6 +27,11 @@ def emit(text: str, output: Path | None = None, *, force: bool = False) -> None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
     else:
         write_text(output, text if text.endswith("\n") else text + "\n", force=force)
+
+
+def emit_plan(words: str, *, as_json: bool) -> None:
+    """What a dry run tells."""
+    emit(json.dumps({"schema": "dmm.plan/1", "plan": words}) if as_json else words)
 
 
 class Progress:

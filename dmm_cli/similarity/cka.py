@@ -17,6 +17,7 @@ from torch import nn
 from ..examples import Inputs, forward, hooked
 
 BATCH = 128  # images whose products are taken with one another
+ROUNDING = 1e-9  # of float32 activations, squared
 FEWEST = 4  # images, for the estimate to be defined
 
 Matrices = dict[str, torch.Tensor]
@@ -28,23 +29,27 @@ def cka(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """CKA of every two networks of one architecture on the same images, (N, N), and by layer.
 
-    Layers are the outputs of convolutions and linear layers; the matrix is their mean.
+    Layers are the outputs of convolutions and linear layers; the matrix is their mean. What a network makes the same
+    of all images has no part in its similarities, but counts as 0 against a network that does not.
 
     Args:
         models: in eval mode, on the device of the images.
         batches: normalised inputs, each (B, ...), of which those of fewer than ``FEWEST`` are left out.
     """
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}  # (N, N) each
+    scales: dict[str, torch.Tensor] = {}  # (N,) each
     usable = [batch for batch in batches if len(batch) >= FEWEST]
     for number, batch in enumerate(usable):
         grams = [_grams(model, batch) for model in models]
         for name in grams[0]:
-            hsic = _hsic(torch.stack([own[name] for own in grams]))  # (N, N)
-            sums[name] = sums.get(name, 0) + hsic
+            both = torch.stack([own[name] for own in grams])  # (N, B, B)
+            sums[name] = sums.get(name, 0) + _hsic(both)
+            scales[name] = scales.get(name, 0) + both.square().mean((1, 2))
         if on_progress:
             on_progress("cka", number + 1, len(usable))
-    layers = {name: _normalised(total.cpu().numpy()) for name, total in sums.items()}
-    return np.mean(list(layers.values()), axis=0), layers
+    layers = {name: _normalised(sums[name].cpu().numpy(), scales[name].cpu().numpy()) for name in sums}
+    known = np.ma.masked_invalid(list(layers.values()))  # (layers, N, N)
+    return known.mean(0).filled(1.0), layers  # networks that tell nothing of any image are alike
 
 
 def _grams(model: nn.Module, images: Inputs) -> Matrices:
@@ -53,6 +58,8 @@ def _grams(model: nn.Module, images: Inputs) -> Matrices:
 
     def hook(name: str):
         def keep(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            if len(output) % len(images):
+                return  # what it works on are not the images, but positions for example
             features = output.reshape(len(images), -1).double()  # (B, F)
             found[name] = features @ features.T
 
@@ -80,6 +87,13 @@ def _hsic(grams: torch.Tensor) -> torch.Tensor:
     return (trace + mean - cross) / (count * (count - 3))
 
 
-def _normalised(hsic: np.ndarray) -> np.ndarray:
-    own = np.sqrt(np.clip(np.diag(hsic), 1e-300, None))
-    return np.clip(hsic / np.outer(own, own), -1.0, 1.0)
+def _normalised(hsic: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """CKA (N, N) from sums of HSIC, NaN between networks whose features are the same for all images.
+
+    Args:
+        scale: (N,), what the sums would be about if features were not centred; below ``ROUNDING`` of it they are noise.
+    """
+    varies = np.diag(hsic) > ROUNDING * scale
+    own = np.sqrt(np.where(varies, np.diag(hsic), np.inf))  # against anything else, what does not vary counts 0
+    ratio = np.clip(hsic / np.outer(own, own), -1.0, 1.0)
+    return np.where(varies[:, None] | varies, ratio, np.nan)

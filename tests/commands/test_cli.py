@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import DIGITS, ROOT, dmm, shell
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import __version__
+from dmm_cli.inputs import resolve_source
 from dmm_cli.report import console
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
@@ -354,3 +356,62 @@ def test_a_killed_merge_leaves_no_partial_file(tmp_path, big, number, code):
     left = list(tmp_path.glob(".dmm-*"))
     assert number == signal.SIGKILL or left == []
     assert shell(*arguments).returncode == 0 and out.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["similarity", SITES[0], SITES[1]],
+        ["align", SITES[0], SITES[1], "-o", "out.safetensors"],
+        ["merge", SITES[0], SITES[1], "-o", "out.safetensors"],
+        ["record", SITES[0], "--data", DIGITS / "test.safetensors", "-o", "out.safetensors"],
+        ["synthesize", SITES[0], SITES[1], "-o", "out.safetensors"],
+        ["distill", SITES[0], SITES[1], "--data", DIGITS / "test.safetensors", "-o", "out.safetensors"],
+        ["run", SITES[0], SITES[1], "-o", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_dry_run_tells_its_plan_as_json_too(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    plain, result = dmm(*words, "--dry-run"), dmm(*words, "--dry-run", "--json")
+    assert plain.exit_code == result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"schema": "dmm.plan/1", "plan": plain.stdout.rstrip("\n")}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["inspect", SITES[0]], "inspect is not shared among the processes of torchrun"),
+        (["run", SITES[0], SITES[1], "-o", "out"], "run is not shared"),
+        (["merge", "-", "-o", "out.safetensors"], "standard input cannot be read"),
+        (["merge", "--group", "-", "-o", "out.safetensors"], "standard input cannot be read"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = dmm(*words, text="{}")
+    assert result.exit_code == 2 and told in result.stderr and "hint: " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("closed", "flags", "code", "told"),
+    [
+        (">&-", ["--force"], 0, ""),
+        ("2>&-", ["--force", "--json"], 0, ""),
+        ("2>&-", [], 2, ""),
+        ("<&-", ["--force", "--group", "-"], 2, "standard input cannot be read"),
+    ],
+)
+def test_streams_that_are_closed(tmp_path, closed, flags, code, told):
+    out = tmp_path / "out.safetensors"
+    out.touch()
+    command = [sys.executable, "-m", "dmm_cli", "merge", SITES[0], SITES[1], "-o", out, *flags]
+    line = f"{shlex.join(map(str, command))} {closed}"
+    result = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert result.returncode == code and told in result.stderr
+    assert resolve_source(str(out)).tensors if code == 0 else out.stat().st_size == 0
+    if "--json" in flags:
+        assert json.loads(result.stdout)["outputs"] == [str(out)]

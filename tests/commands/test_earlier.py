@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import dmm
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli.checkpoint import Checkpoint
-from dmm_cli.inputs import resolve_source
+from dmm_cli.inputs import Source, resolve_source
 
 
 @pytest.fixture
@@ -122,3 +123,33 @@ def test_what_would_be_removed_must_not_be_an_input(nets, tmp_path):
     result = merge(shards, nets["y"], "-o", shards / "model.safetensors", "--force", code=2)
     assert "one of the inputs" in result.stderr and np.allclose(held(shards), mean(nets["x"]))
     assert {path: path.read_bytes() for path in out.iterdir()} == old
+
+
+@pytest.mark.parametrize(("fails_at", "kept"), [(0, True), (1, False)])
+def test_a_merge_that_is_stopped_leaves_no_index_of_a_mixture(nets, tmp_path, monkeypatch, fails_at, kept):
+    """Before the first new shard takes its place the old files stay; after it nothing names what lies there."""
+    out = tmp_path / "out.safetensors"
+    merge(nets["x"], nets["y"], "--max-shard-size", 70, "-o", out)
+    before = {path: path.read_bytes() for path in tmp_path.glob("out*")}
+    index, replace, calls = out.with_name("out.safetensors.index.json"), os.replace, []
+
+    def stop(source, target):
+        calls.extend([target] if Path(target).parent == tmp_path else [])  # not what is remembered elsewhere
+        if len(calls) > fails_at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    if kept:
+        monkeypatch.setattr(Source, "check_unchanged", lambda _: stop(out, out))
+    else:
+        monkeypatch.setattr(os, "replace", stop)
+    merge(nets["x"], nets["z"], "--max-shard-size", 70, "-o", out, "--force", code=130)
+    monkeypatch.undo()
+    assert index.exists() == kept and not list(tmp_path.glob(".dmm*"))
+    if kept:
+        assert before == {path: path.read_bytes() for path in tmp_path.glob("out*")}
+    merge(nets["x"], nets["z"], "--max-shard-size", 70, "-o", out, "--force")
+    whole = tmp_path / "whole.safetensors"
+    merge(nets["x"], nets["z"], "-o", whole)
+    with Checkpoint(resolve_source(str(index))) as file:
+        assert all((file.array(name) == value).all() for name, value in load_file(whole).items())

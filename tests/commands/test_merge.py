@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import DIGITS, dmm, in_two_processes, small_net
+from conftest import DIGITS, digits_as_pseudo_data, dmm, in_two_processes, small_net
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -243,6 +243,18 @@ def test_heads_of_different_classes_are_joined_by_name_and_the_file_says_so(writ
     assert told["dmm.arch"] == "resnet18,num_classes=4" and json.loads(told["dmm.class_counts"]) == [5, 10, 5, 5]
     assert dmm("merge", *paths, "-o", out, "--force", "--head", "first").exit_code == 0
     assert load_file(out)["fc.weight"].shape == (2, 4)
+    assert json.loads(metadata(out)["dmm.classes"]) == ["cat", "dog"]
+
+
+def test_the_first_head_brings_its_classes_where_others_have_as_many(write, tmp_path):
+    paths = [
+        write(f"m{number}", {"dmm.classes": json.dumps(classes), "dmm.class_counts": "[3, 4]"}, **small_net(number))
+        for number, classes in enumerate((["cat", "dog"], ["owl", "elk"]))
+    ]
+    out = tmp_path / "out.safetensors"
+    assert dmm("merge", *paths, "-o", out, "--head", "first").exit_code == 0
+    assert (load_file(out)["fc.weight"] == small_net(0)["fc.weight"]).all()
+    assert metadata(out)["dmm.classes"] == '["cat", "dog"]' and metadata(out)["dmm.class_counts"] == "[3, 4]"
 
 
 def test_eight_files_are_merged_on_one_core(write, tmp_path, monkeypatch):
@@ -271,3 +283,32 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, sources, flags, files):
     assert one == two and len(one) == files
     merged = metadata(next(folders[0].glob("*.safetensors")))
     assert ("dmm.aligned" in merged) == ("--max-shard-size" in flags)
+
+
+def test_statistics_go_with_the_filters_before_them(three, tmp_path):
+    """Whoever takes a layer from one checkpoint has its statistics; they can still be given weights of their own."""
+    out, parents = tmp_path / "out.safetensors", [load_file(path) for path in three]
+    assert dmm("merge", *three, "--param", "conv1.*:weights=0,1,0", "-o", out).exit_code == 0
+    got = load_file(out)
+    for name in ("conv1.weight", "bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"):
+        assert (got[name] == parents[1][name]).all()
+    mean = sum(parent["fc.weight"] for parent in parents) / 3
+    assert np.allclose(got["fc.weight"], mean, atol=1e-6)
+    flags = ["--param", "conv1.*:weights=0,1,0", "--param", "bn1.running_*:weights=1,1,1"]
+    assert dmm("merge", *three, *flags, "-o", out, "--force").exit_code == 0
+    mean = sum(parent["bn1.running_mean"] for parent in parents) / 3
+    assert np.allclose(load_file(out)["bn1.running_mean"], mean, atol=1e-6)
+
+
+def test_integer_filters_in_front_of_a_normalisation_stay(write, tmp_path):
+    paths = [write(f"m{seed}", **small_net(seed) | {"conv1.weight": np.ones((4, 3, 3, 3), np.int8)}) for seed in (0, 1)]
+    out = tmp_path / "out.safetensors"
+    assert dmm("merge", *paths, "-o", out).exit_code == 0
+    deviations = [np.sqrt(small_net(seed)["bn1.running_var"]) for seed in (0, 1)]
+    assert np.allclose(load_file(out)["bn1.running_var"], np.square(np.mean(deviations, 0)), rtol=1e-5)
+
+
+def test_a_recalibration_of_nothing_is_told(tmp_path):
+    pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5))])
+    result = dmm("merge", SITES[0], "--recalibrate", pseudo, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 0 and "no group has two checkpoints" in result.stderr

@@ -188,9 +188,10 @@ def test_every_method_merges_real_state_dicts(family, tmp_path):
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-@pytest.mark.parametrize(
-    "tags", [("F16",) * 3, ("BF16",) * 3, ("F64",) * 3, ("F16", "F32", "BF16"), ("F32", "F64", "F16")]
-)
+MIXED = [("F16", "F32", "BF16"), ("F32", "F64", "F16"), ("BF16", "F64", "BF16"), ("F64", "BF16", "F64")]
+
+
+@pytest.mark.parametrize("tags", [("F16",) * 3, ("BF16",) * 3, ("F64",) * 3, *MIXED])
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "tsv"])
 def test_any_float_dtype_is_merged_in_float32_or_better(tmp_path, tags, method):
     """Every value is within half a unit in the last place of what float64 gives."""
@@ -326,6 +327,9 @@ def test_what_cannot_be_merged(write, tmp_path):
         ({"w": W}, {"w": W}, Recipe(weights=(1.0,)), "1 weights for 2 checkpoints"),
         ({"w": W}, {"w": W}, Recipe(weights=(1.0, -1.0)), "zero or more"),
         ({"w": W}, {"w": W}, Recipe(weights=(0.0, 0.0)), "positive sum"),
+        ({"w": W}, {"w": W}, Recipe(weights=(1e308, 1e308)), "positive sum"),
+        ({"w": W}, {"w": W}, Recipe(weights=(1e-46, 1e-46)), "positive sum"),
+        ({"w": W}, {"w": W}, Recipe(weights=(float("nan"), 1.0)), "positive sum"),
         ({"running_var": -W[0]}, {"running_var": W[0]}, Recipe(), r"negative running variance.*a\.safetensors"),
         ({"w": 1e5 * W}, {"w": 1e5 * W}, Recipe(dtype="float16"), "tensor w has values beyond the range of float16"),
         ({"w": most}, {"w": most}, Recipe(dtype="bfloat16"), "tensor w has values beyond the range of bfloat16"),

@@ -86,3 +86,45 @@ def test_without_images_it_is_left_out_or_refused():
     assert list(json.loads(dmm("similarity", *sites, "--json").stdout)["measures"]) == ["cosine", "sign", "bn"]
     result = dmm("similarity", *sites, "--measure", "cka")
     assert result.exit_code == 2 and "cka needs images" in result.stderr and "dmm synthesize" in result.stderr
+
+
+def test_layers_that_make_the_same_of_all_images_have_no_part():
+    draw = torch.Generator().manual_seed(5)
+    alive = torch.randn(32, 6, generator=draw, dtype=torch.float64)
+    other = torch.randn(32, 6, generator=draw, dtype=torch.float64)
+    dead, constant = torch.zeros_like(alive), torch.ones_like(alive)
+
+    class Two(nn.Module):
+        def __init__(self, first: torch.Tensor, second: torch.Tensor) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Features(first), Features(second)])
+
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return [part(images) for part in self.parts]
+
+    images = torch.eye(32, dtype=torch.float64)
+    for silent in (dead, constant):
+        whole, layers = cka([Two(alive, silent), Two(alive, silent), Two(other, alive)], [images])
+        plain = of_features(alive, other)
+        assert whole[0, 1] == pytest.approx(1) and np.allclose(np.diag(whole), 1)
+        assert whole[0, 2] == pytest.approx(plain[0, 1] / 2)  # the mean with the layer that is silent in one of them
+        assert np.isnan(list(layers.values())[1][0, 1])
+    assert (of_features(dead, constant) == 1).all()
+
+
+def test_layers_that_work_on_positions_are_left_out():
+    class Placed(nn.Module):
+        def __init__(self, features: torch.Tensor, places: int) -> None:
+            super().__init__()
+            self.body, self.place = Features(features), nn.Linear(2, 3, dtype=torch.float64)
+            self.places = torch.ones(places, 2, dtype=torch.float64)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.body(images) + self.place(self.places).sum()
+
+    draw = torch.Generator().manual_seed(6)
+    features = [torch.randn(32, 6, generator=draw, dtype=torch.float64) for _ in range(2)]
+    images = torch.eye(32, dtype=torch.float64)
+    for places in (1, 49):
+        whole, layers = cka([Placed(f, places) for f in features], [images])
+        assert list(layers) == ["body.layer"] and np.allclose(whole, of_features(*features))
