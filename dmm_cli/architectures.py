@@ -258,7 +258,7 @@ def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
     heads = shapes.keys() - default.keys()  # a network that comes without a classifier can be given one
     if not all(map(is_head, heads)):
         return None
-    arguments: dict[str, Any] = {"num_classes": shapes[head][0] for head in heads}
+    arguments: dict[str, Any] = {"num_classes": shapes[min(heads)][0]} if heads else {}
     other = [key for key in default if shapes[key] != default[key]]
     if not other and not heads:
         return name

@@ -38,10 +38,10 @@ def capped(items: Iterable[str], limit: int = 10) -> list[str]:
     return [*items[:limit], f"... and {len(items) - limit} more"]
 
 
-def printable(text: str, limit: int = 200) -> str:
+def printable(text: str, limit: int | None = 200) -> str:
     """Untrusted text made safe for a terminal: control, format and bidi characters escaped, length capped."""
-    safe = "".join(_escape(character) for character in text[: limit + 1])
-    return safe if len(text) <= limit else safe[:limit] + "..."
+    safe = "".join(map(_escape, text[:limit]))
+    return safe if limit is None or len(text) <= limit else safe[:limit] + "..."
 
 
 def _escape(character: str) -> str:

@@ -179,7 +179,7 @@ def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], 
     classes = arrays.pop("classes", np.array([]))
     if classes.ndim != 1:
         raise DmmError(f"classes of {path} must be a list of names, not {list(classes.shape)}")
-    return arrays, tuple(map(str, classes))
+    return arrays, tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in classes)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

@@ -45,6 +45,11 @@ def drawn_rows(weights: torch.Tensor, stream: torch.Generator) -> Sequence[torch
     return torch.multinomial(weights, BATCHES * BATCH, replacement=True, generator=stream).split(BATCH)
 
 
+def is_batchnorm(layer: nn.Module) -> bool:
+    """Whether a layer normalises by statistics of a batch, and not of every image."""
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+
+
 @torch.no_grad()
 def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Inputs]) -> None:
     """Replace running means and variances by their average over batches of inputs (B, ...), in place.
@@ -53,7 +58,7 @@ def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Ite
     the model is left in eval mode, which all other layers are in meanwhile: the statistics are those of the network
     that is evaluated, without dropout.
     """
-    layers = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    layers = list(filter(is_batchnorm, layers))
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]

@@ -115,8 +115,16 @@ def test_models_of_different_classes_are_not_put_in_one_table(tmp_path):
     with safe_open(path, "np") as file:
         metadata = {**file.metadata(), "dmm.classes": json.dumps(list("1234567890"))}
     save_file(load_file(path), other, metadata)
-    result = dmm("evaluate", path, other, "--data", DIGITS / "test.safetensors")
-    assert result.exit_code == 2 and "do not have the same classes" in result.stderr
+    silent = tmp_path / "silent.safetensors"
+    save_file(load_file(path), silent, {name: text for name, text in metadata.items() if name != "dmm.classes"})
+    test = DIGITS / "test.safetensors"
+    named = {**load_file(test)}
+    data = tmp_path / "named.npz"
+    np.savez(data, **named, classes=np.array(list("0123456789"), "S1"))
+    for models, images in (([path, other], test), ([silent, other], data), ([other, silent], data)):
+        result = dmm("evaluate", *models, "--data", images)
+        assert result.exit_code == 2 and "do not have the same classes" in result.stderr
+    assert dmm("evaluate", path, silent, "--data", data).exit_code == 0, "in one order all the same"
 
 
 def test_images_are_resized_and_normalised():

@@ -145,14 +145,14 @@ def _solve(work: _Work) -> dict[str, float]:
 def _set_right(work: _Work) -> tuple[set[str], str]:
     """Reset statistics or rescale layers; the names of the layers that changed, and in words what was done to them."""
     from ..norms import norm_layers
-    from ..recalibration import repair, reset_statistics
+    from ..recalibration import is_batchnorm, repair, reset_statistics
 
     shares = work.shares()
     batches = mixed_images(work.data, work.parents, shares, work.settings.seed, "recalibrate", work.device)
-    layers = norm_layers(work.model)
+    layers = {name: layer for name, layer in norm_layers(work.model) if is_batchnorm(layer)}
     if layers:
-        reset_statistics(work.model, [layer for _, layer in layers], batches)
-        return {name for name, _ in layers}, f"{len(layers)} BatchNorm layers reset"
+        reset_statistics(work.model, list(layers.values()), batches)
+        return set(layers), f"{len(layers)} BatchNorm layers reset"
     heads = [name for name, _ in work.model.named_modules() if is_head(f"{name}.weight")]
     names = repair(work.model, work.parent_modules(), shares, list(batches), skip=heads)
     return set(names), f"{len(names)} layers rescaled (REPAIR)"

@@ -154,6 +154,11 @@ def require_same_class_names(sources: Sequence[Source]) -> None:
         )
 
 
+def untold(teacher: Source, arch: str | None) -> str | None:
+    """The architecture of a teacher that does not tell its own: the student's."""
+    return None if "dmm.arch" in teacher.metadata else arch
+
+
 def load_student(
     student: Source,
     teachers: Sequence[Source],
@@ -161,8 +166,9 @@ def load_student(
     spec: Spec,
     device: torch.device,
     flags: options.InputFlags,
+    arch: str | None,
 ) -> nn.Module:
-    """A frozen student of any architecture.
+    """A frozen student of any architecture: its own, or the teachers' where it does not tell.
 
     Raises:
         DmmError: it has other classes than the teachers, or takes another input.
@@ -173,7 +179,7 @@ def load_student(
     from ..synthesis.teacher import freeze
 
     require_same_class_names([student, *teachers])
-    model, _ = architectures.load_model(student)
+    model, _ = architectures.load_model(student, untold(student, arch))
     found = architectures.num_classes(model)
     if found != num_classes:
         raise DmmError(

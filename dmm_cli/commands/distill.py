@@ -21,8 +21,9 @@ from ..ranks import Ranks, joined
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded, resumable, standard_input
-from ._teachers import SAME_CLASSES, require_same_class_names
+from ._teachers import SAME_CLASSES, require_same_class_names, untold
 
+CLASS_COUNTS = "dmm.class_counts"
 SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def distill_sources(
     told = next(filter(None, map(class_names, [*students, *teachers])), ())
     pseudo = load_pseudo_data(data)
     lessons = _lessons(pseudo, told, teachers, where)
-    networks = [_network(teacher, _untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
+    networks = [_network(teacher, untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
     student, model, starts = _start(students, arch, lessons, where)
     layers = [layer for _, layer in norm_layers(model)]
     started = time.monotonic()
@@ -171,6 +172,9 @@ def distill_sources(
             arrays = {name: value.cpu().numpy() for name, value in changed.items()}
             _require_convergence(arrays, settings)
             metadata |= {**inherited([student]), **_taught_in(pseudo)}
+            if settings.steps:  # it has learned what its teachers saw
+                metadata.pop(CLASS_COUNTS, None)
+                metadata |= {name: text for name, text in inherited(teachers).items() if name == CLASS_COUNTS}
             save_like(output, student, arrays, metadata, inputs=inputs, force=force)
         ranks.wait()
     return DistillManifest(
@@ -267,11 +271,6 @@ def _require_writable(student: Source) -> None:
             evidence=capped([printable(info.name) for info in odd]),
             hint="store it as float16 or wider",
         )
-
-
-def _untold(teacher: Source, arch: str | None) -> str | None:
-    """The architecture of a teacher that does not tell its own: the student's."""
-    return None if "dmm.arch" in teacher.metadata else arch
 
 
 def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.device) -> nn.Module:

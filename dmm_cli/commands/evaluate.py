@@ -93,6 +93,8 @@ def evaluate_sources(
     on_progress: Callable[..., None],
 ) -> Evaluation:
     """Accuracy of every checkpoint and, if asked, of their ensembles."""
+    import torch
+
     from .. import evaluation
     from ..examples import named
     from ..manifest import Evaluation
@@ -106,12 +108,13 @@ def evaluate_sources(
         labelled = load(data, tuple(named(spec)))
         answers = evaluation.predict(model, labelled, spec, where)  # (N, K)
         own = class_names(source) or ()
-        if predictions and (answers.shape != predictions[0].shape or (own and names and own != names)):
+        labels.append(evaluation.labels_for(labelled, own, answers.shape[1], source.label))
+        unlike = predictions and (answers.shape != predictions[0].shape or (own and names and own != names))
+        if unlike or not torch.equal(labels[-1], labels[0]):  # by name for one, in order for another
             raise DmmError(
                 f"{source.label} and {sources[0].label} do not have the same classes", hint="evaluate them one by one"
             )
         predictions.append(answers)
-        labels.append(evaluation.labels_for(labelled, own, answers.shape[1], source.label))
         names = names or own
         on_progress("evaluate", number + 1, len(sources))
     scored = [(source.label, *pair) for source, *pair in zip(sources, predictions, labels, strict=True)]

@@ -14,7 +14,7 @@ from ..errors import DmmError
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
 from ..synthesis import presets
-from ..synthesis.settings import Settings
+from ..synthesis.settings import PARTS, Settings
 from . import _inversion as inversion
 from . import _options as options
 from ._outputs import check_files
@@ -152,7 +152,12 @@ def _execute(
 
 
 def _require_consistent(settings: Settings, student: str | None) -> None:
-    """Refuse options that the engine has no use for, and a loss that lacks a student."""
+    """Refuse options that the engine has no use for, a batch too small for it, and a loss that lacks a student."""
+    if settings.engine == "generator" and settings.batch is not None and settings.batch < PARTS:
+        raise DmmError(
+            f"--batch {settings.batch} is too small for generators: the {PARTS} parts of a mixture share it",
+            hint=f"--batch {PARTS} or more, or --engine pixels",
+        )
     of = {"keep_best": "pixels", "coarse": "pixels", "norm_average": "generator"}
     idle = [name for name, engine in of.items() if getattr(settings, name) and engine != settings.engine]
     if idle:
@@ -213,9 +218,9 @@ def synthesize_sources(
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
     teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
-    rival = student and load_student(student, sources, teachers[0].num_classes, spec, where, flags)
+    rival = student and load_student(student, sources, teachers[0].num_classes, spec, where, flags, arch)
     started = time.monotonic()
-    whole = why_whole(teachers, spec, where) if settings.coarse else ""
+    whole = why_whole(teachers, spec, where, rival) if settings.coarse else ""
     warnings = (f"no steps at half the resolution: {whole}",) if whole else ()
     if whole:
         settings = replace(settings, coarse=0.0)

@@ -46,7 +46,7 @@ class Committee(nn.Module):
         with torch.no_grad():
             seen = torch.cat([self._side_by_side(part) for part in images]).double()  # (N, T (K + F))
         mean, scale = seen.mean(0), seen.std(0, correction=0).clamp_min(1e-6)
-        slopes, offsets = fit((seen - mean) / scale, targets, weights.to(seen), classes)
+        slopes, offsets = fit(seen.sub_(mean).div_(scale), targets, weights.to(mean), classes)
         slopes = slopes / scale[:, None]
         self.register_buffer("slopes", slopes.float())  # (T (K + F), K)
         self.register_buffer("offsets", (offsets - mean @ slopes).float())  # (K,)

@@ -57,10 +57,10 @@ def refine(
     Raises:
         DmmError: the batch cannot be shared evenly.
     """
-    if settings.batch % host.ranks.count:
+    if host.ranks.count > 1 and (settings.batch % host.ranks.count or settings.batch < 2 * host.ranks.count):
         raise DmmError(
             f"a batch of {settings.batch} images cannot be shared by {host.ranks.count} processes",
-            hint=f"--batch must be a multiple of {host.ranks.count}",
+            hint=f"--batch must be a multiple of {host.ranks.count}, with two images or more for each",
         )
     with deterministic(host.device), seeded(settings.seed, "distill"):  # the global stream feeds dropout
         before = agreement(student, lessons)
@@ -160,7 +160,7 @@ class Pupil:
 def _shared(student: nn.Module) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(student)
+    return DistributedDataParallel(student, static_graph=True)  # which may leave parameters unused
 
 
 def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, settings: Settings, when: str) -> None:

@@ -280,7 +280,7 @@ def _stated(part: dict[str, Any]) -> str:
 
 
 def _clean(table: Table) -> list[list[str]]:
-    return [[printable(cell, 500) for cell in row] for row in (table.columns, *table.rows)]
+    return [[printable(cell, None) for cell in row] for row in (table.columns, *table.rows)]
 
 
 def _aligned(table: Table) -> str:
@@ -293,7 +293,7 @@ def _aligned(table: Table) -> str:
         ).rstrip()
         for row in cells
     ]
-    return "\n".join([table.title, *lines])
+    return "\n".join([printable(table.title, None), *lines])
 
 
 def _numeric(cells: list[list[str]], column: int) -> bool:
@@ -307,7 +307,7 @@ def _tsv(table: Table) -> str:
 def _markdown(table: Table) -> str:
     head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in _clean(table)]
     lines = [
-        f"**{printable(table.title)}**",
+        f"**{printable(table.title, None)}**",
         "",
         *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
     ]

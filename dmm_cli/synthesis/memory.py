@@ -17,7 +17,7 @@ from ..runtime import deterministic, workers
 from ..spaces import Spec
 from . import ENGINES
 from .objective import Objective
-from .settings import Settings
+from .settings import PARTS, Settings
 from .teacher import Teacher
 
 LARGEST = 256  # images; more fill no device better
@@ -48,7 +48,8 @@ def fitting_batch(
     together = ENGINES.load(settings.engine).TOGETHER
     per_image = (sum(slopes) if together else max(slopes)) * workers(device, local)
     room = SHARE * free_memory(device) / local / max(per_image, 1.0)
-    largest = max(2, min(LARGEST, settings.count, int(room)))
+    least = PARTS if settings.engine == "generator" else 2
+    largest = max(least, min(LARGEST, settings.count, int(room)))
     return 1 << (largest.bit_length() - 1)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..examples import Examples
 from ..spaces import JointSpec, Spec
+from .settings import PARTS
 
 LATENT = 32
 WIDTH, NARROWEST = 32, 16  # channels at the lowest resolution, and the least at the highest
@@ -37,7 +38,6 @@ class Style(NamedTuple):
     margin: int = 0
 
 
-PARTS = 8  # generators in a mixture
 STYLES = (Style(), Style(edges="replicate"), Style(sketch="bilinear"), Style(margin=2))
 
 

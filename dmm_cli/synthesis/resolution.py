@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..examples import Inputs, each, forward, joined, named
 from ..spaces import Spec
@@ -34,17 +35,18 @@ def halved(inputs: Inputs) -> Inputs:
 
 
 @torch.no_grad()
-def why_whole(teachers: Sequence[Teacher], spec: Spec, device: torch.device) -> str:
-    """Why these teachers cannot be shown images at half the resolution; empty where they can."""
+def why_whole(teachers: Sequence[Teacher], spec: Spec, device: torch.device, student: nn.Module | None = None) -> str:
+    """Why these networks cannot be shown images at half the resolution; empty where they can."""
     images = [part.size for part in named(spec).values() if part.is_image]
     if not images or any(min(size[1:]) < SMALLEST for size in images):
         return f"no image of {SMALLEST} pixels a side or more goes in"
     if any(side % 2 for size in images for side in size[1:]):
         return "the sides of the images are odd"
     zeros = joined({name: torch.zeros(2, *part.free, device=device) for name, part in named(spec).items()})
-    for teacher in teachers:
+    models = {teacher.label: teacher.model for teacher in teachers} | ({"the student": student} if student else {})
+    for name, model in models.items():
         try:
-            forward(teacher.model, halved(zeros))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            return f"{teacher.label} takes one size only: {str(error).splitlines()[0]}"
+            forward(model, halved(zeros))
+        except Exception as error:  # whatever a network says to it
+            return f"{name} takes one size only: {str(error).splitlines()[0]}"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+PARTS = 8  # generators in a mixture; in every step each draws an image of every teacher, or more
 OPTIONS = ("jitter", "flip", "keep_best", "plateau", "norm_average", "coarse")  # off at 0
 
 

@@ -159,3 +159,19 @@ def test_a_student_in_a_dtype_that_is_not_written_is_refused_before_it_is_taught
     result = dmm("distill", student, *SITES, "--data", drawn, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and "a student is not written in F8_E4M3" in result.stderr
     assert "fc.weight" in result.stderr and not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(("told", "expected"), [((True, True), [9, 9, 9, 9, 9, 0, 0, 5, 5, 0]), ((True, False), None)])
+def test_a_student_has_seen_what_its_teachers_saw(drawn, tmp_path, told, expected):
+    """What it was trained on before says nothing of it any more: the next synthesis would draw no other classes."""
+    counts = [[9] * 5 + [0] * 5, [0] * 7 + [5, 5, 0]]
+    teachers = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for site, path, own, tells in zip(SITES, teachers, counts, told, strict=True):
+        extra = {"dmm.class_counts": json.dumps(own)} if tells else {}
+        save_file(load_file(site), path, load_metadata(site) | extra)
+    result = dmm("synthesize", *teachers, "--count", 8, "--steps", 2, "--batch", 8, "-o", tmp_path / "p.safetensors")
+    assert result.exit_code == 0, result.stderr
+    for steps, kept in ((2, expected), (0, counts[0])):
+        out, rest = tmp_path / f"out{steps}.safetensors", ["--data", tmp_path / "p.safetensors", "--steps", steps]
+        assert dmm("distill", teachers[0], *teachers, *rest, "-o", out).exit_code == 0
+        assert json.loads(load_metadata(out).get("dmm.class_counts", "null")) == kept

@@ -27,7 +27,7 @@ def changed(path, classes: int, names: list[str] | None):
 
 def test_teachers_with_fewer_classes_are_refused_before_the_first_step(tmp_path):
     seven, out = changed(tmp_path / "seven.safetensors", 7, None), tmp_path / "out.safetensors"
-    result = dmm("synthesize", SITE, seven, "--count", 8, "--steps", 2, "--batch", 4, "-o", out)
+    result = dmm("synthesize", SITE, seven, "--count", 8, "--steps", 2, "--batch", 8, "-o", out)
     assert result.exit_code == 2 and "different numbers of classes" in result.stderr
     assert f"{seven}: 7" in result.stderr and not out.exists()
 

@@ -57,6 +57,7 @@ def test_a_step_of_that_size_keeps_at_most_its_share(teachers, monkeypatch):
 def test_an_engine_that_shows_all_teachers_at_once_takes_smaller_batches(teachers, monkeypatch):
     sizes = [batch(teachers, monkeypatch, 30 << 20, engine=engine) for engine in ("pixels", "generator")]
     assert sizes[0] == 2 * sizes[1]
+    assert batch(teachers, monkeypatch, 0, engine="generator") == 8, "an image for each part of a mixture"
 
 
 def test_free_memory_is_less_than_there_is():
@@ -67,6 +68,6 @@ def test_free_memory_is_less_than_there_is():
 def test_auto_is_written_down_as_the_number_it_was(tmp_path):
     command = ["synthesize", SITES[0], "--count", 4, "--steps", 2, "--class-prior", ",".join("1" * 10)]
     result = dmm(*command, "--batch", "auto", "--loss", "cross_entropy=50", "-o", tmp_path / "p.safetensors", "--json")
-    assert '"batch": 4' in result.stdout or "recognises none" in result.stderr, result.output
+    assert '"batch": 8' in result.stdout or "recognises none" in result.stderr, result.output
     refused = dmm(*command, "--batch", "1", "-o", tmp_path / "q.safetensors")
     assert refused.exit_code == 2 and "2 or more, or auto" in refused.stderr

@@ -371,4 +371,13 @@ def test_interrupted_at_either_resolution_it_goes_on_to_the_same_bytes(large, tm
 def test_a_network_of_one_size_is_named():
     flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128 * 128, 2))
     owner = Teacher("flat", "0", flat, [], 2)
-    assert "flat takes one size only" in why_whole([owner], InputSpec((1, 128, 128), (0.5,), (0.5,)), CPU)
+    spec = InputSpec((1, 128, 128), (0.5,), (0.5,))
+    assert "flat takes one size only" in why_whole([owner], spec, CPU)
+    assert why_whole([], spec, CPU) == "" and "the student takes one size only" in why_whole([], spec, CPU, flat)
+
+
+def test_generators_refuse_a_batch_of_which_some_would_get_nothing(tmp_path):
+    result = dmm("synthesize", SITES["d"], "--batch", 7, "-o", tmp_path / "p.safetensors", "--dry-run")
+    assert result.exit_code == 2 and "--batch 7 is too small for generators" in result.stderr
+    for flags in (["--batch", 8], ["--batch", 7, "--engine", "pixels"]):
+        assert dmm("synthesize", SITES["d"], *flags, "-o", tmp_path / "p.safetensors", "--dry-run").exit_code == 0

@@ -278,7 +278,7 @@ def test_recorded_statistics_win_over_running_ones(world, tmp_path):
     """A BatchNorm network whose own statistics were never updated can be inverted from recorded ones."""
     root, _ = world
     net, stats, out = root / "resnet.safetensors", tmp_path / "s.safetensors", tmp_path / "p.safetensors"
-    command = ["synthesize", net, "-o", out, "--count", 4, "--steps", 2, "--batch", 4, "--loss", "cross_entropy=0"]
+    command = ["synthesize", net, "-o", out, "--count", 4, "--steps", 2, "--batch", 8, "--loss", "cross_entropy=0"]
     refused = dmm(*command)
     assert refused.exit_code == 2 and "never updated" in refused.stderr
     assert dmm("record", net, "--data", root / "unlabelled.safetensors", "-o", stats).exit_code == 0
