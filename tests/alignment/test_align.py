@@ -11,7 +11,7 @@ from networks import KINDS, arrays, lively, noisy
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from dmm_cli.alignment.align import align
+from dmm_cli.alignment.align import align, cosine
 from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.basins import basins
 from dmm_cli.alignment.trace import trace
@@ -155,3 +155,9 @@ def test_basins_do_not_depend_on_heads_or_on_the_order(tmp_path):
     sources = [saved(tmp_path / str(number), file) for number, file in enumerate(files)]
     assert basins(sources) == [[0, 2, 4], [1, 3]]
     assert basins(sources[::-1]) == [[0, 2, 4], [1, 3]]
+
+
+def test_the_cosine_with_nothing_is_0_but_for_another_nothing():
+    some, none = {"w": np.array([1.0, 2.0])}, {"w": np.zeros(2)}
+    assert [cosine(*pair, ["w"]) for pair in ((some, none), (none, some), (none, none))] == [0.0, 0.0, 1.0]
+    assert cosine(some, {"w": np.array([1e-150, 2e-150])}, ["w"]) == pytest.approx(1)

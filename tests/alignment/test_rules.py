@@ -14,6 +14,7 @@ from dmm_cli.alignment.apply import random_image
 from dmm_cli.alignment.rules import RULES
 from dmm_cli.alignment.trace import export, trace
 from dmm_cli.alignment.verify import verify
+from dmm_cli.errors import DmmError
 
 WIDTH, TOKENS = 8, 4
 
@@ -31,6 +32,12 @@ class Between(nn.Module):
         return self.last(self.operation(self.first(x).sigmoid()))
 
 
+def shared_keys(heads: torch.Tensor) -> torch.Tensor:
+    """Four heads (batch, 4, TOKENS, 2), the keys of the first two and their values for all."""
+    few = heads[:, :2]
+    return F.scaled_dot_product_attention(heads, few, few, enable_gqa=True).transpose(1, 2).flatten(-2)
+
+
 FREE, NOTHING = [8], []
 CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]] = {
     "softmax over units": (lambda h: h.softmax(-1), FREE),
@@ -43,6 +50,9 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]] = {
     "channels first": (lambda h: F.avg_pool1d(h.transpose(1, 2), 2).transpose(1, 2), FREE),
     "group norm": (lambda h: F.group_norm(h.transpose(1, 2), 4).transpose(1, 2), [8]),
     "attention over tokens": (lambda h: F.scaled_dot_product_attention(h, h, h), FREE),
+    "causal attention": (lambda h: F.scaled_dot_product_attention(h, h, h, is_causal=True), FREE),
+    "heads that share keys": (lambda h: shared_keys(h.unflatten(-1, (4, 2)).transpose(1, 2)), NOTHING),
+    "a vector turned": (lambda h: h * torch.arange(WIDTH).t(), NOTHING),
     "product of tokens": (lambda h: h @ h.transpose(1, 2) @ h, FREE),
     "unused units are a group of their own": (lambda h: h.narrow(-1, 2, 4), [4, 4]),
     "first and last units": (lambda h: torch.cat([h[..., 6:], h[..., :2]], -1), [2, 2, 4]),
@@ -89,3 +99,10 @@ def test_without_a_rule_the_table_is_what_decides():
         str(node.target).split(".")[1] for node in export(model, (TOKENS, 5)).graph.nodes if "aten" in str(node.target)
     }
     assert {"cumsum", "sort"} <= names - set(RULES) and {"linear", "sigmoid"} <= set(RULES)
+
+
+def test_what_a_rule_was_not_written_for_is_told(monkeypatch):
+    monkeypatch.setitem(RULES, "sigmoid", lambda units, shape, value: value.axes[7])
+    with pytest.raises(DmmError, match="cannot be followed through sigmoid") as error:
+        trace(Between(lambda h: h).eval(), (TOKENS, 5))
+    assert "IndexError" in error.value.evidence[0] and "--align never" in error.value.hint

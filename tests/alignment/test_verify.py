@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from networks import KINDS, lively
+from torch import nn
 
 from dmm_cli.alignment.apply import identity, random_image
 from dmm_cli.alignment.spec import Group, Spec, TensorAxis
@@ -55,3 +56,20 @@ def test_nothing_moved_is_nothing_changed():
     model = lively("networks:gated")
     spec = trace(model, (6,))
     assert verify("x", model, spec, identity(spec), (6,)) == 0
+
+
+class Beside(nn.Module):
+    """Answers with logits, and with nothing where there could be more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        return {"logits": self.layers(x), "auxiliary": None}
+
+
+def test_outputs_that_are_nothing_are_passed_over():
+    model = Beside().eval()
+    spec = trace(model, (6,))
+    assert verify("x", model, spec, random_image(spec, np.random.default_rng(0)), (6,)) < 1e-12
