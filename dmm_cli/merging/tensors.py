@@ -108,8 +108,8 @@ class Tensors:
 
     def pieces(self, name: str) -> Iterator[Piece]:
         """The pieces a tensor is merged in."""
-        info = self._infos[name]
-        whole = not self.is_weight(name) or (self.on_matrices and self._matrix_shape(name))
+        info, rule = self._infos[name], self._rule(self._infos[name])
+        whole = self.on_matrices and self._matrix_shape(name) if rule == self._merge else rule != self._equal
         return pieces(info, max(info.numel, 1) if whole else BLOCK)
 
     def blocks(self, name: str) -> Iterator[Piece]:
@@ -148,8 +148,9 @@ class Tensors:
 
     def pass_over(self, name: str) -> None:
         """Read a tensor for the hashes alone."""
-        for file in self._told:
-            file.raw(name)
+        for piece in self.blocks(name):
+            for file in self._told:
+                file.raw(name, piece.start, piece.stop)
 
     def merge(self, piece: Piece) -> Part:
         """The merged bytes of a piece."""
@@ -330,9 +331,9 @@ class Tensors:
 
     def _equal(self, info: TensorInfo, piece: Piece) -> Part:
         files = self._parents(info.name)
-        first, *others = (file.raw(info.name) for file in files)
-        for file, other in zip(files[1:], others, strict=True):
-            if not np.array_equal(first, other):
+        first = files[0].raw(info.name, piece.start, piece.stop)
+        for file in files[1:]:
+            if not np.array_equal(first, file.raw(info.name, piece.start, piece.stop)):
                 raise DmmError(
                     f"{info.dtype} tensor {printable(info.name)} differs between "
                     f"{files[0].source.path} and {file.source.path}",

@@ -26,6 +26,8 @@ from .settings import Settings
 from .task import Task
 from .teacher import Teacher
 
+JUDGED = 512  # candidates that are held as float numbers at once
+
 
 class Outcome(NamedTuple):
     """What a synthesis made, curves of the loss terms, and the steps taken of those that were planned."""
@@ -100,7 +102,8 @@ class Harvest:
         teacher = self._teachers[len(self._records)]
         accepted = rejected = 0
         for pixels, targets in candidates:
-            logits = teacher.logits(self._space.from_bytes(pixels.to(self._device))).cpu()
+            parts = pixels.split(JUDGED)
+            logits = torch.cat([teacher.logits(self._space.from_bytes(p.to(self._device))).cpu() for p in parts])
             hits = logits.argmax(1) == targets
             good = torch.nonzero(hits)[: self._count - accepted, 0]
             rejected += int((~hits).sum())

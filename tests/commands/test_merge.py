@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 
@@ -312,3 +313,20 @@ def test_a_recalibration_of_nothing_is_told(tmp_path):
     pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5))])
     result = dmm("merge", SITES[0], "--recalibrate", pseudo, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 0 and "no group has two checkpoints" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])  # the latter measures first, which is when hashes are taken
+def test_integers_are_compared_in_pieces(write, tmp_path, method):
+    values = np.arange(3 * 2**18 + 5).astype(np.int16)
+    nets = [small_net(seed) for seed in range(2)]
+    paths = [write(f"m{seed}", **net | {"table": values}) for seed, net in enumerate(nets)]
+    out = tmp_path / "out.safetensors"
+    assert dmm("merge", *paths, "--method", method, "-o", out).exit_code == 0
+    assert (load_file(out)["table"] == values).all()
+    told = json.loads(metadata(out)["dmm.sources"])
+    assert [entry["sha256"] for entry in told] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    values[-1] += 1
+    other = write("other", **nets[1] | {"table": values})
+    result = dmm("merge", paths[0], other, "--method", method, "-o", tmp_path / "no.safetensors")
+    assert result.exit_code == 2 and "I16 tensor table differs" in result.stderr
+    assert not (tmp_path / "no.safetensors").exists()
