@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -39,7 +39,7 @@ LOADS = {
     "checkpoint_path",
     "cache_dir",
 }  # of timm's arguments
-LIKELY = 0.4  # overlap with its first network from which a family is looked through
+LIKELY = 0.4  # share of parts in common with its first network from which a family is looked through
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
@@ -201,16 +201,15 @@ def _require_trust(source: Source) -> None:
 def detect(source: Source) -> Architecture:
     """Match tensor names and shapes with timm's catalogue, built without memory on the meta device.
 
-    The classifier's width and the number of input channels are read from the shapes. Families are tried in order of
-    how many parts of their first network the checkpoint has; several networks of one may have the same tensors.
+    The classifier's width and the number of input channels are read from the shapes. Of several networks with the same
+    tensors the first in the catalogue is taken.
 
     Raises:
         DmmError: no catalogue entry fits.
     """
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    alike = {family: _overlap(_meta_shapes(family[0]) or {}, shapes) for family in _families()}
-    for family in sorted(alike, key=lambda family: -alike[family]):  # stable: equals stay in the catalogue's order
-        for name in family if alike[family] >= LIKELY else ():
+    for family in _likely_families(shapes):
+        for name in family:
             spec = _fit(name, shapes)
             if spec:
                 return Architecture(spec, f"all {len(shapes)} tensor names and shapes match timm's {name}")
@@ -221,10 +220,20 @@ def detect(source: Source) -> Architecture:
     )
 
 
-def _overlap(a: Iterable[str], b: Iterable[str]) -> float:
-    """How many of the parts of two networks, by the first word of their tensors' names, are parts of both."""
-    one, other = ({name.partition(".")[0] for name in names} for names in (a, b))
-    return len(one & other) / max(1, len(one | other))
+def _likely_families(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Families whose first network has all parts of a checkpoint, then those with many of them, the most first.
+
+    Parts are the first words of tensors' names.
+    """
+    parts = {name.partition(".")[0] for name in names}
+    later = {}
+    for family in _families():
+        first = {name.partition(".")[0] for name in _meta_shapes(family[0]) or ()}
+        if parts <= first:
+            yield family  # at once: it takes time to build the others
+        else:
+            later[family] = len(parts & first) / len(parts | first)
+    yield from sorted((family for family in later if later[family] >= LIKELY), key=later.get, reverse=True)
 
 
 @cache

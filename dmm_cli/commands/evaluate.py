@@ -56,7 +56,6 @@ def evaluate(
     Images are resized to the model's input and normalised as the checkpoint says. Of a model with several
     inputs the file holds an array for each, by its name. Classes that the data name are found by name.
     """
-
     style = options.chosen_format(format, json)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=standard_input())
