@@ -100,9 +100,10 @@ def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
 
 def _clear(directory: Path) -> None:
     """Remove the states, and the directory unless somebody keeps files of their own in it."""
-    states = filter(_is_state, directory.glob("*.safetensors"))
-    for path in [*states, *directory.glob(TEMPORARY)]:
-        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # other processes of torchrun clear it at the same time
+        for path in map(directory.joinpath, os.listdir(directory)):
+            if path.match(TEMPORARY) or (path.match("*.safetensors") and _is_state(path)):
+                path.unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
 

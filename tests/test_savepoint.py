@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -44,6 +47,22 @@ def test_a_damaged_state_is_not_found(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with savepoint(out) as states:
         assert states.load("part") is None
+
+
+@pytest.mark.parametrize("looks", ["listdir", "scandir"])
+def test_another_process_may_have_removed_it_meanwhile(tmp_path, monkeypatch, looks):
+    """Just before this one looks into the directory: those of torchrun end together."""
+    out, look = tmp_path / "out.safetensors", getattr(os, looks)
+
+    def removed(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return look(path)
+
+    with savepoint(out, seed=0) as states:
+        states.save("part", {"x": np.arange(3)}, {})
+        monkeypatch.setattr(os, looks, removed)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_somebody_else_stay(tmp_path):

@@ -154,9 +154,9 @@ def require_same_class_names(sources: Sequence[Source]) -> None:
         )
 
 
-def untold(teacher: Source, arch: str | None) -> str | None:
-    """The architecture of a teacher that does not tell its own: the student's."""
-    return None if "dmm.arch" in teacher.metadata else arch
+def untold(source: Source, arch: str | None) -> str | None:
+    """What ``--arch``, which is meant for others, says of a checkpoint: nothing, where its file tells."""
+    return None if "dmm.arch" in source.metadata else arch
 
 
 def load_student(
