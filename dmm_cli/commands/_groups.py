@@ -16,7 +16,7 @@ from ..inputs import Source, files_of, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
-from ..ranks import Ranks
+from ..ranks import Ranks, process_count
 from ._align import Aligning, aligned_copies
 from ._earlier import earlier_files, remove_earlier
 from ._outputs import file_or_directory
@@ -146,7 +146,7 @@ def merge_groups(
         outputs=tuple(str(outcome.path) for outcome in outcomes),
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
-        warnings=(*_twins(sources), *ordered.warnings, *odd, *_unused(recalibration, several)),
+        warnings=(*_twins(sources), *ordered.warnings, *odd, *_idle(recalibration, several)),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
@@ -227,9 +227,9 @@ def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path], *
         check_output(path, inputs=inputs, force=to.force)
 
 
-def require_one_file(to: Destination, ranks: Ranks = Ranks()) -> None:
+def require_one_file(to: Destination) -> None:
     """Raise DmmError where a recalibrated checkpoint would have to go to several files, or be written by several."""
-    if to.max_shard or ranks.count > 1:
+    if to.max_shard or process_count() > 1:
         raise DmmError(
             "recalibrated checkpoints are written by one process, to one file",
             hint="leave out --recalibrate, or --max-shard-size and torchrun",
@@ -351,7 +351,7 @@ def _twins(sources: Sequence[Source]) -> list[str]:
     return warnings
 
 
-def _unused(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:
+def _idle(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:
     return ["--recalibrate sets nothing right: no group has two checkpoints"] if recalibration and not merges else []
 
 

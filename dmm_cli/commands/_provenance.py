@@ -50,11 +50,14 @@ def lineage(parents: Sequence[SourceRecord]) -> str:
     return json.dumps(entries, sort_keys=True)
 
 
-def inherited(parents: Sequence[Source], union: Union | None = None) -> dict[str, str]:
+def inherited(
+    parents: Sequence[Source], union: Union | None = None, taught_by: Sequence[Source] | None = None
+) -> dict[str, str]:
     """What a child takes from its parents: what they agree on, and the sum of their class counts.
 
     Args:
         union: how their classes go together where the lists differ.
+        taught_by: whose class counts add up in their place: a student has learned what its teachers saw.
     """
     metadata = {}
     foreign = [key for key in parents[0].metadata if key != "format" and not key.startswith("dmm.")]
@@ -62,7 +65,7 @@ def inherited(parents: Sequence[Source], union: Union | None = None) -> dict[str
         values = {_of_union(key, parent.metadata.get(key), union) for parent in parents}
         if len(values) == 1 and None not in values:
             metadata[key] = values.pop()
-    counts = list(map(class_counts, parents))
+    counts = list(map(class_counts, taught_by or parents))
     if all(counts):
         metadata["dmm.class_counts"] = json.dumps(_summed(counts, union))
     return metadata

@@ -23,7 +23,6 @@ from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded, resumable, standard_input
 from ._teachers import SAME_CLASSES, require_same_class_names, untold
 
-CLASS_COUNTS = "dmm.class_counts"
 SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
 
 if TYPE_CHECKING:
@@ -171,10 +170,8 @@ def distill_sources(
             changed = model.state_dict() if settings.steps else dict(model.named_buffers())
             arrays = {name: value.cpu().numpy() for name, value in changed.items()}
             _require_convergence(arrays, settings)
-            metadata |= {**inherited([student]), **_taught_in(pseudo)}
-            if settings.steps:  # it has learned what its teachers saw
-                metadata.pop(CLASS_COUNTS, None)
-                metadata |= {name: text for name, text in inherited(teachers).items() if name == CLASS_COUNTS}
+            taught_by = teachers if settings.steps else None
+            metadata |= {**inherited([student], taught_by=taught_by), **_taught_in(pseudo)}
             save_like(output, student, arrays, metadata, inputs=inputs, force=force)
         ranks.wait()
     return DistillManifest(

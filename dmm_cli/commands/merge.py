@@ -239,8 +239,6 @@ def _execute(
     with joined() as ranks, hashing(ranks.deal(parents_of(sources, recipe))) as hashes:  # first: it takes longest
         from ..report.console import Progress
 
-        if recalibration:
-            require_one_file(to, ranks)
         progress = Progress(quiet or not ranks.is_first)
         grouping = grouping_of(sources, recipe.base, group, known, progress, aligning)
         _require_one_group(aligning, grouping)

@@ -385,6 +385,7 @@ def test_a_dry_run_tells_its_plan_as_json_too(tmp_path, monkeypatch, words):
         (["inspect", SITES[0]], "inspect is not shared among the processes of torchrun"),
         (["run", SITES[0], SITES[1], "-o", "out"], "run is not shared"),
         (["merge", "-", "-o", "out.safetensors"], "standard input cannot be read"),
+        (["merge", *SITES[:2], "--recalibrate", SITES[2], "-o", "out.safetensors"], "written by one process"),
         (["merge", "--group", "-", "-o", "out.safetensors"], "standard input cannot be read"),
     ],
 )
