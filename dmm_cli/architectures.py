@@ -6,6 +6,7 @@ import ast
 import importlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -13,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import library, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .checkpoint import Checkpoint
-from .errors import DmmError, capped, printable
-from .header import ITEM_SIZE
+from .errors import DmmError, printable
 from .hub import format_arch
 from .inputs import Source
 from .metadata import stated_input
@@ -26,10 +25,9 @@ from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
 from .trust import is_granted, module_of
-from .widths import WIDTHS, resize
 
 FILLING = {
-    getattr(torch.Tensor, name)
+    getattr(torch.ops.aten, name)
     for name in ("normal_", "uniform_", "fill_", "zero_", "clamp_", "erfinv_", "mul_", "add_")
 }
 LOADS = {
@@ -40,11 +38,6 @@ LOADS = {
     "cache_dir",
 }  # of timm's arguments
 LIKELY = 0.4  # share of parts in common with its first network from which a family is looked through
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,12 @@ def _literal(text: str) -> Any:
         return text
 
 
-def build(spec: str) -> nn.Module:
-    """The module of a spec, with random weights, on the CPU.
+def build(spec: str, first_weights: bool = True) -> nn.Module:
+    """The module of a spec, on the CPU.
+
+    Args:
+        first_weights: whether timm's networks get random weights; else memory is left as it is found, to be loaded
+            into. What a factory makes may depend on its first weights, so it always gets them.
 
     Raises:
         DmmError: no such timm model or factory, or it does not accept the arguments.
@@ -143,7 +140,8 @@ def build(spec: str) -> nn.Module:
             hint=f"did you mean {near}?" if near else "list them with: python -m timm.models",
         )
     try:
-        model = timm.create_model(name, pretrained=False, **arguments)
+        with nullcontext() if first_weights else Unfilled(nn.Parameter):
+            model = timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # whatever the arguments make of it
         told = f"{type(error).__name__}: {error}"
         raise DmmError(f"timm cannot build {printable(spec)}: {printable(told)}") from error
@@ -243,17 +241,26 @@ def _families() -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in (timm.list_models(module=m) for m in modules) if names)
 
 
-class _Unfilled(TorchFunctionMode):
-    """Leaves out what only fills a tensor: without memory there is nothing to fill, yet it takes most of the time."""
+class Unfilled(TorchDispatchMode):
+    """Leaves out what only fills a tensor, which takes most of the time that a network is built in.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function in FILLING else function(*args, **(kwargs or {}))
+    Args:
+        kind: of the tensors that need not be filled.
+    """
+
+    def __init__(self, kind: type[torch.Tensor]) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        idle = function.overloadpacket in FILLING and isinstance(args[0], self._kind)
+        return args[0] if idle else function(*args, **(kwargs or {}))
 
 
 @cache
 def _meta_shapes(name: str, **arguments: Any) -> dict[str, tuple[int, ...]] | None:
     try:
-        with torch.device("meta"), _Unfilled():
+        with torch.device("meta"), Unfilled(torch.Tensor):
             model = _timm().create_model(name, pretrained=False, **arguments)
     except Exception:  # some catalogue entries cannot be built on the meta device or with these arguments
         return None
@@ -280,80 +287,6 @@ def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
         else:
             return None
     return format_arch(name, arguments) if _meta_shapes(name, **arguments) == shapes else None
-
-
-def _hint(held: Iterable[str], wanted: Iterable[str]) -> str:
-    """What to do where names do not fit; those of DataParallel are the network's own, all behind one word."""
-    parts = [name.partition(".") for name in held]
-    words, inner = {word for word, *_ in parts}, {rest for *_, rest in parts}
-    if len(words) == 1 and inner == set(wanted):
-        return f"every name begins with {printable(words.pop())}, as those of a wrapper do: save what it wraps"
-    return "name the right one with --arch"
-
-
-def load_state_dict(source: Source) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, in their own dtypes."""
-    with Checkpoint(source) as file:
-        return {name: _tensor(file, name) for name in source.tensors}
-
-
-def _tensor(file: Checkpoint, name: str) -> torch.Tensor:
-    info = file.source.tensors[name]
-    if info.dtype not in TORCH_DTYPES:
-        raise DmmError(f"{file.source.path}: torch has no {info.dtype} ({printable(name)})")
-    flat = torch.from_numpy(file.raw(name)).view(TORCH_DTYPES[info.dtype])
-    assert flat.element_size() == ITEM_SIZE[info.dtype]
-    return flat.reshape(info.shape)
-
-
-def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Architecture]:
-    """The module of a checkpoint with its weights, in eval mode and float32, on the CPU.
-
-    Where the metadata tell of widths, layers are as wide as the tensors, see ``widths``.
-
-    Raises:
-        DmmError: the architecture is unknown, tensors do not fit it, or hold what no network computes with.
-    """
-    architecture = identify(source, arch)
-    model = build(architecture.spec)
-    if WIDTHS in source.metadata:
-        resize(model, {name: info.shape for name, info in source.tensors.items()})
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    held = {name: info.shape for name, info in source.tensors.items()}
-    problems = [f"missing {printable(name)}" for name in wanted.keys() - held.keys()]
-    problems += [f"unknown {printable(name)}" for name in held.keys() - wanted.keys()]
-    problems += [
-        f"{printable(name)} is {list(held[name])}, the model has {list(wanted[name])}"
-        for name in wanted.keys() & held.keys()
-        if wanted[name] != held[name]
-    ]
-    if problems:
-        raise DmmError(
-            f"{source.path} does not fit {printable(architecture.spec)} ({architecture.evidence})",
-            evidence=capped(sorted(problems)),
-            hint=_hint(held, wanted),
-        )
-    model.load_state_dict(load_state_dict(source))
-    model.float().eval()
-    _require_sound(source, model.state_dict())
-    return model, architecture
-
-
-def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise DmmError where tensors, in the precision that they are used in, hold NaN or infinity, or variances < 0."""
-    values = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    problems = [f"{printable(name)} holds NaN or infinity" for name in values if not values[name].isfinite().all()]
-    problems += [
-        f"{printable(name)} holds a negative variance"
-        for name in values
-        if name.rpartition(".")[2] == "running_var" and (values[name] < 0).any()
-    ]
-    if problems:
-        raise DmmError(
-            f"{source.path} cannot be computed with",
-            evidence=capped(problems),
-            hint="train or export it again: its training diverged, or the file was changed",
-        )
 
 
 def input_spec(

@@ -94,6 +94,15 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def on_input(layer: nn.Module, look: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Show what a layer is called with, by position or by name, in every pass: the first of several."""
+
+    def show(_: nn.Module, given: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        look(given[0] if given else next(iter(by_name.values())))
+
+    return layer.register_forward_pre_hook(show, with_kwargs=True)
+
+
 def named(value: Any) -> dict[str, Any]:
     """Inputs, or what is known of them, by name; where there is one it is called ``IMAGES``."""
     return getattr(value, "parts", {IMAGES: value})

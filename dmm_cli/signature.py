@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import DmmError, capped, printable
-from .examples import IMAGES, Examples, forward, hooked
+from .examples import IMAGES, Examples, forward, hooked, on_input
 from .images import InputSpec
 from .spaces import JointSpec, Spec, TokenSpec
 
@@ -72,14 +73,14 @@ def vocabularies(model: nn.Module, examples: Examples) -> dict[str, int]:
     tokens = {name: part for name, part in examples.parts.items() if not part.is_floating_point()}
     found: dict[str, int] = {}
 
-    def look(layer: nn.Embedding, inputs: tuple[torch.Tensor, ...]) -> None:
+    def look(layer: nn.Embedding, given: torch.Tensor) -> None:
         for name, part in tokens.items():
-            if inputs[0].data_ptr() == part.data_ptr():
+            if given.data_ptr() == part.data_ptr():
                 found[name] = min(layer.num_embeddings, found.get(name, layer.num_embeddings))
 
     layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     try:
-        with hooked(layer.register_forward_pre_hook(look) for layer in layers):
+        with hooked(on_input(layer, partial(look, layer)) for layer in layers):
             if tokens and layers:
                 forward(model, examples)
     except (RuntimeError, IndexError, TypeError) as error:

@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from dmm_cli.app import app
-from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.architectures import input_spec
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.merging import CALIBRATIONS, METHODS
 from dmm_cli.merging.facts import trim_threshold
 from dmm_cli.merging.method import Block, Facts, Layer, effective_parameters

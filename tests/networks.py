@@ -45,6 +45,26 @@ def separable() -> nn.Module:
     return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 
 
+class Called(nn.Module):
+    """Layers that are given their input by position, or by its name."""
+
+    num_classes = 4
+
+    def __init__(self, by_name: bool = False) -> None:
+        super().__init__()
+        self._by_name = by_name
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.conv, self.norm):
+            x = layer(input=x) if self._by_name else layer(x)
+        x = x.relu().mean((2, 3))  # (B, 8)
+        return self.head(input=x) if self._by_name else self.head(x)
+
+
+called = Called
+
+
 class Gated(nn.Module):
     """Two halves of one layer meet unit by unit; another is split into parts of unlike use."""
 

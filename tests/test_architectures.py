@@ -14,7 +14,7 @@ from dmm_cli import architectures as arch
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
-from dmm_cli.norms import norm_layers
+from dmm_cli.loading import load_model
 
 
 def saved(tmp_path, spec: str, metadata=None, name="m"):
@@ -90,17 +90,17 @@ def test_a_file_does_not_choose_what_code_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("DMM_TRUST", "chosen_by chosen_by_a_file.more")
     _, source = saved(tmp_path, "resnet18", {"dmm.arch": "chosen_by_a_file:net"})
     with pytest.raises(DmmError, match="asks for code to be run: chosen_by_a_file:net"):
-        arch.load_model(source)
+        load_model(source)
     directory = tmp_path / "hub"
     directory.mkdir()
     save_file({}, directory / "model.safetensors")
     (directory / "config.json").write_text('{"architecture": "chosen_by_a_file:net", "model_args": {"a": 1}}')
     with pytest.raises(DmmError, match="asks for code to be run: chosen_by_a_file:net,a=1"):
-        arch.load_model(resolve_source(str(directory)))
+        load_model(resolve_source(str(directory)))
     assert not mark.exists()
     monkeypatch.setenv("DMM_TRUST", "other chosen_by_a_file")
     with pytest.raises(DmmError, match="does not fit"):
-        arch.load_model(source)
+        load_model(source)
     assert mark.exists()
 
 
@@ -119,7 +119,7 @@ def test_the_flag_beats_metadata_beats_config(tmp_path):
     (directory / "config.json").write_text(json.dumps(config))
     hub = resolve_source(str(directory))
     assert arch.identify(hub).spec == "resnet18,num_classes=3"
-    model, _ = arch.load_model(hub)
+    model, _ = load_model(hub)
     assert arch.input_spec(hub, model) == InputSpec((3, 64, 64), (0.1,) * 3, (0.2,) * 3)
     assert arch.input_spec(hub, model, size=(3, 8, 8), mean=[0.5], std=[1.0]).mean == (0.5,) * 3
 
@@ -132,53 +132,9 @@ def test_detection_by_names_and_shapes(tmp_path, spec):
     assert "tensor names and shapes match" in found.evidence
 
 
-def test_a_loaded_model_computes_what_the_saved_one_did(tmp_path):
-    model, source = saved(tmp_path, "resnet18,num_classes=5")
-    images = torch.randn(2, 3, 32, 32)
-    loaded, _ = arch.load_model(source, "resnet18,num_classes=5")
-    with torch.no_grad():
-        assert torch.equal(loaded(images), model.eval()(images))
-    assert not loaded.training and arch.num_classes(loaded) == 5
-    assert len(norm_layers(loaded)) == 20
-    assert norm_layers(arch.build("vit_tiny_patch16_224")) == []
-
-
-def test_tensors_that_do_not_fit_are_listed(tmp_path):
-    _, source = saved(tmp_path, "resnet18,num_classes=5")
-    with pytest.raises(DmmError) as error:
-        arch.load_model(source, "resnet18,num_classes=6")
-    assert list(error.value.evidence) == [
-        "fc.bias is [5], the model has [6]",
-        "fc.weight is [5, 512], the model has [6, 512]",
-    ]
-
-
-def test_names_of_a_wrapper_are_told(tmp_path):
-    path, spec = tmp_path / "wrapped.safetensors", "resnet18,num_classes=5"
-    wrapped = torch.nn.DataParallel(arch.build(spec))
-    save_file(wrapped.state_dict(), path)
-    with pytest.raises(DmmError) as caught:
-        arch.load_model(resolve_source(str(path)), spec)
-    assert caught.value.hint == "every name begins with module, as those of a wrapper do: save what it wraps"
-    with pytest.raises(DmmError) as caught:
-        arch.load_model(resolve_source(str(path)), "resnet34,num_classes=5")
-    assert "--arch" in caught.value.hint
-
-
-def test_half_precision_is_loaded_exactly(tmp_path):
-    torch.manual_seed(0)
-    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arch.build("resnet18").state_dict().items()}
-    save_file(state, tmp_path / "h.safetensors")
-    source = resolve_source(str(tmp_path / "h.safetensors"))
-    got = arch.load_state_dict(source)
-    assert all(torch.equal(got[name], value) and got[name].dtype == value.dtype for name, value in state.items())
-    model, _ = arch.load_model(source, "resnet18")
-    assert torch.equal(model.conv1.weight, state["conv1.weight"].float())
-
-
 def test_the_fixture_says_what_it_is():
     source = resolve_source(str(DIGITS / "site-a.safetensors"))
-    model, _ = arch.load_model(source)
+    model, _ = load_model(source)
     assert arch.input_spec(source, model) == InputSpec((1, 16, 16), (0.3,), (0.38,))
 
 

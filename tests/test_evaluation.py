@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 
 from dmm_cli import evaluation
-from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.architectures import input_spec
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 
 SPEC = InputSpec((1, 2, 2), (0.0,), (1.0,))
 

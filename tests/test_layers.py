@@ -16,7 +16,7 @@ FLOOR = {
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",
     "runtime", "evaluation", "recalibration", "images", "curves", "ranks", "streaming", "savepoint", "training",
-    "examples", "spaces", "signature", "chance", "widths", "layout", "norms",
+    "examples", "spaces", "signature", "chance", "widths", "layout", "norms", "loading",
 }  # fmt: skip
 PACKAGES = {"similarity", "merging", "alignment", "synthesis", "distillation"}  # they meet in commands, or in a file
 ALLOWED = {"merging": {"alignment"}}  # the one arrow between packages

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from dmm_cli.architectures import input_spec, load_model
+from dmm_cli.architectures import input_spec
 from dmm_cli.commands.synthesize import synthesize_sources
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.loading import load_model
 from dmm_cli.ranks import Ranks
 from dmm_cli.synthesis.settings import Settings
 

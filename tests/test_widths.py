@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.widths import WIDTHS, resize
 
 RESNET = "resnet18,num_classes=5,layers=(1,1,1,1)"

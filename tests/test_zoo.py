@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.trace import trace
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 
 ARCH = "resnet18,num_classes=10,in_chans=1,layers=(1,1,1,1),channels=(8,8,16,16)"
 ODD = "test_vit,num_classes=10,in_chans=1"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from .. import architectures
+from .. import architectures, loading
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
 from ..errors import DmmError, printable
 from ..header import ITEM_SIZE
@@ -109,7 +109,8 @@ def align(
     """
     first, *others = [_Basin.load(sources, arch, size) for sources in basins]
     names = _compared([first, *others])
-    weights = [name for name in names if is_weight(first.sources[0].tensors[name])]
+    held = first.sources[0].tensors  # of tied weights perhaps one
+    weights = [name for name in names if name in held and is_weight(held[name])]
     others.sort(key=lambda basin: -cosine(first.arrays, basin.arrays, weights))
     with one_blas_thread():
         _fit(first, others, names, lambda basin, to: basin.fit(to, seed, restarts, on_progress))
@@ -147,7 +148,7 @@ class _Basin:
     def load(cls, sources: Sequence[Source], arch: str | None, size: tuple[int, ...]) -> _Basin:
         spec, arrays, _, _ = opened(sources[0], arch, size)
         for source in sources[1:]:
-            more = floats(source, architectures.load_model(source, arch)[0])
+            more = floats(source, loading.load_model(source, arch)[0])
             arrays = {name: a + more[name] for name, a in arrays.items() if more[name].shape == a.shape}
         mean = {name: array / len(sources) for name, array in arrays.items()} if len(sources) > 1 else arrays
         return cls(sources, spec, mean, identity(spec))
@@ -192,7 +193,7 @@ class _Basin:
 
 def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
     """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
-    model, architecture = architectures.load_model(source, arch)
+    model, architecture = loading.load_model(source, arch)
     shape = size or image_size(source, model)
     arrays = floats(source, model)
     spec = trace(model, shape)

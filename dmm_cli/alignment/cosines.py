@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .. import architectures
+from .. import loading
 from ..inputs import Source
 from ..names import is_head, is_statistic, is_weight
 from ..streaming import one_blas_thread
@@ -33,7 +33,7 @@ def aligned_cosines(
         DmmError: a module cannot be built or traced, no unit may move, or weights are not finite.
     """
     spec, first, _, _ = opened(sources[0], arch, ())
-    held = [first, *(floats(source, architectures.load_model(source, arch)[0]) for source in sources[1:])]
+    held = [first, *(floats(source, loading.load_model(source, arch)[0]) for source in sources[1:])]
     names = [name for name in first if name in spec.tensors and not is_statistic(name) and not is_head(name)]
     judged = [name for name, info in sources[0].tensors.items() if is_weight(info)]
     compared: list[Arrays] = [{name: arrays[name] for name in names} for arrays in held]

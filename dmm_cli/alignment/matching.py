@@ -82,7 +82,7 @@ def likeness(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray
     tensors = {
         name: axes
         for name, axes in spec.tensors.items()
-        if reference[name].ndim > 1 and reference[name].shape == other[name].shape
+        if name in reference and reference[name].ndim > 1 and reference[name].shape == other[name].shape
     }
     return [
         np.concatenate(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
         DmmError: torch.export cannot trace the module.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")  # about what the module stores on itself
             return torch.export.export(copy.deepcopy(model), (torch.zeros(1, *size),), strict=False)
     except Exception as error:  # whatever the module itself may raise
@@ -49,6 +51,17 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
             evidence=[printable(f"{type(error).__name__}: {error}".splitlines()[0])],
             hint="control flow that depends on values, or another input size, is the usual cause",
         ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """While torch logs the tracebacks of what cannot be traced; the error itself is told."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec:

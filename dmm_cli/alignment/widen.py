@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import architectures
+from .. import loading
 from ..checkpoint import Checkpoint, encode_floats, save_checkpoint
 from ..errors import DmmError
 from ..inputs import Source
@@ -109,7 +109,7 @@ def widen(first: Source, second: Source, spec: Spec, overlap: float, *, arch: st
         DmmError: no group can be widened.
     """
     pair = (first, second)
-    loaded = [architectures.load_model(source, arch) for source in pair]
+    loaded = [loading.load_model(source, arch) for source in pair]
     models = [model.double() for model, _ in loaded]
     held = [_floats(source, spec) for source in pair]
     alike = likeness(*held, spec)
@@ -117,7 +117,7 @@ def widen(first: Source, second: Source, spec: Spec, overlap: float, *, arch: st
     chosen = {
         number: _least(group, alike[number], overlap)
         for number, group in enumerate(spec.groups)
-        if _may_widen(group, spec, models[0])
+        if _may_widen(group, spec, held[0], models[0])
     }
     difference = trial.difference(chosen.values())
     if not difference <= TOLERANCE:
@@ -142,18 +142,22 @@ def widen(first: Source, second: Source, spec: Spec, overlap: float, *, arch: st
 
 def _floats(source: Source, spec: Spec) -> dict[str, np.ndarray]:
     with Checkpoint(source) as file:
-        return {name: file.floats(name).reshape(source.tensors[name].shape) for name in spec.tensors}
+        infos = [source.tensors[name] for name in spec.tensors if name in source.tensors]
+        return {info.name: file.floats(info.name).reshape(info.shape) for info in infos}
 
 
-def _may_widen(group: Group, spec: Spec, model: nn.Module) -> bool:
-    """Whether a group is a plain set of units that stand along the channels of layers whose width can change."""
+def _may_widen(group: Group, spec: Spec, held: Arrays, model: nn.Module) -> bool:
+    """Whether a group is a plain set of units that stand along the channels of layers whose width can change.
+
+    Of tied weights a file may hold one; no layer alone can be as wide as it.
+    """
     if len(group.blocks) > 1:
         return False
     for name, axes in spec.tensors.items():
         for axis in axes:
             if np.isin(axis.units, group.roles[0]).any():
                 layer = model.get_submodule(name.rpartition(".")[0])
-                if axis.deps or axis.axis > 1 or not is_resizable(layer):
+                if axis.deps or axis.axis > 1 or name not in held or not is_resizable(layer):
                     return False
     return True
 

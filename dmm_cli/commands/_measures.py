@@ -29,7 +29,7 @@ def with_cka(
     on_progress: Progress,
 ) -> SimilarityReport:
     """The report with the CKA of activations on pseudo-data, between checkpoints of one architecture."""
-    from .. import architectures
+    from .. import loading
     from ..layout import place
     from ..runtime import deterministic, resolve_device
     from ..similarity.cka import BATCH
@@ -41,7 +41,7 @@ def with_cka(
     whole = _empty(len(sources))
     for kind in kinds_of(sources):
         own = [sources[i] for i in kind]
-        models = [architectures.load_model(source, arch)[0] for source in own]
+        models = [loading.load_model(source, arch)[0] for source in own]
         for model in models:
             place(model, where, example(pseudo.spec, where))
         images = balanced_images(pseudo, own, seed, "cka", where)

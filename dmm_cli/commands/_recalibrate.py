@@ -76,7 +76,7 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
     Raises:
         DmmError: the pseudo-data hold nothing of a parent, or do not fit the model.
     """
-    from .. import architectures
+    from .. import loading
     from ..layout import place
     from ..norms import norm_layers
     from ..runtime import deterministic, resolve_device
@@ -85,7 +85,7 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
 
     where = resolve_device(settings.device)
     data = load_pseudo_data(settings.data)
-    model, _ = architectures.load_model(merged, settings.arch)
+    model, _ = loading.load_model(merged, settings.arch)
     place(model, where, example(data.spec, where))
     work = _Work(model, data, parents, recipe, settings, where)
     with deterministic(where), readable_errors(settings.data, merged.label):
@@ -114,8 +114,8 @@ class _Work:
 
     def parent_modules(self) -> Iterator[nn.Module]:
         """The parents' own modules, one after the other."""
-        from ..architectures import load_model
         from ..layout import place
+        from ..loading import load_model
         from ..spaces import example
 
         for parent in self.parents:

@@ -36,7 +36,7 @@ def load_teachers(
     Args:
         recorded: files of recorded statistics, as ``statistics_of`` finds them.
     """
-    from .. import architectures
+    from .. import architectures, loading
     from ..layout import require_fit
     from ..spaces import example, in_words
     from ..synthesis import prior as priors
@@ -47,7 +47,7 @@ def load_teachers(
     recorded = recorded or {}
     teachers, specs = [], {}
     for source in sources:
-        model, _ = architectures.load_model(source, arch)
+        model, _ = loading.load_model(source, arch)
         spec = architectures.input_spec(source, model, **asdict(flags))
         specs.setdefault(spec, source.label)
         file = recorded.get((source.sha256, source.sha256))
@@ -173,13 +173,13 @@ def load_student(
     Raises:
         DmmError: it has other classes than the teachers, or takes another input.
     """
-    from .. import architectures
+    from .. import architectures, loading
     from ..layout import require_fit
     from ..spaces import example, in_words
     from ..synthesis.teacher import freeze
 
     require_same_class_names([student, *teachers])
-    model, _ = architectures.load_model(student, untold(student, arch))
+    model, _ = loading.load_model(student, untold(student, arch))
     found = architectures.num_classes(model)
     if found != num_classes:
         raise DmmError(

@@ -276,10 +276,10 @@ def _network(source: Source, arch: str | None, lessons: Lessons, device: torch.d
     Raises:
         DmmError: it has other classes, or takes another input.
     """
-    from .. import architectures
+    from .. import architectures, loading
     from ..layout import place, require_fit
 
-    model, _ = architectures.load_model(source, arch)
+    model, _ = loading.load_model(source, arch)
     found = architectures.num_classes(model)
     if found != len(lessons.classes):
         raise DmmError(

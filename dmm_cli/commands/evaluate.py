@@ -141,11 +141,11 @@ def require_data_fit(source: Source, data: Path, arch: str | None, flags: option
 
 def _network(source: Source, arch: str | None, flags: options.InputFlags) -> tuple[nn.Module, Spec]:
     """The network of a checkpoint, and what it takes."""
-    from .. import architectures
+    from .. import architectures, loading
     from ..layout import require_fit
     from ..spaces import example
 
-    model, _ = architectures.load_model(source, arch)
+    model, _ = loading.load_model(source, arch)
     spec = architectures.input_spec(source, model, **asdict(flags))
     require_fit(str(source.path), model, example(spec))
     return model, spec

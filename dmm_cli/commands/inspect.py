@@ -94,7 +94,8 @@ def _by_name(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
-    from ..architectures import identify, load_model
+    from ..architectures import identify
+    from ..loading import load_model
     from ..manifest import ArchitectureGuess
 
     if arch:

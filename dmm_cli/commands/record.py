@@ -156,7 +156,7 @@ def _measured(
     on_progress: Callable[..., None] | None,
 ) -> tuple[RecordedNetwork, dict[str, np.ndarray], dict[str, str]]:
     """One network: what is told of it, and the arrays and metadata of its file."""
-    from .. import architectures, evaluation
+    from .. import architectures, evaluation, loading
     from ..examples import named
     from ..layout import require_fit
     from ..manifest import RecordedLayer, RecordedNetwork
@@ -164,7 +164,7 @@ def _measured(
     from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
 
-    module, _ = architectures.load_model(source, arch)
+    module, _ = loading.load_model(source, arch)
     spec = architectures.input_spec(source, module, **asdict(flags))
     require_fit(str(source.path), module, example(spec))
     images = evaluation.load_images(data, tuple(named(spec)))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..examples import Inputs, answer, hooked
+from ..examples import Inputs, answer, hooked, on_input
 from .convex import minimise
 
 RIDGE = 200.0  # weight of the squared slopes beside the loss of all images; of 10,000, three times it measures alike
@@ -66,7 +66,7 @@ def _testimony(teacher: nn.Module, inputs: Inputs) -> torch.Tensor:
     """
     held: list[torch.Tensor] = []
     last = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1:]
-    with hooked(layer.register_forward_pre_hook(lambda _, given: held.append(given[0])) for layer in last):
+    with hooked(on_input(layer, held.append) for layer in last):
         logits = answer(teacher, inputs)
     rows = [part for part in held[-1:] if len(part) == len(logits)]  # not of one that works on places as rows
     features = [part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in rows]  # (B, F)

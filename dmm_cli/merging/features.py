@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..examples import Inputs, forward, hooked
+from ..examples import Inputs, forward, hooked, on_input
 from ..inputs import Source
 from ..runtime import generator
 from ..widths import own_rows
@@ -119,15 +119,15 @@ def _in_order(model: nn.Module, images: Inputs) -> list[Place]:
     foreign = set()
 
     def hook(name: str):
-        def count(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def count(features: torch.Tensor) -> None:
             calls[name] = calls.get(name, 0) + 1
-            if len(inputs[0]) % len(images):
+            if len(features) % len(images):
                 foreign.add(name)
 
         return count
 
     layers = {name: layer for name, layer in model.named_modules() if _is_solvable(layer)}
-    with hooked(layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()):
+    with hooked(on_input(layer, hook(name)) for name, layer in layers.items()):
         forward(model, images)
     return [Place(name, layers[name], count) for name, count in calls.items() if name not in foreign]
 
@@ -166,12 +166,12 @@ def _inputs(model: nn.Module, place: Place, images: Inputs) -> list[torch.Tensor
     """What the layer of a place is given in a pass, once for every use."""
     seen = []
 
-    def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    def keep(features: torch.Tensor) -> None:
+        seen.append(features)
         if len(seen) == place.uses:
             raise _Enough
 
-    with hooked([model.get_submodule(place.path).register_forward_pre_hook(keep)]), suppress(_Enough):
+    with hooked([on_input(model.get_submodule(place.path), keep)]), suppress(_Enough):
         forward(model, images)
     return seen
 

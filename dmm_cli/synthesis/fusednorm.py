@@ -151,8 +151,8 @@ class FusedNorm(SelfMeasuring, nn.BatchNorm2d):
 
     rectifies = False
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        result, shift, variance = _Measured.apply(features, self)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        result, shift, variance = _Measured.apply(input, self)
         if self.tell:
             self.tell(shift, variance)
         result.made_by, result.made_as = self, result._version
@@ -168,15 +168,15 @@ class FusedNorm(SelfMeasuring, nn.BatchNorm2d):
 class FusedReLU(nn.ReLU):
     """A ReLU that leaves its work to the ``FusedNorm`` whose output it would overwrite."""
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        norm = getattr(features, "made_by", None)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        norm = getattr(input, "made_by", None)
         # a sum is written over the output of a block's last layer: still the same tensor, of another version
-        if norm is None or not self.inplace or features._version != features.made_as:
-            return super().forward(features)
+        if norm is None or not self.inplace or input._version != input.made_as:
+            return super().forward(input)
         if norm.rectifies:
-            return features
+            return input
         norm.rectifies = True  # from the next pass on
-        return super().forward(features)
+        return super().forward(input)
 
 
 def fuse_norms(model: nn.Module, device: torch.device) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
-from ..examples import Inputs, forward, hooked
+from ..examples import Inputs, forward, hooked, on_input
 from ..inputs import Source
 from ..norms import NormInput
 from ..runtime import deterministic
@@ -75,12 +75,12 @@ def measure(
     total: dict[str, Moments] = {}
 
     def hook(name: str, layer: NormInput):
-        def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            last[name] = _moments(name, layer, inputs[0])
+        def see(features: torch.Tensor) -> None:
+            last[name] = _moments(name, layer, features)
 
         return see
 
-    handles = [layer.module.register_forward_pre_hook(hook(name, layer)) for name, layer in layers.items()]
+    handles = (on_input(layer.module, hook(name, layer)) for name, layer in layers.items())
     with hooked(handles), deterministic(device):
         for images in batches:
             forward(model, images.to(device))

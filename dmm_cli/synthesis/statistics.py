@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..examples import hooked
+from ..examples import hooked, on_input
 
 DEFAULT_EPS = 1e-5  # BatchNorm's, where a layer has none or leaves it to the dtype (RMSNorm)
 
@@ -133,11 +133,11 @@ class StatisticsRecorder:
         def note(shift: torch.Tensor, variance: torch.Tensor) -> None:
             self._seen[index] = LayerStatistics(shift, variance, stored, eps)
 
-        def measure(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            note(*ShiftedMoments.apply(inputs[0], layer.mean, layer.axis))
+        def measure(features: torch.Tensor) -> None:
+            note(*ShiftedMoments.apply(features, layer.mean, layer.axis))
 
         if not isinstance(module, SelfMeasuring):
-            self._opened.enter_context(hooked([module.register_forward_pre_hook(measure)]))
+            self._opened.enter_context(hooked([on_input(module, measure)]))
             return
         moved = None if layer.mean is module.running_mean else module.running_mean - layer.mean
         module.tell = note if moved is None else lambda shift, variance: note(shift + moved, variance)

@@ -42,8 +42,8 @@ class _FoldedGradient(torch.autograd.Function):
 class FrozenStem(nn.Conv2d):
     """A frozen convolution of an image of few channels."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return _FoldedGradient.apply(images, self)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _FoldedGradient.apply(input, self)
 
 
 def fold_stems(model: nn.Module) -> nn.Module:

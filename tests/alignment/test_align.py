@@ -70,12 +70,28 @@ def test_values_keep_their_bytes_in_every_dtype(tmp_path, dtype):
     found.write(tmp_path / "out", {})
     got = resolve_source(str(tmp_path / "out"))
     assert {n: i.dtype for n, i in got.tensors.items()} == {n: i.dtype for n, i in found.source.tensors.items()}
-    from dmm_cli.architectures import load_state_dict
+    from dmm_cli.loading import load_state_dict
 
     written = load_state_dict(got)
     wanted = permute({k: v.double().numpy() for k, v in states[1].items()}, spec, found.image)
     assert all((written[key].double().numpy() == value).all() for key, value in wanted.items())
     assert set(written) == set(model.state_dict())
+
+
+def test_tied_weights_may_stand_in_the_file_under_one_name(tmp_path):
+    tied, found = {}, {}
+    for kept in ("both", "one"):
+        for seed in range(2):
+            tensors = arrays(lively("networks:tied", seed))
+            if kept == "one":
+                del tensors["again.weight"]
+            tied[kept, seed] = saved(tmp_path / f"{kept}-{seed}", tensors, "networks:tied")
+        (found[kept],) = align([[tied[kept, seed]] for seed in range(2)], size=(6,))
+        found[kept].write(tmp_path / f"{kept}-aligned", {})
+    both, one = (load_file(tmp_path / f"{kept}-aligned") for kept in ("both", "one"))
+    assert one.keys() == both.keys() - {"again.weight"}
+    assert found["one"].moved(np.arange(10)) > 0
+    assert all((one[name] == both[name]).all() for name in one)
 
 
 def test_three_permuted_copies_come_together_the_likest_first(tmp_path):

@@ -17,9 +17,10 @@ from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.spec import Spec
 from dmm_cli.alignment.trace import trace
 from dmm_cli.alignment.widen import widen, widened
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import Source, resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.widths import WIDTHS, resize
 
 ARCH, SIZE = KINDS["residual"]
@@ -161,3 +162,12 @@ def test_a_network_that_cannot_be_widened_is_refused(arch, tmp_path):
     sources = [saved(tmp_path / str(n), arrays(lively(arch, n)), arch, (6,)) for n in range(2)]
     with pytest.raises(DmmError, match="can be kept side by side"):
         widen(*sources, trace(build(arch), (6,)), 0.5)
+
+
+def test_nor_is_one_of_whose_tied_weights_the_files_hold_one(tmp_path):
+    tensors = [arrays(lively("networks:tied", n)) for n in range(2)]
+    for held in tensors:
+        del held["again.weight"]
+    sources = [saved(tmp_path / str(n), held, "networks:tied", (6,)) for n, held in enumerate(tensors)]
+    with pytest.raises(DmmError, match="can be kept side by side"):
+        widen(*sources, trace(build("networks:tied"), (6,)), 0.5)

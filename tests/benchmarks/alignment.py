@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmm_cli import architectures
+from dmm_cli import architectures, loading
 from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.spec import Spec
 from dmm_cli.alignment.trace import trace
@@ -123,7 +123,7 @@ def row(arch: str, work: Path) -> str:
     save_arrays(b, permute(theirs, spec, planted), {"dmm.arch": arch}, force=True)
     record, wall, cpu = timed("align", a, b, "-o", aligned, "--force")
     timed("merge", a, aligned, "--align", "never", "-o", merged, "--force")
-    back, mean = (architectures.load_state_dict(resolve_source(str(path))) for path in (aligned, merged))
+    back, mean = (loading.load_state_dict(resolve_source(str(path))) for path in (aligned, merged))
     weights = [name for name, array in ours.items() if array.dtype.kind == "f" and not is_statistic(name)]
     distance = sum(float(np.square(mean[name].numpy() - ours[name], dtype=np.float64).sum()) for name in weights)
     noise = sum(float(np.square(theirs[name] - ours[name], dtype=np.float64).sum()) for name in weights) / 4

@@ -38,11 +38,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.checkpoint import save_arrays
 from dmm_cli.commands.synthesize import synthesize_sources
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, load_pseudo_data, save_pseudo_data
 from dmm_cli.synthesis.settings import Settings
 from dmm_cli.trust import grant

@@ -18,9 +18,9 @@ from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 
-from dmm_cli.architectures import load_model
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 500))
 TINY = Recipe("resnet18,num_classes=2,layers=(1,1,1,1),channels=(4,4,4,4)", epochs=1, batch=16, rate=1e-2)

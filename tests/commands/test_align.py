@@ -26,7 +26,7 @@ def metadata(path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def scrambled(tmp_path_factory):
     """Site a with its units in another order, and metadata of its own."""
-    from dmm_cli.architectures import load_model
+    from dmm_cli.loading import load_model
 
     model, _ = load_model(resolve_source(str(A)))
     spec = trace(model, (1, 16, 16))

@@ -11,8 +11,8 @@ from conftest import DIGITS, digits_as_pseudo_data, dmm
 from networks import lively
 from safetensors.torch import load_file, save_file
 
-from dmm_cli.architectures import load_model
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 
 A, B, D, E = (DIGITS / f"site-{name}.safetensors" for name in "abde")
 WEIGHTS = 167018  # of every site

@@ -12,9 +12,10 @@ from conftest import DIGITS, dmm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.synthesis.pseudodata import PseudoData, TeacherRecord, save_pseudo_data
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abd"]

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.trace import trace
-from dmm_cli.architectures import load_model
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
 

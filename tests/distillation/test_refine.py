@@ -7,7 +7,6 @@ import torch
 from conftest import DIGITS
 from torch import nn
 
-from dmm_cli.architectures import load_model
 from dmm_cli.distillation import losses
 from dmm_cli.distillation.lessons import Lessons
 from dmm_cli.distillation.refine import refine
@@ -15,6 +14,7 @@ from dmm_cli.distillation.settings import Settings
 from dmm_cli.evaluation import load_labelled
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.norms import norm_layers
 from dmm_cli.runtime import Host
 

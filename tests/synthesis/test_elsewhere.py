@@ -11,11 +11,11 @@ from conftest import DIGITS, Watcher, divergence, dmm
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dmm_cli.architectures import load_model
 from dmm_cli.commands._statistics import statistics_of
 from dmm_cli.commands.synthesize import load_teachers, synthesize_sources
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.loading import load_model
 from dmm_cli.manifest import SynthesisManifest
 from dmm_cli.report.tables import render, teacher_table
 from dmm_cli.synthesis import ENGINES

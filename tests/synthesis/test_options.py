@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import training
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.commands.synthesize import load_teachers, synthesize_sources
 from dmm_cli.curves import Recorder
 from dmm_cli.examples import Examples
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
+from dmm_cli.loading import load_model
 from dmm_cli.runtime import Host
 from dmm_cli.savepoint import Savepoint
 from dmm_cli.synthesis import ENGINES

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dmm_cli.architectures import load_model
 from dmm_cli.distillation.lessons import Lessons
 from dmm_cli.distillation.settings import Settings
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.runtime import resolve_device
 from dmm_cli.synthesis.pseudodata import load_pseudo_data
 

@@ -20,10 +20,11 @@ from commands import OutOfTime, dmm
 from merge_starts import with_mean_variance
 from safetensors.numpy import load_file, save_file
 
-from dmm_cli.architectures import build, load_model
+from dmm_cli.architectures import build
 from dmm_cli.checkpoint import save_arrays
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.norms import norm_layers
 from dmm_cli.runtime import resolve_device, seeded
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data

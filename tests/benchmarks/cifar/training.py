@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dmm_cli.architectures import build, load_state_dict
+from dmm_cli.architectures import build
 from dmm_cli.checkpoint import save_arrays
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
 from dmm_cli.layout import place
+from dmm_cli.loading import load_state_dict
 from dmm_cli.runtime import Host, generator, mixed_precision, resolve_precision, seeded
 from dmm_cli.savepoint import Savepoint
 from dmm_cli.spaces import example

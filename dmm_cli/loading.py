@@ -1,0 +1,105 @@
+"""Checkpoints as modules of torch, with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .architectures import Architecture, build, identify
+from .checkpoint import Checkpoint
+from .errors import DmmError, capped, printable
+from .header import ITEM_SIZE
+from .inputs import Source
+from .widths import WIDTHS, resize
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def load_state_dict(source: Source) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, in their own dtypes."""
+    with Checkpoint(source) as file:
+        return {name: _tensor(file, name) for name in source.tensors}
+
+
+def _tensor(file: Checkpoint, name: str) -> torch.Tensor:
+    info = file.source.tensors[name]
+    if info.dtype not in TORCH_DTYPES:
+        raise DmmError(f"{file.source.path}: torch has no {info.dtype} ({printable(name)})")
+    flat = torch.from_numpy(file.raw(name)).view(TORCH_DTYPES[info.dtype])
+    assert flat.element_size() == ITEM_SIZE[info.dtype]
+    return flat.reshape(info.shape)
+
+
+def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Architecture]:
+    """The module of a checkpoint with its weights, in eval mode and float32, on the CPU.
+
+    Where the metadata tell of widths, layers are as wide as the tensors, see ``widths``. A tensor that the module has
+    under several names, tied weights, may stand in the file under one of them, as ``safetensors`` saves it.
+
+    Raises:
+        DmmError: the architecture is unknown, tensors do not fit it, or hold what no network computes with.
+    """
+    architecture = identify(source, arch)
+    model = build(architecture.spec, first_weights=False)
+    if WIDTHS in source.metadata:
+        resize(model, {name: info.shape for name, info in source.tensors.items()})
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    same = _same_tensor(model, source)
+    held = {name: source.tensors[same.get(name, name)].shape for name in (*source.tensors, *same)}
+    problems = [f"missing {printable(name)}" for name in wanted.keys() - held.keys()]
+    problems += [f"unknown {printable(name)}" for name in held.keys() - wanted.keys()]
+    problems += [
+        f"{printable(name)} is {list(held[name])}, the model has {list(wanted[name])}"
+        for name in wanted.keys() & held.keys()
+        if wanted[name] != held[name]
+    ]
+    if problems:
+        raise DmmError(
+            f"{source.path} does not fit {printable(architecture.spec)} ({architecture.evidence})",
+            evidence=capped(sorted(problems)),
+            hint=_hint(held, wanted),
+        )
+    tensors = load_state_dict(source)
+    model.load_state_dict(tensors | {name: tensors[other] for name, other in same.items()})
+    model.float().eval()
+    _require_sound(source, model.state_dict())
+    return model, architecture
+
+
+def _same_tensor(model: nn.Module, source: Source) -> dict[str, str]:
+    """Names that a file leaves out, to that under which it holds the same tensor."""
+    own = model.state_dict(keep_vars=True)  # the tensors themselves
+    held = {id(own[name]): name for name in source.tensors if name in own}
+    return {name: held[id(own[name])] for name in own if name not in source.tensors and id(own[name]) in held}
+
+
+def _hint(held: Iterable[str], wanted: Iterable[str]) -> str:
+    """What to do where names do not fit; those of DataParallel are the network's own, all behind one word."""
+    parts = [name.partition(".") for name in held]
+    words, inner = {word for word, *_ in parts}, {rest for *_, rest in parts}
+    if len(words) == 1 and inner == set(wanted):
+        return f"every name begins with {printable(words.pop())}, as those of a wrapper do: save what it wraps"
+    return "name the right one with --arch"
+
+
+def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise DmmError where tensors, in the precision that they are used in, hold NaN or infinity, or variances < 0."""
+    values = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    problems = [f"{printable(name)} holds NaN or infinity" for name in values if not values[name].isfinite().all()]
+    problems += [
+        f"{printable(name)} holds a negative variance"
+        for name in values
+        if name.rpartition(".")[2] == "running_var" and (values[name] < 0).any()
+    ]
+    if problems:
+        raise DmmError(
+            f"{source.path} cannot be computed with",
+            evidence=capped(problems),
+            hint="train or export it again: its training diverged, or the file was changed",
+        )
