@@ -44,6 +44,8 @@ Checkpoints = Annotated[
     ),
 ]
 Output = Annotated[Path | None, option("--output", "-o", help="Write to this file.")]
+NEEDED = "  [required]"  # said here, and checked by commands: Typer's own message would name no file as an example
+NeededOutput = Annotated[Path | None, option("--output", "-o", help=f"Write to this file.{NEEDED}")]
 Force = Annotated[bool, option("--force", help="Replace outputs that exist.")]
 Format = Annotated[str, option("--format", help="table, json, tsv or md.")]
 Json = Annotated[bool, option("--json", help="Short for --format json.")]

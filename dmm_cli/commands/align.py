@@ -29,7 +29,8 @@ def align(
         typer.Argument(metavar="REFERENCE CKPT...", help="The checkpoint whose order of units stays, then others."),
     ],
     output: Annotated[
-        Path | None, options.option("--output", "-o", help="A .safetensors file, or a directory for several.")
+        Path | None,
+        options.option("--output", "-o", help=f"A .safetensors file, or a directory for several.{options.NEEDED}"),
     ] = None,
     restarts: Annotated[
         int, options.option("--restarts", help="Further attempts, with groups in random order; the best wins.", min=0)

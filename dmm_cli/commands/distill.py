@@ -55,7 +55,7 @@ def distill(
         typer.Argument(metavar="TEACHER...", help="Teachers of the pseudo-data, or merge.json, or -."),
     ],
     data: Annotated[Path, options.option("--data", help="Pseudo-data from dmm synthesize.")],
-    output: options.Output = None,
+    output: options.NeededOutput = None,
     steps: Annotated[
         int, options.option("--steps", help="Optimiser steps; 0 only resets BatchNorm.", min=0)
     ] = Settings.steps,

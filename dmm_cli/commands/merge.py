@@ -120,7 +120,9 @@ def merge(
     ] = None,
     output: Annotated[
         Path | None,
-        options.option("--output", "-o", help="A .safetensors file, or a directory for several groups."),
+        options.option(
+            "--output", "-o", help=f"A .safetensors file, or a directory for several groups.{options.NEEDED}"
+        ),
     ] = None,
     method: Annotated[str, options.option("--method", help=f"{_listed(METHODS)}.")] = "linear",
     weights: Annotated[str | None, options.option("--weights", help="One number per checkpoint: 3,1,1.")] = None,

@@ -50,7 +50,8 @@ def record(
         options.option("--owner", help="The checkpoint that was trained on these data, where MODEL is another's."),
     ] = None,
     output: Annotated[
-        Path | None, options.option("--output", "-o", help="A .safetensors file, or a directory for several.")
+        Path | None,
+        options.option("--output", "-o", help=f"A .safetensors file, or a directory for several.{options.NEEDED}"),
     ] = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,

@@ -75,7 +75,9 @@ DistillSteps = Annotated[
 @guarded
 def run(
     checkpoints: options.Checkpoints,
-    output: Annotated[Path | None, options.option("--output", "-o", help="Directory for everything.")] = None,
+    output: Annotated[
+        Path | None, options.option("--output", "-o", help=f"Directory for everything.{options.NEEDED}")
+    ] = None,
     data: Annotated[
         Path | None,
         options.option("--data", help="Labelled data to judge the result by; nothing is tuned on it."),

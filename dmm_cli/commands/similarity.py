@@ -42,7 +42,7 @@ def similarity(
     ] = None,
     measure: Annotated[
         list[str] | None,
-        options.option("--measure", help=f"Only these measures: {', '.join(MEASURES)}. Repeatable."),
+        options.option("--measure", help=f"The cosine and these measures alone: {', '.join(MEASURES)}. Repeatable."),
     ] = None,
     data: Annotated[
         str | None,

@@ -38,7 +38,7 @@ BATCH = 64
 @guarded
 def synthesize(
     checkpoints: options.Checkpoints,
-    output: options.Output = None,
+    output: options.NeededOutput = None,
     preset: options.Preset = presets.DEFAULT,
     count: inversion.Count = None,
     steps: inversion.Steps = None,

@@ -6,8 +6,8 @@
 DIRECTORY is that of merge_quality.py. A setting is what clients differ in and where they start: ``0.01-own`` (classes
 by Dirichlet(.01), each client from its own random weights), ``100-shared`` (from one network that was trained on a
 twentieth of the images), ``renderings-shared`` (the same classes, each client its own rendering: grey, inverted,
-blurred, noisy, rotated colours). ``small`` is for two CPU cores, ``full`` for a GPU. Methods run with their defaults
-through the public commands; nothing is chosen on the test images.
+blurred, noisy, rotated colours). ``small`` is for two CPU cores, ``full`` for a GPU, where ``dmm run`` is told to do
+more. Methods run through the public commands, otherwise with their defaults; nothing is chosen on the test images.
 
 What exists is kept: a run that was killed, or stopped after ``--minutes`` (it then exits with 75), goes on where it
 was when the same line is given again. In the work directory every setting and seed has a folder with its clients, and
@@ -55,7 +55,7 @@ def load_images(data: Path, work: Path) -> Images:
 
 def require_same(profile: Profile, work: Path) -> None:
     """End unless what the directory holds was trained as the profile says."""
-    found = {name: value for name, value in asdict(profile).items() if name not in ("settings", "seeds")}
+    found = {name: value for name, value in asdict(profile).items() if name not in ("settings", "seeds", "run")}
     text, note = json.dumps(found, indent=1, sort_keys=True), work / "profile.json"
     if note.exists() and note.read_text() != text:
         raise SystemExit(

@@ -22,6 +22,7 @@ class Profile:
         settings: what clients differ in, and where they start: ``ALPHA-own``, ``renderings-shared``.
         own, base, shared, pooled: training of clients from their own start; of the common start; of clients that go
             on from it; of one network on all data.
+        run: flags of ``dmm run``.
     """
 
     clients: int
@@ -31,6 +32,7 @@ class Profile:
     base: Recipe
     shared: Recipe
     pooled: Recipe
+    run: Sequence[str] = ()
 
 
 SMALL = "resnet18,num_classes=10,layers=(1,1,1,1),channels=(16,32,64,128)"  # 325,866 parameters
@@ -53,6 +55,7 @@ PROFILES = {
         base=Recipe(LARGE, 60),
         shared=Recipe(LARGE, 20, rate=5e-4),
         pooled=Recipe(LARGE, 30),
+        run=("--preset", "best", "--distill-steps", "3600"),  # by training images that clients were kept from
     ),
 }
 

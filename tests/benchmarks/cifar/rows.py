@@ -131,8 +131,8 @@ def local_statistics(place: Place) -> None:
 
 
 def pipeline(place: Place) -> None:
-    """``dmm run``, with its defaults."""
-    place.dmm("run", *place.cell.clients, "-o", place.run)
+    """``dmm run``, with the flags of the profile."""
+    place.dmm("run", *place.cell.clients, *place.cell.profile.run, "-o", place.run)
     place.model.unlink(missing_ok=True)
     place.model.hardlink_to(place.run / MODEL)
 
@@ -153,9 +153,14 @@ def informed(place: Place) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(record, missing))
     files = place.folder / "statistics-*" / "*.safetensors"
-    place.dmm("run", *clients, "--statistics", files, "-o", place.folder / "run")
+    place.dmm("run", *clients, *place.cell.profile.run, "--statistics", files, "-o", place.folder / "run")
     place.model.unlink(missing_ok=True)
     place.model.hardlink_to(place.folder / "run" / MODEL)
+
+
+def distilled(place: Place) -> dict:
+    """What the run of dmm tells of its distillation."""
+    return json.loads((place.run / "distill.json").read_text())
 
 
 def everything(place: Place) -> None:
@@ -172,12 +177,13 @@ def from_scratch(place: Place) -> None:
     student = place.folder / "student.safetensors"
     metadata = {name: like.metadata[name] for name in ("dmm.arch", "dmm.input", "dmm.classes")}
     save_arrays(student, {name: tensor.numpy() for name, tensor in model.state_dict().items()}, metadata, force=True)
-    place.dmm("distill", student, *place.cell.clients, "--data", place.data, "-o", place.model)
+    flags = ["--data", place.data, "--steps", distilled(place)["parameters"]["steps"], "-o", place.model]
+    place.dmm("distill", student, *place.cell.clients, *flags)
 
 
 def oracle(place: Place) -> None:
     """The distillation of ``dmm run`` on real images: as many of each client, with its answers."""
-    record = json.loads((place.run / "distill.json").read_text())
+    record = distilled(place)
     real = place.folder / "real.safetensors"
     real_images(place.cell, place.data, real)
     student, steps = record["student"]["path"], record["parameters"]["steps"]

@@ -64,13 +64,14 @@ def _line(name: str, shown: Sequence[str], values: Sequence[float], seconds: str
 def conditions(profile: Profile, cells: Sequence[Cell]) -> str:
     """Hardware, versions, seeds, and how the clients came about."""
     device = resolve_device("auto")
-    seeds = sorted({cell.seed for cell in cells})
+    seeds, flags = sorted({cell.seed for cell in cells}), " ".join(profile.run)
     return (
         f"{profile.clients} clients of CIFAR-10, n = {len(seeds)} (seeds {', '.join(map(str, seeds))}, of split, "
         f"training and dmm), 10,000 test images. The images are a JPEG re-encoding of the original, a little lossy, so "
         f"accuracies sit a little below the usual ones. Network: `{profile.own.arch}`; clients of their own start are "
         f"trained for {profile.own.epochs} epochs, of a common one (trained on a twentieth of the images, which no "
         f"client has) for {profile.shared.epochs}, the network of all data for {profile.pooled.epochs}. "
+        f"{f'`dmm run` with `{flags}`. ' if flags else ''}"
         f"Seconds are {'seconds' if device.type == 'cuda' else 'processor seconds, of all cores together'}; those of "
         f"clients are of all of them; rows on pseudo-data use dmm's, whose synthesis is in dmm's row alone. "
         f"{_processor()}{', ' + torch.cuda.get_device_name(device) if device.type == 'cuda' else ''}; "
