@@ -282,3 +282,16 @@ def require_finite(source: Source, name: str, values: np.ndarray) -> float:
                 hint="this checkpoint diverged or was damaged; leave it out",
             )
     return squares
+
+
+def require_variances(source: Source, name: str, values: np.ndarray) -> None:
+    """Check a block (n,) of running variances.
+
+    Raises:
+        DmmError: one is negative.
+    """
+    if values.size and values.min() < 0:
+        raise DmmError(
+            f"negative running variance in {printable(name)} of {source.path}",
+            hint="this checkpoint was damaged, or merged as if statistics were weights; leave it out",
+        )

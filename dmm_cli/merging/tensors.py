@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, encode_floats
+from ..checkpoint import Checkpoint, encode_floats, require_variances
 from ..digest import Hashes
 from ..errors import DmmError, printable
 from ..header import Layout, TensorInfo
@@ -297,11 +297,7 @@ class Tensors:
         files = self._parents(info.name)
         variances = _doubles(files, piece)  # (N, C)
         for file, row in zip(files, variances, strict=True):
-            if row.size and row.min() < 0:
-                raise DmmError(
-                    f"negative running variance in {printable(info.name)} of {file.source.path}",
-                    hint="this checkpoint was damaged, or merged as if statistics were weights; leave it out",
-                )
+            require_variances(file.source, info.name, row)
         filters = None
         weight = self.pairs.get(info.name.rpartition(".")[0])
         if weight is not None:

@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from ..chance import unrelated_cosine
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, require_variances
 from ..header import TensorInfo
 from ..inputs import Source
 from ..manifest import LayerSimilarity, Matrix, SimilarityReport, SourceRecord
-from ..names import is_weight
+from ..names import RUNNING_VAR, is_weight, kind_of
 from ..streaming import Piece, in_order, one_blas_thread, pieces, read_rows
 from . import MEASURES
 from .cosine import Cosine
@@ -48,7 +48,7 @@ def compute_similarity(
         measures: names from ``MEASURES``; cosine is always among them, since grouping stands on it.
 
     Raises:
-        DmmError: see ``comparable_parts``; or a value is NaN or infinite.
+        DmmError: see ``comparable_parts``; a value is NaN or infinite, or a running variance negative.
     """
     kinds = comparable_parts(sources, base, reference)
     if len(kinds) == 1:
@@ -153,6 +153,9 @@ def _read_ahead(
 
     def read(piece: Piece) -> tuple[TensorInfo, np.ndarray, np.ndarray | None]:
         rows, _ = read_rows(everything, piece)
+        if kind_of(piece.name) == RUNNING_VAR:
+            for file, row in zip(everything, rows, strict=True):
+                require_variances(file.source, piece.name, row)
         return known[piece.name], rows[: len(files)], rows[-1] if base else None
 
     return in_order(read, (piece for info in infos for piece in pieces(info, READ)), 1)

@@ -105,6 +105,14 @@ def test_nan_is_refused_by_name(write, value):
         compute_similarity(sources([write("a", w=w), write("b", w=bad)]))
 
 
+def test_a_negative_variance_is_refused_by_name(write):
+    w, good, bad = np.ones((2, 2), np.float32), np.ones(2, np.float32), np.array([1, -1e-3], np.float32)
+    statistics = [{"bn.running_mean": good, "bn.running_var": variance} for variance in (good, bad)]
+    paths = [write(name, w=w, **own) for name, own in zip("ab", statistics, strict=True)]
+    with pytest.raises(DmmError, match=r"negative running variance in bn.running_var of .*b\.safetensors"):
+        compute_similarity(sources(paths))
+
+
 def test_checkpoints_without_weights_are_refused(write):
     paths = [write(name, count=np.array(1, np.int64)) for name in "ab"]
     with pytest.raises(DmmError, match="no float weights"):
