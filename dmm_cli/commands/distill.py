@@ -135,6 +135,7 @@ def distill_sources(
     """Load the student to start from, refine it, and write the checkpoint; go on from what an interrupted call did."""
     from ..checkpoint import save_like
     from ..distillation.refine import refine
+    from ..loading import TORCH_DTYPES
     from ..manifest import DistillManifest, SourceRecord
     from ..norms import norm_layers
     from ..runtime import Host, describe_device, resolve_device, resolve_precision
@@ -155,7 +156,8 @@ def distill_sources(
     depends = {"sources": [parent.sha256 for parent in parents], "data": data.sha256, "arch": arch, **parameters}
     with resumable(output, **depends, device=where.type, processes=ranks.count) as reached:
         host = Host(where, reached, ranks, on_progress)
-        history, retention = refine(model, layers, lessons, networks, settings, host)
+        stored = {name: TORCH_DTYPES[info.dtype] for name, info in student.tensors.items()}
+        history, retention = refine(model, layers, lessons, networks, settings, host, stored)
         if ranks.is_first:
             metadata = stamp(
                 "distill",

@@ -5,7 +5,7 @@ Legend: N images, B images of a batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ def refine(
     teachers: Sequence[nn.Module],
     settings: Settings,
     host: Host,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[History, tuple[Retention, ...]]:
     """Distil pseudo-data into the student, in place; the last step is the result.
 
@@ -50,6 +51,7 @@ def refine(
 
     Args:
         student: on the host's device, as all else is. teachers: frozen; not needed where no step is to be taken.
+        stored: dtypes that tensors will be stored in. The student is rounded to them before it is measured.
 
     Returns:
         Curves of the loss and of the agreement with the targets, and agreement per teacher.
@@ -74,6 +76,8 @@ def refine(
         _reset(student, layers, lessons, settings, "after")
         if settings.steps:
             calibrate_biases(student, lessons, committee)
+        for name, tensor in student.state_dict().items():
+            tensor.copy_(tensor.to((stored or {}).get(name, tensor.dtype)))
         after = agreement(student, lessons)
     return recorder.history(), _retention(lessons, before, after)
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dmm_cli.architectures import build
 from dmm_cli.checkpoint import save_arrays
+from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 
 INPUT = json.dumps({"size": [1, 16, 16], "mean": [0.3], "std": [0.38]})
 NARROW = "resnet18,in_chans=1,layers=(1,1,1,1),channels=(8,16,32,32)"  # the sites have (16,32,64,64)
@@ -159,6 +161,24 @@ def test_a_student_in_a_dtype_that_is_not_written_is_refused_before_it_is_taught
     result = dmm("distill", student, *SITES, "--data", drawn, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and "a student is not written in F8_E4M3" in result.stderr
     assert "fc.weight" in result.stderr and not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_a_student_retains_is_what_its_file_does(drawn, tmp_path):
+    student, out = tmp_path / "s.safetensors", tmp_path / "out.safetensors"
+    tensors = load_file(SITES[0])
+    tensors["fc.bias"] += 1000  # all classes alike; bfloat16 rounds what a class has of its own away
+    halves = {name: v.bfloat16() if v.is_floating_point() else v for name, v in tensors.items()}
+    save_file(halves, student, load_metadata(SITES[0]))
+    result = dmm("distill", student, *SITES, "--data", drawn, "--steps", 20, "-o", out, "--json")
+    told = [site["after"] for site in json.loads(result.stdout)["retention"]]
+    assert load_file(out)["conv1.weight"].dtype == torch.bfloat16
+    model, data = load_model(resolve_source(str(out)))[0], load_file(drawn)
+    with torch.no_grad():
+        images = (data["images"] / 255 - 0.3) / 0.38
+        hits = (model(images).argmax(1) == data["targets"]).double()
+    own = [hits[data["teacher_id"] == number] for number in range(len(SITES))]
+    found = [100 * float(mine.mean()) for mine in own]
+    assert told == pytest.approx(found, abs=0.01)
 
 
 @pytest.mark.parametrize(("told", "expected"), [((True, True), [9, 9, 9, 9, 9, 0, 0, 5, 5, 0]), ((True, False), None)])
