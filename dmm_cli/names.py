@@ -10,7 +10,8 @@ RUNNING_MEAN, RUNNING_VAR, COUNTER = "running_mean", "running_var", "num_batches
 WRAPPERS = r"((module|model|net|backbone|encoder)\.)*"  # what training code puts in front
 CLASSIFIERS = (
     "fc", "last_linear", "classif", r"classifier(\.\d+)?", "head", r"head\.(fc|fc\.fc2|fc2|l|linear|head\.l)",
-    r"head\.classifier\.4", r"head_dist(\.(l|linear))?", r"head\.head_dist\.l",
+    r"head\.classifier\.(4|linear)", r"head_dist(\.(l|linear))?", r"head\.head_dist\.l", r"heads(_dist)?\.\d",
+    r"heads\.head", r"head\.proj", "aux_head",
 )  # fmt: skip
 HEADS = re.compile(rf"{WRAPPERS}({'|'.join(CLASSIFIERS)})\.(weight|bias)")
 

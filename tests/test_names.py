@@ -14,7 +14,8 @@ FAMILIES = {
 # Inner layers are called fc in the first four; the classifier is the last of several layers in the others.
 UNUSUAL = {
     "pit_ti_224": 2, "sequencer2d_s": 2, "ese_vovnet19b_slim": 2, "rdnet_tiny": 2,
-    "efficientvit_b0": 2, "caformer_s18": 2, "inception_next_atto": 2, "repvit_m0_9": 4,
+    "efficientvit_b0": 2, "caformer_s18": 2, "inception_next_atto": 2, "repvit_m0_9": 4, "resnet50_clip": 2,
+    "cpubone_b0_bfrobust": 2, "efficientvim_m1": 8, "efficientvim_m1_dist": 16, "volo_d1_224": 4,
 }  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def test_the_last_part_of_a_name_tells_its_kind():
         ("last_linear.bias", True), ("head_dist.weight", True), ("conv_head.weight", False), ("fc1.weight", False),
         ("blocks.0.mlp.fc1.weight", False), ("head.norm.weight", False), ("fc.running_mean", False), ("fc", False),
         ("overhead.weight", False), ("heads.weight", False), ("xfc.weight", False),
+        ("heads.head.weight", True), ("head.0.weight", False),
     ],
 )  # fmt: skip
 def test_names_at_the_edge(name, head):
