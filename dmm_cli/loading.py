@@ -91,7 +91,7 @@ def _hint(held: Iterable[str], wanted: Iterable[str]) -> str:
 def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:
     """Raise DmmError where tensors, in the precision that they are used in, hold NaN or infinity, or variances < 0."""
     values = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    problems = [f"{printable(name)} holds NaN or infinity" for name in values if not values[name].isfinite().all()]
+    problems = [f"{printable(name)} holds NaN or infinity" for name in values if not _is_finite(values[name])]
     problems += [
         f"{printable(name)} holds a negative variance"
         for name in values
@@ -103,3 +103,8 @@ def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:
             evidence=capped(problems),
             hint="train or export it again: its training diverged, or the file was changed",
         )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; a sum, the fast way, tells of them, and may overflow without any."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

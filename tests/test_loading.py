@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import Tied
+from networks import Called, Tied
 from safetensors.torch import load_file, save_file, save_model
 
 from dmm_cli import architectures as arch
@@ -115,3 +115,11 @@ def test_tied_weights_may_stand_in_the_file_under_one_name(tmp_path):
     numbers = torch.randn(3, 6)
     with torch.no_grad():
         assert torch.equal(loaded(numbers), model.eval()(numbers))
+
+
+def test_large_values_are_not_infinite(tmp_path):
+    model = Called()
+    with torch.no_grad():
+        model.head.weight[0] = torch.finfo(torch.float32).max  # their sum is
+    loaded, _ = load_model(saved(tmp_path, model), "networks:called")
+    assert torch.equal(loaded.head.weight, model.head.weight)
