@@ -65,6 +65,25 @@ class Called(nn.Module):
 called = Called
 
 
+class Twice(nn.Module):
+    """Two convolutions with the same filters."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.one, self.two = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.one(self.norm(self.stem(x)).relu()).relu()
+        return self.head(self.two(x).relu().mean((2, 3)))
+
+
+twice = Twice
+
+
 class Gated(nn.Module):
     """Two halves of one layer meet unit by unit; another is split into parts of unlike use."""
 

@@ -5,14 +5,15 @@ are solved already, and BatchNorm works with the statistics of each batch, since
 For methods with the trait "outputs" they also go through their parent as it is. Where a partial merge keeps units of
 one parent side by side with others, that parent says what these are to give for the images of all.
 Linear layers and 2-D convolutions of one group are solved. What else there is stays the weighted mean: biases,
-grouped convolutions, padding other than by a number of zeros, subclasses that change their weights or inputs, and
-layers whose inputs are not of single images.
+grouped convolutions, padding other than by a number of zeros, subclasses that change their weights or inputs, tied
+weights, and layers whose inputs are not of single images.
 
 Legend: N checkpoints, B images of a batch, P positions, S features of a position, R x S a weight.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
@@ -126,7 +127,12 @@ def _in_order(model: nn.Module, images: Inputs) -> list[Place]:
 
         return count
 
-    layers = {name: layer for name, layer in model.named_modules() if _is_solvable(layer)}
+    used = Counter(id(weight) for layer in model.modules() for weight in layer.parameters(recurse=False))
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if _is_solvable(layer) and used[id(layer.weight)] == 1  # tied weights are several layers' at once
+    }
     with hooked(on_input(layer, hook(name)) for name, layer in layers.items()):
         forward(model, images)
     return [Place(name, layers[name], count) for name, count in calls.items() if name not in foreign]
