@@ -9,7 +9,7 @@ Legend: N images, B images of a batch, C channels, K classes, U uses of a layer 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -92,7 +92,7 @@ def repair(
     ``W' = (t / s) W`` and ``b' = (t / s) (b - m) + u``: m and s are the channel's mean and deviation in the
     model, once all layers before are set right, u and t the weighted means of the parents' (REPAIR, Jordan et
     al., ICLR 2023). Channels correspond to one another across parents. A layer without a bias keeps its mean. Of one
-    that a pass uses several times, m, s, u and t are means over its uses.
+    that a pass uses several times, m, s, u and t are means over its uses. Layers with tied weights stay as they are.
 
     Args:
         parents: modules of the same architecture, in eval mode; used one at a time.
@@ -103,7 +103,7 @@ def repair(
     Returns:
         The names of the layers that were rescaled.
     """
-    left_out = set(skip)
+    left_out = {*skip, *tied_layers(model)}
     names = [name for name, layer in model.named_modules() if _is_affine(layer) and name not in left_out]
     targets: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
     for parent, share in zip(parents, shares, strict=True):
@@ -114,6 +114,13 @@ def repair(
     for name, moments in found.items():
         _rescale(modules[name], moments.mean(0), targets[name].mean(0))
     return list(found)
+
+
+def tied_layers(model: nn.Module) -> set[str]:
+    """Names of the layers that have a parameter which another has too: what is right for one is not for the other."""
+    own = {name: list(map(id, layer.parameters(recurse=False))) for name, layer in model.named_modules()}
+    used = Counter(number for numbers in own.values() for number in numbers)
+    return {name for name, numbers in own.items() if any(used[number] > 1 for number in numbers)}
 
 
 def _is_affine(layer: nn.Module) -> bool:

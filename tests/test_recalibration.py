@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from networks import Tied
 from torch import nn
 
 from dmm_cli.recalibration import (
@@ -214,3 +215,13 @@ def test_a_layer_that_is_used_several_times_is_repaired_for_all_uses():
     assert (spread(merged, images) < 0.8 * wanted).all()
     repair(merged, parents, [0.5, 0.5], batches)
     assert torch.allclose(spread(merged, images), wanted, rtol=0.15)
+
+
+@torch.no_grad()
+def test_tied_layers_keep_their_weights():
+    torch.manual_seed(0)
+    merged, *parents = (Tied().eval() for _ in range(3))
+    before = {name: value.clone() for name, value in merged.state_dict().items()}
+    assert repair(merged, parents, [0.5, 0.5], [torch.randn(32, 6)]) == ["shift"]
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"shift.weight", "shift.bias"}

@@ -13,7 +13,6 @@ Legend: N checkpoints, B images of a batch, P positions, S features of a positio
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from torch import nn
 from ..checkpoint import Checkpoint
 from ..examples import Inputs, forward, hooked, on_input
 from ..inputs import Source
+from ..recalibration import tied_layers
 from ..runtime import generator
 from ..widths import own_rows
 from . import METHODS
@@ -127,12 +127,8 @@ def _in_order(model: nn.Module, images: Inputs) -> list[Place]:
 
         return count
 
-    used = Counter(id(weight) for layer in model.modules() for weight in layer.parameters(recurse=False))
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if _is_solvable(layer) and used[id(layer.weight)] == 1  # tied weights are several layers' at once
-    }
+    tied = tied_layers(model)
+    layers = {name: layer for name, layer in model.named_modules() if _is_solvable(layer) and name not in tied}
     with hooked(on_input(layer, hook(name)) for name, layer in layers.items()):
         forward(model, images)
     return [Place(name, layers[name], count) for name, count in calls.items() if name not in foreign]
