@@ -16,6 +16,7 @@ from ..synthesis import ENGINES, presets
 from ..trust import grant, module_of
 
 FORMATS = ("table", "json", "tsv", "md")
+SOURCES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP", "DEFAULT")  # of an option's value, nearest to the user first
 LARGEST = 2**53  # integers up to here are exact in every reader's JSON
 
 
@@ -48,7 +49,19 @@ NEEDED = "  [required]"  # said here, and checked by commands: Typer's own messa
 NeededOutput = Annotated[Path | None, option("--output", "-o", help=f"Write to this file.{NEEDED}")]
 Force = Annotated[bool, option("--force", help="Replace outputs that exist.")]
 Format = Annotated[str, option("--format", help="table, json, tsv or md.")]
-Json = Annotated[bool, option("--json", help="Short for --format json.")]
+
+
+def _json_unless_formatted(context: typer.Context, value: bool) -> bool:
+    """Whether ``--json`` holds: a ``--format`` said nearer to the user than it goes before it."""
+
+    def distance(name: str) -> int:
+        source = context.get_parameter_source(name)
+        return SOURCES.index(source.name) if source else len(SOURCES)
+
+    return value and distance("json") <= distance("format")
+
+
+Json = Annotated[bool, option("--json", callback=_json_unless_formatted, help="Short for --format json.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="Print only the essential, one item a line.")]
 DryRun = Annotated[bool, option("--dry-run", help="Check the inputs, print the plan, write nothing.")]
 

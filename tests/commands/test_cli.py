@@ -253,6 +253,18 @@ def test_defaults_come_from_file_then_environment_then_flag(tmp_path, monkeypatc
     assert result.exit_code == 2 and "did you mean method?" in result.stderr
 
 
+def test_of_format_and_json_the_one_nearer_to_the_line_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["inspect", SITES[0]]
+    (tmp_path / "dmm.toml").write_text("[inspect]\njson = true\n")
+    assert dmm(*command).stdout.startswith("{")
+    assert dmm(*command, "--format", "md").stdout.startswith("**site-a**")
+    monkeypatch.setenv("DMM_INSPECT_FORMAT", "md")
+    assert dmm(*command).stdout.startswith("**site-a**")
+    assert dmm(*command, "--json").stdout.startswith("{")
+    assert dmm(*command, "--format", "md", "--json").stdout.startswith("{")
+
+
 def test_inspect_tells_what_is_there():
     result = dmm("inspect", SITES[3], "--json")
     record = json.loads(result.stdout)
