@@ -3,9 +3,9 @@
     python tests/benchmarks/cifar_clients.py --cifar10 DIRECTORY [--profile small|full] [--work DIRECTORY]
         [--clients N] [--settings NAME ...] [--seeds N ...] [--rows NAME ...] [--minutes M] [--class-counts]
 
-DIRECTORY is that of merge_quality.py. A setting is what clients differ in and where they start: ``0.01-own`` (classes
-by Dirichlet(.01), each client from its own random weights), ``100-shared`` (from one network that was trained on a
-twentieth of the images), ``renderings-shared`` (the same classes, each client its own rendering: grey, inverted,
+DIRECTORY holds what pack_cifar10.py wrote. A setting is what clients differ in and where they start: ``0.01-own``
+(classes by Dirichlet(.01), each client from its own random weights), ``100-shared`` (from one network that was trained
+on a twentieth of the images), ``renderings-shared`` (the same classes, each client its own rendering: grey, inverted,
 blurred, noisy, rotated colours). ``small`` is for two CPU cores, ``full`` for a GPU, where ``dmm run`` is told to do
 more. Methods run through the public commands, otherwise with their defaults; nothing is chosen on the test images.
 

@@ -2,12 +2,11 @@
 
     python tests/benchmarks/merge_quality.py --cifar10 DIRECTORY [--work DIRECTORY]
 
-DIRECTORY holds train.npz and test.npz: ``jpeg`` uint8, all image files back to back, ``offsets`` int64 (N + 1,)
-and ``labels`` int64 (N,). The base is trained on
-a twentieth of the training images, the clients are fine-tuned from it on the rest, dealt out class by class with
-Dirichlet(0.3) shares. Every method runs with its defaults, through ``dmm merge``, on the pseudo-data of
-``dmm synthesize`` where it needs them; nothing is chosen on the test images. Trained checkpoints and pseudo-data are
-kept in the work directory, so that a second run only merges. About 20 minutes.
+DIRECTORY holds what pack_cifar10.py wrote. The base is trained on a twentieth of the training images, the clients are
+fine-tuned from it on the rest, dealt out class by class with Dirichlet(0.3) shares. Every method runs with its
+defaults, through ``dmm merge``, on the pseudo-data of ``dmm synthesize`` where it needs them; nothing is chosen on the
+test images. Trained checkpoints and pseudo-data are kept in the work directory, so that a second run only merges. About
+20 minutes.
 """
 
 from __future__ import annotations

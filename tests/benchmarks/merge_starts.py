@@ -2,11 +2,11 @@
 
     python tests/benchmarks/merge_starts.py --cifar10 DIRECTORY [--work DIRECTORY] [--seeds N]
 
-DIRECTORY is that of merge_quality.py. "Two starts": a network each on either half of the training images, from its
-own random weights. "One start": a base is trained on a twentieth of the images, two clients go on from it, each with
-80 per cent of one half of the classes and 20 of the other. Statistics are reset on images drawn from the parents by
-``dmm synthesize`` ("data-free"), or on as many of their real training images (the oracle). Everything goes through
-the public commands; nothing is chosen on the test images. Prints Markdown; trained checkpoints are kept.
+DIRECTORY holds what pack_cifar10.py wrote. "Two starts": a network each on either half of the training images, from its
+own random weights. "One start": a base is trained on a twentieth of the images, two clients go on from it, each with 80
+per cent of one half of the classes and 20 of the other. Statistics are reset on images drawn from the parents by ``dmm
+synthesize`` ("data-free"), or on as many of their real training images (the oracle). Everything goes through the public
+commands; nothing is chosen on the test images. Prints Markdown; trained checkpoints are kept.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python tests/benchmarks/synthesis_curve.py [--cifar10 DIRECTORY] [--work DIRECTORY] [--seeds N]
 
 Digits: five sites as those of the fixtures, trained on parts of the training images and judged on 300 training images
-that were kept from them; a student from the merged group, as in ``dmm run``. CIFAR-10 (DIRECTORY is that of
-merge_quality.py): one network trained on nine tenths of the training images, judged on the others; a student from its
-own random start. The test sets of either are not touched: defaults are chosen here. One synthesis for every number of
-steps draws the largest number of images, and fewer images are the first so many of every teacher: which of them come
+that were kept from them; a student from the merged group, as in ``dmm run``. CIFAR-10 (DIRECTORY holds what
+pack_cifar10.py wrote): one network trained on nine tenths of the training images, judged on the others; a student from
+its own random start. The test sets of either are not touched: defaults are chosen here. One synthesis for every number
+of steps draws the largest number of images, and fewer images are the first so many of every teacher: which of them come
 first is by chance. Syntheses and students are kept, so that a second run goes on. Prints Markdown.
 """
 

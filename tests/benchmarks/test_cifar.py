@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -127,6 +128,30 @@ full = cifar_clients.PROFILES["full"]
 cifar_clients.PROFILES["full"] = replace(full, clients=2, own=Recipe(arch, epochs=1, batch=4))
 cifar_clients.main()
 """
+
+
+READ = """
+from pathlib import Path
+import numpy as np
+from cifar_clients import load_images
+np.savez("read.npz", **vars(load_images(Path("packed"), Path())))
+"""
+
+
+def test_packed_images_are_those_of_the_folder(tmp_path):
+    images, program = photographs(6), ROOT / "tests" / "benchmarks" / "pack_cifar10.py"
+    for part, label, number in itertools.product(("train", "test"), range(2), range(3)):
+        place = tmp_path / part / ("cat", "dog")[label]
+        place.mkdir(parents=True, exist_ok=True)
+        picture = images[3 * label + number].transpose(1, 2, 0)
+        Image.fromarray(picture).save(place / f"{number}.png")  # without loss, as JPEG is not
+    subprocess.run([sys.executable, program, tmp_path, tmp_path / "packed"], check=True, capture_output=True)
+    paths = {"PYTHONPATH": str(ROOT / "tests" / "benchmarks")}
+    subprocess.run([sys.executable, "-c", READ], check=True, cwd=tmp_path, env=os.environ | paths)
+    with np.load(tmp_path / "read.npz") as read:
+        assert read["classes"].tolist() == ["cat", "dog"]
+        for part in ("train", "test"):
+            assert np.array_equal(read[part], images) and read[f"{part}_labels"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_whole_benchmark_on_clients_whose_files_name_a_factory(tmp_path):
