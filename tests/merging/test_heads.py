@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dmm_cli.digest import hashing
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import Source, resolve_source
 from dmm_cli.merging import engine
@@ -104,6 +106,24 @@ def test_a_head_of_different_classes_is_joined_also_where_the_method_has_a_base(
     got = merged(sources, tmp_path, Recipe(method, base=source("base", None, 9, rows=7)))
     heads = [net(3, 0)["fc.weight"], net(4, 1)["fc.weight"]]
     assert np.allclose(got["fc.weight"], expected_rows(heads, [FIRST, SECOND], (1, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["karcher", "slerp", "ties", "model_stock"])
+@pytest.mark.parametrize("lists", [(SECOND, FIRST), (FIRST, SECOND)])
+def test_heads_are_joined_by_methods_that_measure_first(source, tmp_path, method, lists):
+    """What is measured is read in the shape each file has; the head, with which it ends, may be the shorter."""
+    sources = [source("a", lists[0], 0), source("b", lists[1], 1)]
+    base = source("base", None, 9, rows=2) if method in ("ties", "model_stock") else None
+    with hashing([*sources, *filter(None, [base])]) as hashes:
+        engine.merge(sources, tmp_path / "out.safetensors", Recipe(method, base=base), {}, hashes=hashes)
+        hashes.wait(sources)
+    got = load_file(tmp_path / "out.safetensors")
+    heads = [net(len(names), seed)["fc.weight"] for seed, names in enumerate(lists)]
+    joined = expected_rows(heads, list(lists), (1, 1))
+    order = list(dict.fromkeys(lists[0] + lists[1]))
+    assert np.allclose(got["fc.weight"], joined[[UNION.index(name) for name in order]], atol=1e-6)
+    for file in [*sources, *filter(None, [base])]:
+        assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
 
 
 def test_a_union_of_three_keeps_classes_in_order_of_first_appearance(source):
