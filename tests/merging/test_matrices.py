@@ -162,14 +162,16 @@ def test_wudi_refuses_steps_and_ridges_that_make_no_sense(parameters):
         METHODS.load("wudi")(torch.ones(2, 3, 3), **parameters)
 
 
+def factor_along(u: np.ndarray, matrix: np.ndarray, tasks: np.ndarray, alpha: float) -> float:
+    answers = [(u @ matrix) @ (u @ task) / np.sum((u @ task) ** 2) for task in tasks]
+    return len(tasks) / sum(max(alpha, answer) for answer in answers)
+
+
 def plain_svc(matrix: np.ndarray, tasks: np.ndarray, alpha: float) -> np.ndarray:
     left, values, right = svd(matrix)
     result = np.zeros_like(matrix)
     for k, value in enumerate(values):
-        u = left[:, k]
-        answers = [(u @ matrix) @ (u @ task) / np.sum((u @ task) ** 2) for task in tasks]
-        factor = len(tasks) / sum(max(alpha, answer) for answer in answers)
-        result += factor * value * np.outer(u, right[k])
+        result += factor_along(left[:, k], matrix, tasks, alpha) * value * np.outer(left[:, k], right[k])
     return result
 
 
@@ -180,6 +182,19 @@ def test_svc_rescales_every_direction_by_how_often_it_is_shared(shape, alpha):
     matrix = 0.7 * tasks.sum(0)
     got = svc(torch.from_numpy(matrix), torch.from_numpy(tasks), alpha=alpha)
     assert np.allclose(got, plain_svc(matrix, tasks, alpha), atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (8, 8)])
+def test_svc_of_a_flat_spectrum_works_along_the_directions_of_the_sum(shape):
+    """Of Iso-C's result any directions are singular ones; float32, as a merge stores it, must not choose them."""
+    tasks = 2 * normal(*shape, seed=7) + normal(3, *shape)
+    left, _, right = svd(tasks.sum(0))
+    flat = METHODS.load("iso_c")(torch.from_numpy(tasks)).float()
+    expected = np.zeros(shape)
+    for k in range(min(shape)):
+        part = left[:, [k]] * float(left[:, k] @ flat.numpy() @ right[k]) @ right[[k]]
+        expected += factor_along(left[:, k], part, tasks, 1.0) * part
+    assert np.allclose(svc(flat, torch.from_numpy(tasks)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
