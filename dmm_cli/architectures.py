@@ -20,7 +20,7 @@ from .errors import DmmError, printable
 from .hub import format_arch
 from .inputs import Source
 from .metadata import stated_input
-from .names import is_head
+from .names import is_head, is_weight
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
@@ -200,13 +200,13 @@ def detect(source: Source) -> Architecture:
     """Match tensor names and shapes with timm's catalogue, built without memory on the meta device.
 
     The classifier's width and the number of input channels are read from the shapes. Of several networks with the same
-    tensors the first in the catalogue is taken.
+    tensors the first in the catalogue is taken. Where there are no weights but a head's, none is looked for.
 
     Raises:
         DmmError: no catalogue entry fits.
     """
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    for family in _likely_families(shapes):
+    for family in _likely_families(shapes) if any(map(is_weight, source.tensors.values())) else ():
         for name in family:
             spec = _fit(name, shapes)
             if spec:

@@ -132,6 +132,18 @@ def test_detection_by_names_and_shapes(tmp_path, spec):
     assert "tensor names and shapes match" in found.evidence
 
 
+@pytest.mark.parametrize("tensors", [{}, {"head.weight": torch.ones(5, 64), "head.bias": torch.ones(5)}])
+def test_where_no_weights_are_no_network_is_looked_for(tmp_path, tensors, monkeypatch):
+    """Every network has all parts of a file that has none."""
+    monkeypatch.setattr(arch, "_meta_shapes", lambda *_, **__: pytest.fail("a network of the catalogue is built"))
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for number, path in enumerate(paths):
+        save_file({name: value + number for name, value in tensors.items()}, path)
+    assert "cannot tell the architecture" in dmm("inspect", paths[0]).stdout
+    merged = dmm("merge", *paths, "-o", tmp_path / "m.safetensors")
+    assert merged.exit_code == 0 and "starts" not in merged.stderr, merged.stderr
+
+
 def test_the_fixture_says_what_it_is():
     source = resolve_source(str(DIGITS / "site-a.safetensors"))
     model, _ = load_model(source)

@@ -21,7 +21,8 @@ from ..names import is_weight
 def basins(sources: Sequence[Source]) -> list[list[int]]:
     """Numbers of the checkpoints of each start, in order of first appearance.
 
-    Two share a start where the cosine of their weights says so (``start_bounds``); heads and vectors are left out.
+    Two share a start where the cosine of their weights says so (``start_bounds``), or where there are no weights to
+    take it of: heads and vectors are left out.
     """
     first, *others = sources
     infos = [
@@ -29,6 +30,8 @@ def basins(sources: Sequence[Source]) -> list[list[int]]:
         for info in first.tensors.values()
         if is_weight(info) and all(o.tensors[info.name].shape == info.shape for o in others)
     ]
+    if not infos:
+        return [list(range(len(sources)))]
     gram = np.zeros((len(sources), len(sources)))
     with ExitStack() as stack:
         files = [stack.enter_context(Checkpoint(source)) for source in sources]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..errors import DmmError
+from ..header import FLOAT8, TensorInfo
 from ..inputs import Source, files_of, resolve_source
 from ..metadata import class_names, stated_input
 from ..names import is_statistic
@@ -70,7 +71,7 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         path=str(source.path),
         sha256=source.sha256,
         bytes=sum(path.stat().st_size for path in source.files),
-        parameters=sum(i.numel for i in source.tensors.values() if i.is_float and not is_statistic(i.name)),
+        parameters=sum(i.numel for i in source.tensors.values() if _is_parameter(i)),
         architecture=_architecture(source, arch),
         kinds={name: tuple(entry) for name, entry in kinds.items()},
         dtypes=dtypes,
@@ -79,6 +80,10 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         provenance=own,
         inputs=_by_name(_undamaged(stated_input, source) or {}),
     )
+
+
+def _is_parameter(info: TensorInfo) -> bool:
+    return (info.is_float or info.dtype in FLOAT8) and not is_statistic(info.name)
 
 
 def _undamaged(read: Callable[[Source], Stated], source: Source) -> Stated | None:

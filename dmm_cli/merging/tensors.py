@@ -20,7 +20,7 @@ import numpy as np
 from ..checkpoint import Checkpoint, encode_floats, require_variances
 from ..digest import Hashes
 from ..errors import DmmError, printable
-from ..header import Layout, TensorInfo
+from ..header import FLOAT8, Layout, TensorInfo
 from ..names import COUNTER, RUNNING_MEAN, RUNNING_VAR, is_statistic, kind_of
 from ..streaming import Piece, pieces, read_rows, split, width_of
 from . import CALIBRATIONS, METHODS
@@ -333,7 +333,9 @@ class Tensors:
                 raise DmmError(
                     f"{info.dtype} tensor {printable(info.name)} differs between "
                     f"{files[0].source.path} and {file.source.path}",
-                    hint="integer and boolean tensors have no mean; they must be equal",
+                    hint="float8 is not merged: convert the checkpoints to bfloat16 first"
+                    if info.dtype in FLOAT8
+                    else "integer and boolean tensors have no mean; they must be equal",
                 )
         return Part(first)
 

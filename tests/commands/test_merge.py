@@ -8,9 +8,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import DIGITS, digits_as_pseudo_data, dmm, in_two_processes, small_net
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from dmm_cli.inputs import resolve_source
 
@@ -21,6 +23,16 @@ BASE = DIGITS / "base.safetensors"
 def metadata(path) -> dict[str, str]:
     with safe_open(path, "numpy") as file:
         return file.metadata()
+
+
+def test_float8_is_passed_on_and_not_merged(tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for number, path in zip((1, 2, 1), paths, strict=True):
+        save_torch({"w": torch.full((2, 3), float(number)).to(torch.float8_e4m3fn)}, path)
+    refused = dmm("merge", *paths[:2], "-o", tmp_path / "m.safetensors")
+    assert refused.exit_code == 2 and "float8 is not merged: convert" in refused.stderr
+    assert dmm("merge", paths[0], paths[2], "-o", tmp_path / "m.safetensors").exit_code == 0
+    assert json.loads(dmm("inspect", tmp_path / "m.safetensors", "--json").stdout)["parameters"] == 6
 
 
 def test_the_same_file_twice_is_told(tmp_path, three):
