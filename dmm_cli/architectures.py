@@ -17,6 +17,7 @@ from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import DmmError, printable
+from .examples import IMAGES
 from .hub import format_arch
 from .inputs import Source
 from .metadata import stated_input
@@ -301,17 +302,17 @@ def input_spec(
 
     Where the last three tell another number of channels than the module takes, the module is right, and every channel
     gets their mean normalisation. Of a model with example inputs, they tell the sizes, and ``dmm.input`` has mean and
-    std by name.
+    std by name; of images alone it need not name them.
 
     Raises:
-        DmmError: mean and std do not fit the number of channels.
+        DmmError: mean and std do not fit the number of channels, or ``dmm.input`` tells of other inputs.
     """
     given = stated_input(source)
     examples = examples_of(model)
     if examples is not None:
         if size:
             raise DmmError("--input-size is for models that take images alone", hint="example_inputs tell the sizes")
-        return joint_spec(model, examples, given, mean, std)
+        return joint_spec(model, examples, _by_name(given, source, tuple(examples.parts)), mean, std)
     known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
     known |= {"input_size" if key == "size" else key: value for key, value in given.items()}
     told = tuple(known.get("input_size", (3, 224, 224)))
@@ -323,6 +324,18 @@ def input_spec(
         mean or known.get("mean", (0.0,)),
         std or known.get("std", (1.0,)),
     )
+
+
+def _by_name(given: dict[str, Any], source: Source, names: tuple[str, ...]) -> dict[str, Any]:
+    named = all(isinstance(part, dict) for part in given.values())
+    parts = given if named else {IMAGES: given}
+    if not parts.keys() <= set(names):
+        told = ", ".join(map(printable, sorted(parts.keys() - set(names)))) if named else "one input without a name"
+        raise DmmError(
+            f"{source.path}: dmm.input tells of {told}; the model takes {', '.join(names)}",
+            hint=f'name what it tells of: {{"{names[0]}": {{"mean": [0.5], "std": [0.25]}}}}',
+        )
+    return parts
 
 
 def _input_channels(model: nn.Module) -> int | None:

@@ -76,8 +76,10 @@ def _is_input(value: Any) -> bool:
 
 
 def _is_normalisation(value: dict[str, Any]) -> bool:
-    return all(_is_list_of_numbers(value[key]) for key in NORMALISATION if key in value) and (
-        min(value.get("std", [1])) > 0
+    return (
+        value.keys() <= {"size", *NORMALISATION}
+        and all(_is_list_of_numbers(value[key]) for key in NORMALISATION if key in value)
+        and min(value.get("std", [1])) > 0
     )
 
 

@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import DIGITS, dmm
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from dmm_cli.architectures import build, input_spec
 from dmm_cli.errors import DmmError
@@ -71,6 +73,8 @@ def test_damaged_counts_are_refused(told, text):
         '{"std": [0]}',
         '{"std": [Infinity]}',
         '{"image": {"std": [-1]}}',
+        '{"image": {"average": [0.5]}}',
+        '{"means": [0.5]}',
     ],
 )
 def test_a_damaged_input_is_refused(told, text):
@@ -85,6 +89,29 @@ def test_of_an_input_that_is_told_in_part_the_rest_is_the_architectures(told):
     assert spec == InputSpec((3, 32, 32), tuple(own["mean"]), tuple(own["std"]))
     spec = input_spec(told("dmm.input", '{"mean": [0.5], "std": [0.25]}'), model)
     assert spec == InputSpec(tuple(own["input_size"]), (0.5,) * 3, (0.25,) * 3)
+
+
+def with_examples(*names: str) -> nn.Module:
+    model = nn.Module()
+    model.example_inputs = {name: torch.zeros(2, 3, 8, 8) for name in names}
+    return model
+
+
+def test_of_several_inputs_each_is_told_by_its_name(told):
+    image = '{"mean": [0.5], "std": [0.25]}'
+    model = with_examples("image", "mask")
+    spec = input_spec(told("dmm.input", f'{{"mask": {image}}}'), model)
+    assert [part.mean for part in spec.specs] == [(0.0,) * 3, (0.5,) * 3]
+    for text, words in ((f'{{"imgae": {image}}}', "tells of imgae"), (image, "tells of one input without a name")):
+        with pytest.raises(DmmError, match=rf"a\.safetensors: dmm\.input {words}; the model takes image, mask"):
+            input_spec(told("dmm.input", text), model)
+
+
+def test_images_alone_need_no_name_also_where_a_model_has_examples(told):
+    for text in ('{"mean": [0.5], "std": [0.25]}', '{"images": {"mean": [0.5], "std": [0.25]}}'):
+        spec = input_spec(told("dmm.input", text), with_examples("images"))
+        assert spec == InputSpec((3, 8, 8), (0.5,) * 3, (0.25,) * 3)
+    assert input_spec(told(), with_examples("images")).mean == (0.0,) * 3
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def require_one_file(to: Destination) -> None:
     if to.max_shard or process_count() > 1:
         raise DmmError(
             "recalibrated checkpoints are written by one process, to one file",
-            hint="leave out --recalibrate, or --max-shard-size and torchrun",
+            hint="leave out --max-shard-size and torchrun, or --recalibrate",
         )
 
 

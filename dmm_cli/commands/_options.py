@@ -202,9 +202,9 @@ def numbers(text: str | None, option: str) -> tuple[float, ...]:
         DmmError: one is not a number, or not finite.
     """
     try:
-        values = tuple(float(part) for part in text.split(",")) if text else ()
+        values = () if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise DmmError(f"{option} takes numbers separated by commas, not {text}") from None
+        raise DmmError(f"{option} takes numbers separated by commas, not {text or 'nothing'}") from None
     _require_finite(values, option, text)
     return values
 

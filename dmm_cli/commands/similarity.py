@@ -117,7 +117,11 @@ def _shown(report: SimilarityReport, style: str, per_layer: bool, quiet: bool) -
 
 
 def _chosen(names: list[str] | None, data: str | None) -> list[str]:
-    """The measures to take: those named, or all that can be."""
+    """The measures to take: those named, or all that can be.
+
+    Raises:
+        DmmError: there is no such measure, or images that one needs are missing, or there are some for none.
+    """
     usual = [name for name in MEASURES if "order" not in MEASURES.traits(name)]
     chosen = [MEASURES.check(name) for name in names or usual]
     needy = [name for name in chosen if "activations" in MEASURES.traits(name)]
@@ -126,6 +130,8 @@ def _chosen(names: list[str] | None, data: str | None) -> list[str]:
             f"{needy[0]} needs images",
             hint="dmm synthesize CKPT... -o pseudo.safetensors, then --data pseudo.safetensors",
         )
+    if data is not None and not needy:
+        raise DmmError("--data is for the measure cka", hint="add --measure cka, or leave out --data")
     return [name for name in chosen if data is not None or name not in needy]
 
 

@@ -84,7 +84,7 @@ METHODS = Registry(
 
 CALIBRATIONS = Registry(
     "calibration",
-    {"svc": ("dmm_cli.merging.svc:svc", "shrink directions that several tasks share (SVC)", "alpha: number")},
+    {"svc": ("dmm_cli.merging.svc:svc", "shrink directions that several tasks share (SVC)", "alpha: positive")},
 )
 
 

@@ -143,6 +143,8 @@ def test_the_same_file_twice_is_warned_about(tmp_path):
         (["merge", "-o", "x.safetensors"], "no checkpoints given"),
         (["merge", *SITES[:2], "-o", "x.safetensors", "--group", "2"], "a cosine between -1 and 1"),
         (["merge", *SITES[:2], "-o", "x.safetensors", "--weights", "1,a"], "takes numbers separated by commas"),
+        (["merge", *SITES[:2], "-o", "x.safetensors", "--weights", ""], "separated by commas, not nothing"),
+        (["similarity", *SITES[:2], "--data", SITES[0], "--measure", "sign"], "--data is for the measure cka"),
         (["merge", *SITES[:2], "-o", "x.safetensors", "--param", "scale"], "takes name=value"),
         (["merge", *SITES[:2], "-o", "no/such/dir/x.safetensors"], "no such directory"),
         (["synthesize", SITES[0]], "name a file with -o"),

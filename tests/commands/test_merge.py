@@ -149,6 +149,7 @@ TIES, WUDI = (["--method", name, "--base", BASE] for name in ("ties", "wudi"))
         ([*WUDI, "--param", "steps=2.5"], "steps must be a whole number, not 2.5"),
         ([*WUDI, "--param", "ridge=-1"], "ridge must not be negative: -1"),
         ([*WUDI, "--calibrate", "svc", "--param", "svc.alhpa=1"], "hint: did you mean alpha?"),
+        ([*WUDI, "--calibrate", "svc", "--param", "svc.alpha=-2"], "alpha must not be negative: -2"),
         ([*WUDI, "--calibrate", "svc", "--param", "svc.alpha=inf"], "--param alpha takes finite numbers, not inf"),
         ([*WUDI, "--calibrate", "scv"], "did you mean svc?"),
         (["--param", "scale=1"], "linear has no parameter scale"),
