@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from ..header import TensorInfo
+
+# in the order that blocks of timm's EfficientNets run them; without conv_pwl, conv_pw comes after conv_dw
+TIMM = {"conv_stem": 0, "conv_exp": 1, "conv_pw": 2, "conv_dw": 3, "conv_pwl": 5, "conv_head": 6}
 
 
 def merged_variance(filters: np.ndarray | None, variances: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -41,61 +44,92 @@ def merged_variance(filters: np.ndarray | None, variances: np.ndarray, shares: n
 def pair_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, str | None]:
     """For every layer with running statistics, the weight whose output it normalises, or None if unsure.
 
-    Read from the names alone, per parent module: the preceding entry of a sequence, layers counted
-    in order (conv1, bn1, conv2, bn2), or, where the widths show that normalisation comes first,
-    the convolution before (conv1, norm2). Where widths do not fit, nothing is paired, nor for running variances
-    that are no vectors.
+    Read from the names alone, per parent module: the preceding entry of a sequence, layers of the same number (conv1,
+    bn1) or of known order, or, where the widths show that normalisation comes first, the convolution before (conv1,
+    norm2). Modules whose layers have the same names are of one kind and work alike: where one of them does not fit by
+    its widths, none of the kind does. Running variances that are no vectors are not paired.
 
     Tensors do not tell a transposed convolution, whose filters lie along the second axis, from a plain one. With as
     many inputs as outputs it is paired as a plain one, and the merged variance is off: pseudo-data set it right.
     """
-    norms: dict[str, list[str]] = defaultdict(list)
-    weights: dict[str, list[str]] = defaultdict(list)
+    norms: dict[str, dict[str, int]] = defaultdict(dict)  # channels by name, by parent module
+    weights: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)  # shapes
     for name, info in tensors.items():
         path, _, kind = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
         if kind == "running_var" and path and len(info.shape) == 1:
-            norms[path.rpartition(".")[0]].append(path)
+            norms[parent][leaf] = info.shape[0]
         elif kind == "weight" and len(info.shape) >= 2 and info.is_float:
-            weights[path.rpartition(".")[0]].append(path)
-    pairs: dict[str, str | None] = {}
+            weights[parent][leaf] = info.shape
+    kinds: dict[tuple[frozenset[str], frozenset[str]], dict[str, dict[str, int]]] = defaultdict(dict)
     for parent, layers in norms.items():
-        width = {layer: tensors[f"{layer}.running_var"].shape[0] for layer in layers}
-        height = {layer: tensors[f"{layer}.weight"].shape[0] for layer in _filters(weights[parent], tensors)}
-        pairs |= _pair_children(width, height)
+        filters = _filters(weights[parent])
+        kinds[frozenset(layers), frozenset(filters)][parent] = layers | filters
+    pairs: dict[str, str | None] = {}
+    for (layers, filters), widths in kinds.items():
+        for parent, width in widths.items():
+            found = _fitting(layers, filters, widths.values(), width)
+            pairs |= {_join(parent, layer): _weight(parent, found.get(layer)) for layer in layers}
     return pairs
 
 
-def _filters(layers: list[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The convolutions among the siblings, else the linear layers; a classifier beside convolutions is neither."""
-    convolutions = [layer for layer in layers if len(tensors[f"{layer}.weight"].shape) > 2]
-    return convolutions or layers
+def _join(parent: str, leaf: str) -> str:
+    return f"{parent}.{leaf}" if parent else leaf
 
 
-def _pair_children(width: dict[str, int], height: dict[str, int]) -> dict[str, str | None]:
-    leaves = [layer.rpartition(".")[2] for layer in (*width, *height)]
-    if all(leaf.isdigit() for leaf in leaves):
-        return {layer: _before(layer, width[layer], height) for layer in width}
-    layers, filters = sorted(width, key=_number), sorted(height, key=_execution_order(height))
-    for shift in (0, 1):  # convolution before normalisation, or after
-        pairs = dict(zip(layers[shift:], filters, strict=False))
-        if pairs and all(width[layer] == height[weight] for layer, weight in pairs.items()):
-            return {layer: f"{pairs[layer]}.weight" if layer in pairs else None for layer in layers}
-    return dict.fromkeys(layers)
+def _weight(parent: str, leaf: str | None) -> str | None:
+    return leaf and f"{_join(parent, leaf)}.weight"
 
 
-def _before(layer: str, width: int, height: dict[str, int]) -> str | None:
-    parent, _, leaf = layer.rpartition(".")
-    previous = f"{parent}.{int(leaf) - 1}" if parent else str(int(leaf) - 1)
-    return f"{previous}.weight" if height.get(previous) == width else None
+def _filters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Channels of the convolutions, else of the linear layers; of those with numbers alone, if some have.
+
+    A classifier beside convolutions, and a shortcut beside numbered layers, are no part of the chain.
+    """
+    chosen = [leaf for leaf, shape in shapes.items() if len(shape) > 2] or list(shapes)
+    chosen = list(_numbers(chosen).values()) or chosen
+    return {leaf: shapes[leaf][0] for leaf in chosen}
 
 
-def _number(layer: str) -> int:
-    digits = re.search(r"(\d+)$", layer)
-    return int(digits.group(1)) if digits else 0
+def _fitting(
+    layers: Collection[str], filters: Collection[str], kind: Collection[Mapping[str, int]], width: Mapping[str, int]
+) -> dict[str, str]:
+    """The pairs in one module: of a sequence those that fit, else those that fit in all modules of its kind."""
+
+    def fits(pairs: Mapping[str, str], widths: Mapping[str, int]) -> bool:
+        return all(widths[layer] == widths[weight] for layer, weight in pairs.items())
+
+    if all(leaf.isdigit() for leaf in (*layers, *filters)):
+        before = {layer: str(int(layer) - 1) for layer in layers}
+        return {layer: leaf for layer, leaf in before.items() if leaf in filters and width[layer] == width[leaf]}
+    for pairs in _guesses(layers, filters):
+        if pairs and all(fits(pairs, widths) for widths in kind):
+            return pairs
+    return {}
 
 
-def _execution_order(names: Mapping[str, int]):
-    """Sort key: numbers in order; timm's EfficientNet names in the order its blocks run them."""
-    expands = any(name.endswith("conv_pwl") for name in names)
-    ranks = {"conv_stem": 0, "conv_exp": 0, "conv_pw": 1 if expands else 3, "conv_dw": 2, "conv_pwl": 4}
-    return lambda name: (ranks.get(name.rpartition(".")[2], 9), _number(name), name)
+def _guesses(layers: Collection[str], filters: Collection[str]) -> Iterator[dict[str, str]]:
+    """What may belong together by name: a convolution and the normalisation after it, else the one before."""
+    numbered, places = _numbers(layers), _numbers(filters)
+    endings = {_ending(leaf): leaf for leaf in filters}
+    if numbered and places:
+        for shift in (0, 1):
+            yield {layer: places[n - shift] for n, layer in numbered.items() if n - shift in places}
+    elif len(layers) == len(filters) == 1 and not places:
+        yield dict(zip(layers, filters, strict=True))
+    elif all(_ending(layer) and _ending(layer) in endings for layer in layers):
+        yield {layer: endings[_ending(layer)] for layer in layers}
+    elif len(filters) >= len(numbered) > 0 and TIMM.keys() >= set(filters):
+        after_depthwise = "conv_pwl" not in filters
+        order = sorted(filters, key=lambda leaf: 4 if leaf == "conv_pw" and after_depthwise else TIMM[leaf])
+        yield dict(zip((numbered[n] for n in sorted(numbered)), order, strict=False))
+
+
+def _ending(leaf: str) -> str:
+    return leaf.partition("_")[2]
+
+
+def _numbers(leaves: Iterable[str]) -> dict[int, str]:
+    """Names by the first number in them; none where two have the same."""
+    found = [(int(match.group(1)), leaf) for leaf in leaves if (match := re.match(r"\D*(\d+)", leaf))]
+    return dict(found) if len(dict(found)) == len(found) else {}

@@ -9,8 +9,18 @@ from dmm_cli.header import TensorInfo
 from dmm_cli.merging.batchnorm import merged_variance, pair_layers
 
 FAMILIES = {
-    "resnet18": 20, "vgg11_bn": 8, "mobilenetv3_small_100": 34, "efficientnet_b0": 49, "regnety_002": 44,
-    "repvgg_a0": 44, "ghostnet_100": 80, "densenet121": 59,
+    "resnet18": 20,
+    "vgg11_bn": 8,
+    "mobilenetv3_small_100": 34,
+    "efficientnet_b0": 49,
+    "regnety_002": 44,
+    "repvgg_a0": 44,
+    "ghostnet_100": 80,
+    "densenet121": 59,
+}
+FEWER = {
+    "resnetv2_18": 8, "ese_vovnet19b_dw": 9, "nextvit_small": 13, "dpn48b": 0, "mixnet_s": 4, "repvit_m0_9": 83,
+    "xcit_nano_12_p16_224": 4,
 }  # fmt: skip
 
 
@@ -32,12 +42,44 @@ def producers(model: torch.nn.Module) -> dict[str, str | None]:
 
 @pytest.mark.parametrize(("name", "pairs"), FAMILIES.items())
 def test_pairs_read_from_names_are_the_ones_the_network_computes(name, pairs):
+    expected, got = computed_and_read(name)
+    assert got == expected
+    assert sum(conv is not None for conv in expected.values()) == pairs
+
+
+@pytest.mark.parametrize(("name", "pairs"), FEWER.items())
+def test_where_names_do_not_tell_nothing_is_paired(name, pairs):
+    """Normalisation comes first in some or all blocks, or one follows several convolutions, or a sum."""
+    expected, got = computed_and_read(name)
+    read = {layer: weight for layer, weight in got.items() if weight}
+    assert read == {layer: expected[layer] for layer in read} and len(read) == pairs
+
+
+def computed_and_read(name: str) -> tuple[dict[str, str | None], dict[str, str | None]]:
     model = build(name)
     infos = {key: TensorInfo(key, "F32", tuple(value.shape), 0, 0) for key, value in model.state_dict().items()}
-    expected = {layer: f"{conv}.weight" if conv else None for layer, conv in producers(model).items()}
-    got = pair_layers(infos)
-    assert {layer: got[layer] for layer in expected} == expected
-    assert sum(conv is not None for conv in expected.values()) == pairs
+    computed = {layer: f"{conv}.weight" if conv else None for layer, conv in producers(model).items()}
+    return computed, {layer: weight for layer, weight in pair_layers(infos).items() if layer in computed}
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [
+        ("pre_norm 4, conv1_1x1 8 4, norm1 8, conv2_kxk 8 8, norm2 8", {"norm1": "conv1_1x1", "norm2": "conv2_kxk"}),
+        ("conv_dw 8 1, bn_dw 8, conv_pw 8 8, bn_pw 8", {"bn_dw": "conv_dw", "bn_pw": "conv_pw"}),
+        ("qkv 8 8, group_conv3x3 8 8, norm 8, projection 8 8", {}),
+        ("a.bn 4, a.conv 8 4, b.bn 8, b.conv 8 8", {}),  # of one kind, which normalises first
+        ("a.conv 8 4, a.bn 8, b.conv 8 8, b.bn 8", {"a.bn": "a.conv", "b.bn": "b.conv"}),
+    ],
+)
+def test_layers_are_paired_by_number_or_ending_in_every_block_of_a_kind(layers, pairs):
+    infos = {}
+    for text in layers.split(", "):
+        layer, *shape = text.split()
+        name = f"{layer}.running_var" if len(shape) == 1 else f"{layer}.weight"
+        infos[name] = TensorInfo(name, "F32", (*map(int, shape), *[1, 1] * (len(shape) > 1)), 0, 0)
+    found = {layer: weight for layer, weight in pair_layers(infos).items() if weight}
+    assert found == {layer: f"{conv}.weight" for layer, conv in pairs.items()}
 
 
 def test_the_variance_of_merged_filters_matches_a_simulation():
