@@ -22,7 +22,7 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
 
     Raises:
         DmmError: the path is one of the inputs, is a directory or a device, exists without ``force``, or lies in
-            a directory that does not exist.
+            a directory that does not exist or cannot be written to.
     """
     refuse_inputs(path, inputs)
     if path.is_dir():
@@ -33,6 +33,13 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
         raise DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
     if not path.parent.is_dir():
         raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
+    require_writable(path.parent)
+
+
+def require_writable(directory: Path) -> None:
+    """Raise DmmError where no file can be made in a directory; to be called before the work, not after it."""
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise DmmError(f"cannot write to the directory {directory}", hint="name another with -o, or change its mode")
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:

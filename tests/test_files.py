@@ -53,6 +53,7 @@ def test_outputs_that_are_refused(tmp_path):
         "directory": (lambda: check_output(tmp_path, force=True), "is a directory"),
         "device": (lambda: check_output(Path("/dev/null"), force=True), "not a regular file"),
         "parent": (lambda: check_output(tmp_path / "no" / "out"), "no such directory"),
+        "mode": (lambda: check_output(Path("/proc/self/out")), "cannot write to the directory /proc/self"),
     }
     for call, words in refusals.values():
         with pytest.raises(DmmError, match=words):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DmmError
-from ..files import check_output
+from ..files import check_output, require_writable
 
 
 def check_files(output: Path | None, picture: Path | None = None, *, inputs: Sequence[Path], force: bool) -> None:
@@ -57,6 +57,7 @@ def file_or_directory(
         raise DmmError(f"not the name of a .safetensors file: {output}", hint=f"name one, as in -o {example}")
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
+    require_writable(output if output.is_dir() else output.parent)
     paths = tuple(output / f"{name}.safetensors" for name in names)
     for path in paths if output.is_dir() else ():
         check_output(path, inputs=inputs, force=force)
