@@ -236,11 +236,12 @@ def shell(*arguments: object, code: str | None = None, **options) -> subprocess.
     )
 
 
-def in_two_processes(*arguments: object) -> str:
+def in_two_processes(*arguments: object, cwd: Path | None = None) -> str:
     """What torchrun's two processes print together, given a program of Python or ``-m module`` with its arguments."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120)
+    command = [*launch, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout

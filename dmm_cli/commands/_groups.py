@@ -299,10 +299,9 @@ def _merge_group(
         force=to.force,
         on_progress=team.on_progress if team.ranks.is_first else None,
     )
-    parts = team.ranks.gather(outcome.lengths)
     if outcome.index and team.ranks.is_first:
         write_text(outcome.path, outcome.index, force=to.force)
-    return replace(outcome, lengths={key: value for part in parts for key, value in part.items()})
+    return outcome
 
 
 def _part(recipe: Recipe, members: tuple[int, ...], groups: int) -> Recipe:

@@ -37,9 +37,9 @@ class Outcome:
 
     Attributes:
         path: the file, or where the index of the shards belongs.
-        index: the text of that index, to be written when every process has written its shards; None for one file.
+        index: the text of that index, to be written now that every process has its shards; None for one file.
         paired, unpaired: normalisation layers whose filters are known, or not.
-        lengths: of every matrix or kernel merged here, its norm over the weighted mean of the parents' norms.
+        lengths: of every matrix or kernel in file order, its norm over the weighted mean of the parents' norms.
     """
 
     path: Path
@@ -91,10 +91,12 @@ def merge(
     ranks.wait()  # a file that another process has just written must not look like one that was there
     with one_blas_thread():
         _write(mine, index, [*files, *([base] if base else [])], work, metadata, final_metadata)
+    measured = {name: ratio for part in ranks.gather(work.lengths()) for name, ratio in part.items()}
+    order = (name for layout in shards.values() for name in file_order(layout))
+    lengths = {name: measured[name] for name in order if name in measured}
     found = sum(weight is not None for weight in tensors.pairs.values())
-    return Outcome(
-        index or output, index_text(shards) if index else None, found, len(tensors.pairs) - found, work.lengths()
-    )
+    text = index_text(shards) if index else None
+    return Outcome(index or output, text, found, len(tensors.pairs) - found, lengths)
 
 
 def _write(

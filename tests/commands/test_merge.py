@@ -279,23 +279,25 @@ def test_eight_files_are_merged_on_one_core(write, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sources", "flags", "files"),
+    ("sources", "flags", "output", "files"),
     [
-        ([SITES[0], DIGITS / "site-d.safetensors"], ["--max-shard-size", "200KB"], 6),  # of two starts: aligned
-        (SITES, ["--method", "tsv", "--base", str(BASE)], 1),
+        # of two starts: aligned; five shards, their index and merge.json
+        ([SITES[0], DIGITS / "site-d.safetensors"], ["--max-shard-size", "200KB"], "model", 7),
+        (SITES, ["--method", "tsv", "--base", str(BASE)], "model.safetensors", 1),
     ],
 )
-def test_two_processes_write_the_bytes_of_one(tmp_path, sources, flags, files):
+def test_two_processes_write_the_bytes_of_one(tmp_path, monkeypatch, sources, flags, output, files):
+    arguments = ["merge", *map(str, sources), *flags, "-o", output]
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    arguments = [["merge", *map(str, sources), *flags, "-o", str(folder / "model.safetensors")] for folder in folders]
-    shown = in_two_processes("-m", "dmm_cli", *arguments[1])
-    assert dmm(*arguments[0]).exit_code == 0
+    shown = in_two_processes("-m", "dmm_cli", *arguments, cwd=folders[1])
+    monkeypatch.chdir(folders[0])
+    assert dmm(*arguments).exit_code == 0
     assert shown.count("written") == 1
-    one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    one, two = ({path.name: path.read_bytes() for path in folder.rglob("*.*")} for folder in folders)
     assert one == two and len(one) == files
-    merged = metadata(next(folders[0].glob("*.safetensors")))
+    merged = metadata(next(folders[0].rglob("*.safetensors")))
     assert ("dmm.aligned" in merged) == ("--max-shard-size" in flags)
 
 
