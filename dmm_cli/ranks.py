@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from .errors import DmmError
+
+LOST = re.compile(r"gloo/.*(closed by peer|reset by peer|Broken pipe)|ncclRemoteError", re.DOTALL)
 
 Item = TypeVar("Item")
 
@@ -59,7 +64,11 @@ def process_count() -> int:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes torchrun started, connected with gloo, and their GPUs with nccl; just this one where it did not."""
+    """The processes torchrun started, connected with gloo, and their GPUs with nccl; just this one where it did not.
+
+    Raises:
+        DmmError: another process is gone before the work was done.
+    """
     count = process_count()
     if count == 1:
         yield Ranks()
@@ -69,5 +78,9 @@ def joined() -> Iterator[Ranks]:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Ranks(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except RuntimeError as error:
+        if LOST.search(str(error)):
+            raise DmmError("another process of torchrun failed", hint="see its message") from error
+        raise
     finally:
         torch.distributed.destroy_process_group()

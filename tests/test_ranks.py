@@ -1,0 +1,80 @@
+"""Processes that torchrun starts: what the others do when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import DIGITS, ROOT, digits_as_pseudo_data
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
+
+# without torchrun, which ends all processes as soon as one fails
+PROGRAM = """
+import json, os, resource, sys
+from conftest import dmm
+from dmm_cli import runtime
+from dmm_cli.errors import DmmError
+
+def fail(self, stage, done, total, **numbers):
+    raise DmmError("no further")
+
+seen = []
+for port, words, trouble in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    if trouble == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    if trouble == "step":
+        runtime.Host.tell = fail
+    result = dmm(*words)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    seen.append([result.exit_code, result.stderr])
+print(json.dumps(seen))
+"""
+
+
+def in_turn(*commands: Sequence[Sequence[object]], trouble: Sequence[str | None] = ()) -> list[list[tuple]]:
+    """Exit codes and messages of two processes that run commands together, one after the other.
+
+    Args:
+        commands: each for the first process, and for the second. trouble: of the first, for every command.
+    """
+    ports = []
+    for _ in commands:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in range(2):
+        troubles = trouble if trouble and rank == 0 else [None] * len(commands)
+        words = [[str(word) for word in command[rank]] for command in commands]
+        plan = json.dumps(list(zip(ports, words, troubles, strict=True)))
+        environment = {**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": paths}
+        program = [sys.executable, "-c", PROGRAM, plan]
+        started.append(subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment))
+    return [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+
+
+@pytest.fixture
+def pseudo(tmp_path: Path) -> Path:
+    return digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5)), (SITES[1], range(3, 8))])
+
+
+def test_a_process_whose_neighbour_fails_says_so(tmp_path, pseudo):
+    """The one that cannot write its shard, or take a step, says why."""
+    merge = ["merge", *SITES[:2], "--max-shard-size", "200KB", "-o", tmp_path / "merged.safetensors"]
+    teach = ["distill", SITES[2], *SITES[:2], "--data", pseudo, "--steps", 40, "-o", tmp_path / "taught.safetensors"]
+    first, second = in_turn([merge] * 2, [teach] * 2, trouble=["disk", "step"])
+    assert [code for code, _ in first + second] == [2, 2] * 2
+    assert "cannot write" in first[0][1] and "no further" in first[1][1]
+    for _, told in second:
+        assert told == "error: another process of torchrun failed\nhint: see its message\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pseudo.safetensors"]
