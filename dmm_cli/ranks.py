@@ -73,7 +73,9 @@ def joined() -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    import torch.distributed  # a second of start-up that one process does without
+    # a second of start-up that one process does without. Optimisers import nn, whose default arguments are the group of
+    # that moment: after this one it is none, and gloo's threads end with theirs, not while the interpreter is torn down
+    import torch.distributed.nn
 
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
