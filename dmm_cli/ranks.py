@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .errors import DmmError
+from .errors import DmmError, printable
 
 LOST = re.compile(r"gloo/.*(closed by peer|reset by peer|Broken pipe)|ncclRemoteError", re.DOTALL)
 
@@ -55,6 +56,31 @@ class Ranks:
     def wait(self) -> None:
         """Wait until every process is here."""
         self.gather(None)
+
+    def require_same(self, **facts: Any) -> None:
+        """Refuse to share work that the processes were told differently; waits for every one of them.
+
+        Args:
+            facts: everything, as JSON, that the bytes of the output depend on; before anything else is exchanged.
+
+        Raises:
+            DmmError: some facts differ, in every process.
+        """
+        told = self.gather({name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()})
+        names = dict.fromkeys(name for own in told for name in own)
+        odd = {name: [own.get(name, "nothing") for own in told] for name in names}
+        lines = [
+            f"{name}: {printable(values[0])} in process 0, {printable(value)} in process {rank}"
+            for name, values in odd.items()
+            for rank, value in enumerate(values)
+            if value != values[0]
+        ]
+        if lines:
+            raise DmmError(
+                "the processes of torchrun were given different inputs or parameters",
+                evidence=lines,
+                hint="give all of them the same command; only the directories of the inputs may differ",
+            )
 
 
 def process_count() -> int:

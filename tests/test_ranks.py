@@ -1,4 +1,4 @@
-"""Processes that torchrun starts: what the others do when one of them fails."""
+"""Processes that torchrun starts: what they are told, and what the others do when one of them fails."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, digits_as_pseudo_data
+from conftest import DIGITS, ROOT, digits_as_pseudo_data, small_net
+from safetensors.numpy import save_file
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
 
@@ -67,6 +69,36 @@ def in_turn(*commands: Sequence[Sequence[object]], trouble: Sequence[str | None]
 @pytest.fixture
 def pseudo(tmp_path: Path) -> Path:
     return digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5)), (SITES[1], range(3, 8))])
+
+
+def test_processes_that_were_told_different_things_are_refused(tmp_path, pseudo):
+    out = tmp_path / "out.safetensors"
+    for number, folder in enumerate(("here", "there")):
+        (tmp_path / folder).mkdir()
+        save_file(small_net(0) | {"fc.bias": np.full(10, number)}, tmp_path / folder / "net.safetensors")
+    merge = ["merge", SITES[0], SITES[1], "-o", out]
+    draw = ["synthesize", SITES[0], "--count", 8, "--steps", 2, "-o", out]
+    teach = ["distill", SITES[2], *SITES[:2], "--data", pseudo, "--steps", 2, "-o", out]
+    commands = [
+        ([*merge, "--weights", "1,1"], [*merge, "--weights", "1,2"]),
+        [["merge", tmp_path / folder / "net.safetensors", "-o", out] for folder in ("here", "there")],
+        (merge, [*merge[:-1], tmp_path / "other.safetensors"]),
+        ([*draw, "--batch", 8], [*draw, "--batch", "auto"]),
+        (teach, [*teach, "--seed", 1]),
+    ]
+    differ = [
+        "weights: [1.0, 1.0] in process 0, [1.0, 2.0] in process 1",
+        'checkpoint 1: ["net"',
+        "outputs: ",
+        "batch: 8 in process 0, null in process 1",
+        "seed: 0 in process 0, 1 in process 1",
+    ]
+    for process in in_turn(*commands):
+        for (code, told, _), name in zip(process, differ, strict=True):
+            lines = told.splitlines()
+            assert code == 2 and lines[0].endswith("were given different inputs or parameters"), told
+            assert len(lines) == 3 and lines[1].startswith(f"  {name}") and lines[2].startswith("hint: "), told
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("other*"))
 
 
 def test_a_process_whose_neighbour_fails_says_so(tmp_path, pseudo):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..digest import Hashes
+from ..digest import Hashes, glance
 from ..errors import DmmError, printable
 from ..files import check_output, write_text
 from ..inputs import Source, files_of, resolve_source
@@ -90,10 +90,9 @@ class Team:
         """Wait until every parent knows its hash, from whichever process took it."""
         if self.hashes:
             self.hashes.wait(parents)
-        own = {str(source.path): source.sha256 for source in self.ranks.deal(parents)}
-        everyones = {path: digest for part in self.ranks.gather(own) for path, digest in part.items()}
-        for source in parents:
-            source.know_sha256(everyones[str(source.path)])
+        digests = self.ranks.collect([source.sha256 for source in self.ranks.deal(parents)])
+        for source, digest in zip(parents, digests, strict=True):
+            source.know_sha256(digest)
 
 
 def parents_of(sources: Sequence[Source], recipe: Recipe) -> list[Source]:
@@ -124,11 +123,13 @@ def merge_groups(
         aligning: of the checkpoints of every group, before they are merged.
 
     Raises:
-        DmmError: the recipe does not fit the checkpoints, or an output is refused.
+        DmmError: the recipe does not fit the checkpoints, an output is refused, or another process was told otherwise.
     """
     from ..manifest import MergeManifest, dump
     from ..merging.method import effective_parameters
 
+    if team.ranks.count > 1:
+        _require_same_merge(sources, grouping, to, recipe, team.ranks, aligning)
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     check_outputs(to, grouping, inputs_of(sources, recipe))
@@ -158,6 +159,23 @@ def merge_groups(
         if to.record:
             write_text(to.record, dump(manifest) + "\n", force=to.force)
     return manifest
+
+
+def _require_same_merge(
+    sources: Sequence[Source], grouping: Grouping, to: Destination, recipe: Recipe, ranks: Ranks, aligning: Aligning
+) -> None:
+    """Raise DmmError unless every process merges the same; on one machine, to the same place."""
+    outputs = [to.group(group.name) for group in grouping.groups]
+    told = asdict(replace(recipe, base=None, features=None, device=recipe.device.partition(":")[0]))
+    parents = parents_of(sources, recipe)
+    ranks.require_same(
+        **{f"checkpoint {place}": [source.label, glance(source)] for place, source in enumerate(parents, 1)},
+        **told,
+        groups=[group.members for group in grouping.groups],
+        aligning=asdict(aligning),
+        outputs=[str(path.resolve()) if ranks.local == ranks.count else path.name for path in outputs],
+        max_shard=to.max_shard,
+    )
 
 
 def _files(outcome: Outcome) -> list[Path]:

@@ -154,7 +154,9 @@ def distill_sources(
     parameters = asdict(settings)
     parents = records([student, *teachers])
     depends = {"sources": [parent.sha256 for parent in parents], "data": data.sha256, "arch": arch, **parameters}
-    with resumable(output, **depends, device=where.type, processes=ranks.count) as reached:
+    depends["device"] = where.type
+    ranks.require_same(**depends)
+    with resumable(output, **depends, processes=ranks.count) as reached:
         host = Host(where, reached, ranks, on_progress)
         stored = {name: TORCH_DTYPES[info.dtype] for name, info in student.tensors.items()}
         history, retention = refine(model, layers, lessons, networks, settings, host, stored)

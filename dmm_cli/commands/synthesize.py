@@ -225,10 +225,6 @@ def synthesize_sources(
     if whole:
         settings = replace(settings, coarse=0.0)
         on_warning(warnings[0])
-    if settings.batch is None:
-        fitting = fitting_batch(teachers, spec, settings, where, ranks.local, rival)
-        settings = replace(settings, batch=min(ranks.gather(fitting)))
-    parameters = {**settings.record(), "weights": Objective(settings.weights, teachers, rival).weights}
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
     statistics = [file.sha256 for file in files]
     depends = {
@@ -239,6 +235,11 @@ def synthesize_sources(
         "statistics": statistics,
         "student": student and student.sha256,
     }
+    ranks.require_same(**depends, **settings.record(), device=where.type)
+    if settings.batch is None:
+        fitting = fitting_batch(teachers, spec, settings, where, ranks.local, rival)
+        settings = replace(settings, batch=min(ranks.gather(fitting)))
+    parameters = {**settings.record(), "weights": Objective(settings.weights, teachers, rival).weights}
     with resumable(output, **depends, **parameters, device=where.type) as reached:
         made = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress), rival)
         if ranks.is_first:
