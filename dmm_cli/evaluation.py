@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+IMAGE_FOLDER = "an ImageFolder holds one directory per class, with the images in it"
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,14 @@ def load_labelled(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
         names: of the model's inputs.
 
     Raises:
-        DmmError: the file lacks an array, or an array has the wrong dtype or shape.
+        DmmError: the file lacks an array, an array has the wrong dtype or shape, or the folder holds no classes.
     """
-    return _image_folder(path, names) if path.is_dir() else _arrays(path, names, ("labels",))
+    if not path.is_dir():
+        return _arrays(path, names, ("labels",))
+    data = _folder(path, names)
+    if data.labels is None:
+        raise DmmError(f"the images in {path} have no classes", hint=IMAGE_FOLDER)
+    return data
 
 
 def load_images(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
@@ -125,10 +131,7 @@ def load_images(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
     Raises:
         DmmError: there are no images, or an array has the wrong dtype or shape.
     """
-    if not path.is_dir():
-        return _arrays(path, names)
-    loose = tuple(file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES)
-    return LabelledData(loose, None) if loose and names == (IMAGES,) else _image_folder(path, names)
+    return _folder(path, names) if path.is_dir() else _arrays(path, names)
 
 
 def _arrays(path: Path, names: Sequence[str], required: Sequence[str] = ()) -> LabelledData:
@@ -189,26 +192,42 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...
     return arrays, class_names(source) or ()
 
 
-def _image_folder(path: Path, names: Sequence[str]) -> LabelledData:
+def _folder(path: Path, names: Sequence[str]) -> LabelledData:
+    """The images in the class folders of a directory, or the loose ones where no folder holds any.
+
+    Raises:
+        DmmError: there are both, or none, or the model takes more than images.
+    """
     if tuple(names) != (IMAGES,):
         raise DmmError(
             f"{path} holds images alone, the model takes {', '.join(map(printable, names))}",
             hint="give a .safetensors or .npz file with an array for each, and labels",
         )
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    files = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not files:
+    visible = [entry for entry in sorted(path.iterdir()) if not _is_hidden(entry.name)]
+    folders = [entry for entry in visible if entry.is_dir()]
+    loose = [entry for entry in visible if entry.suffix.lower() in IMAGE_SUFFIXES and entry not in folders]
+    files = [(file, label) for label, folder in enumerate(folders) for file in _images_below(folder)]
+    if files and loose:
         raise DmmError(
-            f"no images in {path}",
-            hint="an ImageFolder holds one directory per class, with the images in it",
+            f"{path} holds class folders, and images beside them",
+            evidence=[f"in a folder: {files[0][0]}", f"beside the folders: {loose[0]}"],
+            hint="move the images beside the folders elsewhere, or the folders",
         )
+    if loose:
+        return LabelledData(tuple(loose), None)
+    if not files:
+        raise DmmError(f"no images in {path}", hint=IMAGE_FOLDER)
     labels = torch.tensor([label for _, label in files])
-    return LabelledData(tuple(file for file, _ in files), labels, tuple(classes))
+    return LabelledData(tuple(file for file, _ in files), labels, tuple(folder.name for folder in folders))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    return [file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts))]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _decode(path: Path, channels: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,51 @@ def test_folders_of_some_classes_are_judged_as_the_same_images_in_a_file(tmp_pat
     some, every = (json.loads(found.stdout)["rows"][0]["recall"] for found in (result, whole))
     assert [some[7], some[9]] == [every[7], every[9]] and some[7] > 90
     assert all(recall is None for digit, recall in enumerate(some) if digit not in (7, 9))
+
+
+@pytest.fixture
+def looked_at(tmp_path):
+    """What evaluate and record, in this order, make of a folder."""
+    site, stats = DIGITS / "site-d.safetensors", tmp_path / "stats.safetensors"
+    return lambda folder: [
+        dmm("evaluate", site, "--data", folder, "--json"),
+        dmm("record", site, "--data", folder, "-o", stats, "--force", "--json"),
+    ]
+
+
+def folder_of_images(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / name, "png")
+    return root
+
+
+def test_images_beside_class_folders_are_refused(tmp_path, looked_at):
+    folder = folder_of_images(tmp_path / "data", "7/a.png", "9/b.png", "preview.png")
+    for result in looked_at(folder):
+        assert result.exit_code == 2 and f"{folder} holds class folders, and images" in result.stderr
+        assert str(folder / "preview.png") in result.stderr and "hint: move" in result.stderr
+    (folder / "preview.png").rename(folder / "9" / "preview.png")
+    evaluated, recorded = looked_at(folder)
+    assert json.loads(evaluated.stdout)["samples"] == json.loads(recorded.stdout)["networks"][0]["images"] == 3
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path, looked_at):
+    folder = folder_of_images(tmp_path / "data", "7/a.png", "9/b.png", ".cache/c.png", "9/.cache/d.png")
+    for name in ("._preview.png", ".DS_Store", "Thumbs.db", "7/._a.png"):
+        (folder / name).write_bytes(b"no image")
+    evaluated, recorded = looked_at(folder)
+    assert json.loads(evaluated.stdout)["samples"] == 2
+    assert json.loads(recorded.stdout)["networks"][0]["class_counts"] == [0] * 7 + [1, 0, 1]
+
+
+def test_loose_images_are_recorded_and_have_no_classes_to_evaluate(tmp_path, looked_at):
+    folder = folder_of_images(tmp_path / "data", "a.png", "b.png")
+    (folder / "notes").mkdir()
+    evaluated, recorded = looked_at(folder)
+    assert evaluated.exit_code == 2 and f"the images in {folder} have no classes" in evaluated.stderr
+    assert "one directory per class" in evaluated.stderr
+    assert json.loads(recorded.stdout)["networks"][0]["images"] == 2
 
 
 def test_models_of_different_classes_are_not_put_in_one_table(tmp_path):
