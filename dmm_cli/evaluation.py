@@ -151,8 +151,10 @@ def _arrays(path: Path, names: Sequence[str], required: Sequence[str] = ()) -> L
         return LabelledData(images, None, classes)
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
         raise DmmError(f"labels of {path} must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}")
-    if labels.min() < 0:
-        raise DmmError(f"labels of {path} hold a negative class")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > np.iinfo(np.int64).max:
+        wrong = "a negative class" if low < 0 else f"class {high}, which int64 cannot hold"
+        raise DmmError(f"labels of {path} hold {wrong}", hint="number the classes from 0")
     return LabelledData(images, torch.from_numpy(labels.astype(np.int64)), classes)
 
 
@@ -160,6 +162,11 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
     """Raise DmmError unless an array holds ``count`` images, or as many examples of an input that is none."""
     if not array.ndim or not len(array) or len(array) != count:
         raise DmmError(f"{printable(name)} of {path} must hold {count or 'some'} examples, not {list(array.shape)}")
+    if not array.size:
+        raise DmmError(
+            f"{printable(name)} of {path} are empty: {array.dtype} {list(array.shape)}",
+            hint="write them anew, with no axis of length 0",
+        )
     images = array.dtype == np.uint8 and array.ndim == 4
     numbers = (array.dtype.kind == "f" or array.dtype in (np.int32, np.int64)) and array.ndim > 1 and name != IMAGES
     if not images and not numbers:

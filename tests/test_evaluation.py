@@ -199,6 +199,24 @@ def test_data_that_are_not_labelled_images(tmp_path, arrays, words):
         evaluation.load_labelled(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((4, 1, 0, 8), np.uint8)}, "images of {} are empty: uint8 [4, 1, 0, 8]"),
+        ({"images": np.zeros((4, 0, 8, 8), np.uint8)}, "images of {} are empty: uint8 [4, 0, 8, 8]"),
+        ({"labels": np.full(4, 2**63, np.uint64)}, "labels of {} hold class 9223372036854775808"),
+        ({"labels": np.array([0, 1, 2, -1])}, "labels of {} hold a negative class"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_empty_images_and_numbers_that_are_no_classes_are_refused(tmp_path, arrays, words, suffix):
+    path = tmp_path / f"data.{suffix}"
+    held = {"images": np.zeros((4, 1, 8, 8), np.uint8), "labels": np.zeros(4, np.int64), **arrays}
+    np.savez(path, **held) if suffix == "npz" else save_file(held, path)
+    result = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", path)
+    assert result.exit_code == 2 and words.format(path) in result.stderr and "hint: " in result.stderr
+
+
 def test_empty_folders_and_broken_images(tmp_path):
     with pytest.raises(DmmError, match="no images in"):
         evaluation.load_labelled(tmp_path)
