@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,10 +187,25 @@ def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], 
             arrays = {name: file[name] for name in (*names, "classes") if name in file}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}", hint="copy or download the file again") from None
-    classes = arrays.pop("classes", np.array([]))
-    if classes.ndim != 1:
-        raise DmmError(f"classes of {path} must be a list of names, not {list(classes.shape)}")
-    return arrays, tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in classes)
+    return arrays, _names(path, arrays.pop("classes")) if "classes" in arrays else ()
+
+
+def _names(path: Path, classes: np.ndarray) -> tuple[str, ...]:
+    """The classes that an npz file names, by strings, bytes or integers."""
+    if classes.ndim != 1 or not len(classes) or classes.dtype.kind not in "USiu":
+        raise DmmError(
+            f"classes of {path} must be a list of names, not {classes.dtype} {list(classes.shape)}",
+            hint='write it anew with classes=["cat", "dog"], in the order of the labels, or without them',
+        )
+    names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in classes]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DmmError(
+            f"classes of {path} must be different names",
+            evidence=capped(f"more than once: {printable(name)}" for name in twice),
+            hint="write it anew with one name for every label",
+        )
+    return tuple(names)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
