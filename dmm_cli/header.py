@@ -123,12 +123,19 @@ def encode_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def missing(path: Path) -> DmmError:
+    """The error that a file is not there, with the name in its directory that is most like it."""
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, siblings)
+    return DmmError(f"no such file: {path}", hint=f"did you mean {path.parent / near}?" if near else None)
+
+
 def _open_regular(path: Path) -> tuple[int, os.stat_result]:
     try:
         # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise missing(path) from None
     except OSError as error:
         raise DmmError(f"cannot read {path}: {error.strerror}") from None
     status = os.fstat(descriptor)
@@ -140,12 +147,6 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
             hint="save it to a file first",
         )
     return descriptor, status
-
-
-def _missing(path: Path) -> DmmError:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = did_you_mean(path.name, siblings)
-    return DmmError(f"no such file: {path}", hint=f"did you mean {path.parent / near}?" if near else None)
 
 
 def _read_exactly(descriptor: int, length: int, offset: int) -> bytes:

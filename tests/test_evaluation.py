@@ -304,6 +304,14 @@ def test_images_of_other_numbers_are_refused(tmp_path, pixels):
         evaluation.load_labelled(tmp_path).batch(0, 1, SPEC)
 
 
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_file_that_is_not_there_is_not_called_damaged(tmp_path, suffix):
+    (tmp_path / f"test.{suffix}").touch()
+    result = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", tmp_path / f"tset.{suffix}")
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: no such file: {tmp_path}/tset.{suffix}\n")
+    assert f"did you mean {tmp_path}/test.{suffix}?" in result.stderr and "again" not in result.stderr
+
+
 def test_archives_that_are_none(tmp_path):
     images, path = np.zeros((1, 1, 2, 2), np.uint8), tmp_path / "a.npz"
     with path.open("wb") as file:
