@@ -283,14 +283,18 @@ def _in_bytes(image: Image.Image, path: Path) -> Image.Image:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, data: LabelledData, spec: Spec, device: torch.device, batch: int = 256) -> torch.Tensor:
+def predict(
+    model: nn.Module,
+    data: LabelledData,
+    spec: Spec,
+    device: torch.device,
+    batch: int = 256,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> torch.Tensor:
     """Logits, float32 (N, K), on the CPU."""
     place(model, device, example(spec, device))
-    outputs = [
-        answer(model, data.batch(start, start + batch, spec).to(device)).float().cpu()
-        for start in range(0, len(data.labels), batch)
-    ]
-    return torch.cat(outputs)
+    batches = data.batches(batch, spec, on_progress, "evaluate")
+    return torch.cat([answer(model, inputs.to(device)).float().cpu() for inputs in batches])
 
 
 def score(label: str, answers: torch.Tensor, labels: torch.Tensor) -> EvaluationRow:

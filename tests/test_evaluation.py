@@ -18,6 +18,7 @@ from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
+from dmm_cli.report import console
 
 SPEC = InputSpec((1, 2, 2), (0.0,), (1.0,))
 
@@ -285,6 +286,15 @@ def test_a_site_knows_its_own_digits_and_no_others():
     assert logits.shape == (450, 10)
     row = evaluation.score("d", logits, data.labels)
     assert min(row.recall[7:9]) > 90 and max(row.recall[:7] + row.recall[9:]) == 0
+
+
+@pytest.mark.parametrize(("count", "shares"), [(1, [57, 100]), (3, [19, 33, 52, 67, 86, 100])])
+def test_evaluate_tells_every_batch_of_all_checkpoints(monkeypatch, count, shares):
+    """Of 450 images, 256 at a time."""
+    monkeypatch.setattr(console, "PATIENCE", -1.0)
+    sites = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
+    told = dmm("evaluate", *sites[:count], "--data", DIGITS / "test.safetensors").stderr.splitlines()
+    assert [line[:13] for line in told] == [f"evaluate {share:3}%" for share in shares]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32])

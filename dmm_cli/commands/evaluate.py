@@ -65,9 +65,8 @@ def evaluate(
     from ..report.console import Progress, emit
     from ..report.tables import accuracy_tables, render
 
-    progress = Progress(quiet or len(sources) == 1)
     result = evaluate_sources(
-        sources, data, arch=arch, flags=flags, device=device, ensemble=ensemble, on_progress=progress
+        sources, data, arch=arch, flags=flags, device=device, ensemble=ensemble, on_progress=Progress(quiet)
     )
     if style == "json":
         shown = dump(result)
@@ -105,7 +104,8 @@ def evaluate_sources(
     for number, source in enumerate(sources):
         model, spec = _network(source, arch, flags)
         labelled = load(data, tuple(named(spec)))
-        answers = evaluation.predict(model, labelled, spec, where)  # (N, K)
+        told = _as_part(on_progress, number, len(sources))
+        answers = evaluation.predict(model, labelled, spec, where, on_progress=told)  # (N, K)
         own = class_names(source) or ()
         labels.append(evaluation.labels_for(labelled, own, answers.shape[1], source.label))
         unlike = predictions and (answers.shape != predictions[0].shape or (own and names and own != names))
@@ -115,13 +115,17 @@ def evaluate_sources(
             )
         predictions.append(answers)
         names = names or own
-        on_progress("evaluate", number + 1, len(sources))
     scored = [(source.label, *pair) for source, *pair in zip(sources, predictions, labels, strict=True)]
     if ensemble:
         scored += [(name, answers, labels[0]) for name, answers in evaluation.ensembles(predictions).items()]
     rows = tuple(evaluation.score(*item) for item in scored)
     names = names or labelled.classes or tuple(map(str, range(predictions[0].shape[1])))
     return Evaluation(str(data), len(labelled), names, rows)
+
+
+def _as_part(on_progress: Callable[..., None], number: int, count: int) -> Callable[[str, int, int], None]:
+    """Progress with one of ``count`` checkpoints, told as progress with all."""
+    return lambda stage, done, total: on_progress(stage, number * total + done, count * total)
 
 
 def require_data_fit(source: Source, data: Path, arch: str | None, flags: options.InputFlags) -> None:
