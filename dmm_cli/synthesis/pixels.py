@@ -57,7 +57,7 @@ class PixelEngine:
         names = [f"explore-{number}" for number in range(len(self._task.teachers))]
         mine = self._host.ranks.deal(range(len(names)))
         targets = torch.zeros(EXPLORED, dtype=torch.int64)
-        self._optimise([Job(names[i], i, lambda _: targets, objective) for i in mine])
+        self._optimise([Job(names[i], i, lambda _: targets, objective) for i in mine], "estimate")
         return [self._host.ranks.fetch(i, lambda i=i: self._logits(i, names[i])) for i in range(len(names))]
 
     def fit(self, priors: list[torch.Tensor]) -> History:
@@ -67,7 +67,8 @@ class PixelEngine:
             [
                 Job(unit.name, unit.teacher, partial(self._targets, priors[unit.teacher], unit), objective)
                 for unit in self._host.ranks.deal(self._units)
-            ]
+            ],
+            "synthesize",
         )
         return self._host.ranks.fetch(0, lambda: finished(self._host, self._units[0].name).history)
 
@@ -82,10 +83,10 @@ class PixelEngine:
     def _targets(self, prior: torch.Tensor, unit: Unit, stream: torch.Generator) -> torch.Tensor:
         return draw_targets(prior, min(self._settings.batch, self._settings.count - unit.start), stream)
 
-    def _optimise(self, jobs: Sequence[Job]) -> None:
-        """Make the batches that are not there yet."""
+    def _optimise(self, jobs: Sequence[Job], stage: str) -> None:
+        """Make the batches that are not there yet, telling progress as that of ``stage``."""
         left = [partial(Batch, self._task, job) for job in jobs if finished(self._host, job.name) is None]
-        work_through(left, "synthesize", self._settings.steps, self._host)
+        work_through(left, stage, self._settings.steps, self._host)
 
     def _logits(self, teacher: int, name: str) -> torch.Tensor:
         images = finished(self._host, name).images.to(self._host.device)

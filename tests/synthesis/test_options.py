@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dmm_cli.examples import Examples
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.loading import load_model
+from dmm_cli.report import console
 from dmm_cli.runtime import Host
 from dmm_cli.savepoint import Savepoint
 from dmm_cli.synthesis import ENGINES
@@ -155,6 +157,18 @@ def test_the_manifest_tells_the_steps_taken(tmp_path):
         assert f", {planned * 12 // 40} of {planned} steps" in result.stderr
         told = [line for line in result.stderr.splitlines() if line.startswith("synthesize ")]
         assert not told or " 100%" in told[-1]
+
+
+@pytest.mark.parametrize("engine", ["pixels", "generator"])
+def test_the_progress_of_a_stage_never_goes_back(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(console, "PATIENCE", -1.0)
+    sizes = ["--count", 8, "--batch", 8, "--steps", 8, "--loss", "cross_entropy=20"]
+    told = dmm("synthesize", SITES["a"], "--engine", engine, *sizes, "-o", tmp_path / "p.safetensors").stderr
+    shares: dict[str, list[int]] = {}
+    for stage, share in re.findall(r"^(\w+) +(\d+)%", told, re.M):
+        shares.setdefault(stage, []).append(int(share))
+    assert list(shares) == (["estimate", "synthesize"] if engine == "pixels" else ["synthesize"])
+    assert all(found == sorted(found) and found[-1] == 100 for found in shares.values()), shares
 
 
 def test_an_average_over_batches_is_that_of_the_pool():
