@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,11 +68,21 @@ def defaults(
     """Merge model checkpoints trained apart, without any of the data they were trained on."""
     _require_one_process(context.invoked_subcommand)
     known = {
-        name: [parameter.name for parameter in command.params if parameter.name]
+        name: {parameter.name: partial(_require_fit, parameter) for parameter in command.params if parameter.name}
         for name, command in context.command.commands.items()
     }
     grant(trust or ())
     context.default_map = load_config(config, known)
+
+
+def _require_fit(parameter: Any, value: Any) -> None:
+    """Raise ValueError where a value of dmm.toml has not the form of an option's; its kind is checked by Typer."""
+    several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
+    if several != isinstance(value, list):
+        raise ValueError("a list is wanted, as in [1, 2]" if several else "one value is wanted")
+    for part in value if several else [value]:
+        if isinstance(part, dict) or (isinstance(part, bool) and not getattr(parameter, "is_flag", False)):
+            raise ValueError("a number or a string is wanted")
 
 
 def _require_one_process(command: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from .registry import mistyped
 DEFAULT = Path("dmm.toml")
 
 
-def load_config(path: Path | None, options: Mapping[str, Collection[str]]) -> dict[str, dict[str, Any]]:
+def load_config(
+    path: Path | None, options: Mapping[str, Mapping[str, Callable[[Any], None]]]
+) -> dict[str, dict[str, Any]]:
     """Read defaults per command.
 
     Args:
         path: the file to read; None reads ``dmm.toml`` in the working directory when it is there.
-        options: command name to the names of its options, with underscores.
+        options: by command and by name, with underscores, what raises ValueError for a value that an option cannot
+            have.
 
     Raises:
-        DmmError: the file is missing or not TOML, or names an unknown command or option.
+        DmmError: the file is missing or not TOML, or names an unknown command or option, or an option cannot have a
+            value.
     """
     if path is None:
         if not DEFAULT.is_file():
@@ -39,8 +43,12 @@ def load_config(path: Path | None, options: Mapping[str, Collection[str]]) -> di
         if not isinstance(table, dict):
             raise DmmError(f"{path}: {printable(command)} must be a table", hint=f"write [{printable(command)}]")
         settings = {key.replace("-", "_"): value for key, value in table.items()}
-        for key in settings:
+        for key, value in settings.items():
             _require_known(path, f"option of {command}", key, options[command])
+            try:
+                options[command][key](value)
+            except ValueError as error:
+                raise DmmError(f"{path}: {key} of {command} cannot be {printable(repr(value))}: {error}") from None
         defaults[command] = settings
     return defaults
 

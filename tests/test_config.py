@@ -5,7 +5,13 @@ import pytest
 from dmm_cli.config import load_config
 from dmm_cli.errors import DmmError
 
-OPTIONS = {"merge": {"method", "dry_run"}, "similarity": {"base"}}
+
+def words(value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError("words are wanted")
+
+
+OPTIONS = {"merge": {"method": words, "dry_run": bool}, "similarity": {"base": words}}
 
 
 def write(tmp_path, text):
@@ -25,6 +31,7 @@ def test_dashes_and_underscores_are_one(tmp_path):
         ("[mrege]\n", "unknown command: mrege", "did you mean merge?"),
         ("[merge]\nmetod = 1\n", "unknown option of merge: metod", "did you mean method?"),
         ("merge = 1\n", "merge must be a table", "write [merge]"),
+        ("[merge]\nmethod = 1\n", "method of merge cannot be 1: words are wanted", None),
         ("[merge\n", "not valid TOML", None),
     ],
 )

@@ -255,6 +255,24 @@ def test_defaults_come_from_file_then_environment_then_flag(tmp_path, monkeypatc
     assert result.exit_code == 2 and "did you mean method?" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('loss = "norm=2"', "loss of synthesize cannot be 'norm=2': a list is wanted"),
+        ("count = [1, 2]", "one value is wanted"),
+        ("seed = true", "a number or a string is wanted"),
+    ],
+)
+def test_values_of_a_file_that_an_option_cannot_have_are_named(tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dmm.toml").write_text(f"[synthesize]\n{line}\n")
+    result = dmm("synthesize", SITES[0], "-o", "p.safetensors", "--dry-run")
+    assert result.exit_code == 2 and f"dmm.toml: {line.partition(' ')[0]}" in result.stderr and words in result.stderr
+    good = 'count = 9\nloss = ["norm=2"]\nquiet = true\nseed = 3\nstatistics = []\nprecision = "float32"\n'
+    (tmp_path / "dmm.toml").write_text(f"[synthesize]\n{good}")
+    assert dmm("synthesize", SITES[0], "-o", "p.safetensors", "--dry-run").exit_code == 0
+
+
 def test_of_format_and_json_the_one_nearer_to_the_line_holds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["inspect", SITES[0]]
