@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ def joined() -> Iterator[Ranks]:
     # that moment: after this one it is none, and gloo's threads end with theirs, not while the interpreter is torn down
     import torch.distributed.nn
 
+    previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python would hear of it only when all are here
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    signal.signal(signal.SIGTERM, previous)
     try:
         yield Ranks(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except RuntimeError as error:

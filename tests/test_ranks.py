@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +21,15 @@ SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
 
 # without torchrun, which ends all processes as soon as one fails
 PROGRAM = """
-import json, os, resource, sys
+import contextlib, json, os, resource, sys
 from conftest import dmm
 from dmm_cli import runtime
 from dmm_cli.errors import DmmError
+
+def threads():
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # one that has ended since
+            yield open(f"/proc/self/task/{thread}/comm").read().strip()
 
 def fail(self, stage, done, total, **numbers):
     raise DmmError("no further")
@@ -36,10 +43,23 @@ for port, words, trouble in json.loads(sys.argv[1]):
         runtime.Host.tell = fail
     result = dmm(*words)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    threads = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
-    seen.append([result.exit_code, result.stderr, sorted(threads)])
+    seen.append([result.exit_code, result.stderr, sorted(threads())])
 print(json.dumps(seen))
 """
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(rank: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Python with these arguments, as one of two processes."""
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **together, **own, **environment}
+    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def in_turn(*commands: Sequence[Sequence[object]], trouble: Sequence[str | None] = ()) -> list[list[tuple]]:
@@ -48,21 +68,13 @@ def in_turn(*commands: Sequence[Sequence[object]], trouble: Sequence[str | None]
     Args:
         commands: each for the first process, and for the second. trouble: of the first, for every command.
     """
-    ports = []
-    for _ in commands:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    ports = [free_port() for _ in commands]
     started = []
     for rank in range(2):
         troubles = trouble if trouble and rank == 0 else [None] * len(commands)
         words = [[str(word) for word in command[rank]] for command in commands]
         plan = json.dumps(list(zip(ports, words, troubles, strict=True)))
-        environment = {**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": paths}
-        program = [sys.executable, "-c", PROGRAM, plan]
-        started.append(subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment))
+        started.append(start(rank, "-c", PROGRAM, plan))
     return [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
 
 
@@ -116,3 +128,15 @@ def test_a_process_whose_neighbour_fails_says_so(tmp_path, pseudo):
     for _, told, _ in second[1:]:
         assert told == "error: another process of torchrun failed\nhint: see its message\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.safetensors", "pseudo.safetensors"]
+
+
+def test_a_process_whose_neighbour_never_comes_can_be_ended(tmp_path):
+    port = free_port()
+    command = ["merge", *map(str, SITES[:2]), "-o", str(tmp_path / "out.safetensors")]
+    process = start(0, "-m", "dmm_cli", *command, MASTER_PORT=str(port))
+    with socket.socket() as neighbour:
+        while neighbour.connect_ex(("127.0.0.1", port)):  # until it listens, and waits
+            assert process.poll() is None
+            time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
