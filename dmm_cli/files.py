@@ -43,10 +43,12 @@ def require_writable(directory: Path) -> None:
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
-    """Raise DmmError when a path to write to is one of the inputs, by whatever name."""
+    """Raise DmmError when a path to write to is one of the inputs, by whatever name, or one that is not there yet."""
     for source in inputs:
-        if path.exists() and source.exists() and os.path.samefile(path, source):
-            raise DmmError(f"the output is one of the inputs: {path}", hint="name another file with -o")
+        there = path.exists() and source.exists()
+        if os.path.samefile(path, source) if there else path.resolve() == source.resolve():
+            what = "is" if there else "would be read in place of"
+            raise DmmError(f"the output {what} one of the inputs: {path}", hint="name another file with -o")
 
 
 @contextmanager

@@ -63,9 +63,9 @@ class Source:
 
     @property
     def companions(self) -> list[Path]:
-        """Where the index of its shards and its config lie, if it has any."""
+        """Where the index of its shards and its config lie, if it has any, and what would be read in their place."""
         if self.path.is_dir():
-            return [self.path / INDEX, self.path / CONFIG]
+            return [self.path / INDEX, self.path / CONFIG, self.path / SINGLE]
         return [self.path, self.path.parent / CONFIG] if self.path.name.endswith(".index.json") else []
 
     def check_unchanged(self) -> None:

@@ -50,6 +50,10 @@ def test_outputs_that_are_refused(tmp_path):
     refusals = {
         "exists": (lambda: check_output(source), "the output exists"),
         "input": (lambda: check_output(alias, inputs=[source], force=True), "one of the inputs"),
+        "later": (
+            lambda: check_output(tmp_path / "new", inputs=[tmp_path / "new"]),
+            "read in place of one of the inputs",
+        ),
         "directory": (lambda: check_output(tmp_path, force=True), "is a directory"),
         "device": (lambda: check_output(Path("/dev/null"), force=True), "not a regular file"),
         "parent": (lambda: check_output(tmp_path / "no" / "out"), "no such directory"),

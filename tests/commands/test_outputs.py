@@ -78,4 +78,6 @@ def test_an_index_of_shards_is_an_input_too(tmp_path):
     for command in (other, text):
         result = dmm(*command, "--force")
         assert result.exit_code == 2 and "one of the inputs" in result.stderr
+    whole = dmm("merge", folder, SITES[1], "-o", folder / "model.safetensors")
+    assert whole.exit_code == 2 and "would be read in place of one of the inputs" in whole.stderr
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
