@@ -242,49 +242,6 @@ def test_outputs_in_the_way(tmp_path):
     assert clash.exit_code == 2 and "one of the inputs" in clash.stderr and SITES[0].read_bytes() == before
 
 
-def test_defaults_come_from_file_then_environment_then_flag(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["merge", *SITES[:2], "--force", "--json", "-o", "x.safetensors"]
-    (tmp_path / "dmm.toml").write_text('[merge]\nmethod = "slerp"\n')
-    assert json.loads(dmm(*command).stdout)["method"] == "slerp"
-    monkeypatch.setenv("DMM_MERGE_METHOD", "linear")
-    assert json.loads(dmm(*command).stdout)["method"] == "linear"
-    assert json.loads(dmm(*command, "--method", "slerp").stdout)["method"] == "slerp"
-    (tmp_path / "dmm.toml").write_text('[merge]\nmetod = "slerp"\n')
-    result = dmm(*command)
-    assert result.exit_code == 2 and "did you mean method?" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('loss = "norm=2"', "loss of synthesize cannot be 'norm=2': a list is wanted"),
-        ("count = [1, 2]", "one value is wanted"),
-        ("seed = true", "a number or a string is wanted"),
-    ],
-)
-def test_values_of_a_file_that_an_option_cannot_have_are_named(tmp_path, monkeypatch, line, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "dmm.toml").write_text(f"[synthesize]\n{line}\n")
-    result = dmm("synthesize", SITES[0], "-o", "p.safetensors", "--dry-run")
-    assert result.exit_code == 2 and f"dmm.toml: {line.partition(' ')[0]}" in result.stderr and words in result.stderr
-    good = 'count = 9\nloss = ["norm=2"]\nquiet = true\nseed = 3\nstatistics = []\nprecision = "float32"\n'
-    (tmp_path / "dmm.toml").write_text(f"[synthesize]\n{good}")
-    assert dmm("synthesize", SITES[0], "-o", "p.safetensors", "--dry-run").exit_code == 0
-
-
-def test_of_format_and_json_the_one_nearer_to_the_line_holds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["inspect", SITES[0]]
-    (tmp_path / "dmm.toml").write_text("[inspect]\njson = true\n")
-    assert dmm(*command).stdout.startswith("{")
-    assert dmm(*command, "--format", "md").stdout.startswith("**site-a**")
-    monkeypatch.setenv("DMM_INSPECT_FORMAT", "md")
-    assert dmm(*command).stdout.startswith("**site-a**")
-    assert dmm(*command, "--json").stdout.startswith("{")
-    assert dmm(*command, "--format", "md", "--json").stdout.startswith("{")
-
-
 def test_inspect_tells_what_is_there():
     result = dmm("inspect", SITES[3], "--json")
     record = json.loads(result.stdout)
