@@ -66,9 +66,11 @@ def pair_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, str | None]:
         filters = _filters(weights[parent])
         kinds[frozenset(layers), frozenset(filters)][parent] = layers | filters
     pairs: dict[str, str | None] = {}
-    for (layers, filters), widths in kinds.items():
-        for parent, width in widths.items():
-            found = _fitting(layers, filters, widths.values(), width)
+    for (layers, filters), modules in kinds.items():
+        in_sequence = all(leaf.isdigit() for leaf in layers | filters)
+        alike = {} if in_sequence else _pairs_of_kind(layers, filters, modules.values())
+        for parent, width in modules.items():
+            found = _pairs_in_sequence(layers, filters, width) if in_sequence else alike
             pairs |= {_join(parent, layer): _weight(parent, found.get(layer)) for layer in layers}
     return pairs
 
@@ -91,19 +93,17 @@ def _filters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {leaf: shapes[leaf][0] for leaf in chosen}
 
 
-def _fitting(
-    layers: Collection[str], filters: Collection[str], kind: Collection[Mapping[str, int]], width: Mapping[str, int]
+def _pairs_in_sequence(layers: Collection[str], filters: Collection[str], width: Mapping[str, int]) -> dict[str, str]:
+    before = {layer: str(int(layer) - 1) for layer in layers}
+    return {layer: leaf for layer, leaf in before.items() if leaf in filters and width[leaf] == width[layer]}
+
+
+def _pairs_of_kind(
+    layers: Collection[str], filters: Collection[str], widths: Collection[Mapping[str, int]]
 ) -> dict[str, str]:
-    """The pairs in one module: of a sequence those that fit, else those that fit in all modules of its kind."""
-
-    def fits(pairs: Mapping[str, str], widths: Mapping[str, int]) -> bool:
-        return all(widths[layer] == widths[weight] for layer, weight in pairs.items())
-
-    if all(leaf.isdigit() for leaf in (*layers, *filters)):
-        before = {layer: str(int(layer) - 1) for layer in layers}
-        return {layer: leaf for layer, leaf in before.items() if leaf in filters and width[layer] == width[leaf]}
+    """The first guess that fits all modules of a kind, by the widths of their layers and filters."""
     for pairs in _guesses(layers, filters):
-        if pairs and all(fits(pairs, widths) for widths in kind):
+        if pairs and all(width[layer] == width[leaf] for width in widths for layer, leaf in pairs.items()):
             return pairs
     return {}
 
