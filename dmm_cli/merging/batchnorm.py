@@ -130,6 +130,6 @@ def _ending(leaf: str) -> str:
 
 
 def _numbers(leaves: Iterable[str]) -> dict[int, str]:
-    """Names by the first number in them; none where two have the same."""
-    found = [(int(match.group(1)), leaf) for leaf in leaves if (match := re.match(r"\D*(\d+)", leaf))]
+    """Names by the first number in them, which in conv2d is none; none at all where two have the same."""
+    found = [(int(match.group(1)), leaf) for leaf in leaves if (match := re.match(r"\D*(\d+)(?![\dd])", leaf))]
     return dict(found) if len(dict(found)) == len(found) else {}

@@ -68,6 +68,7 @@ def computed_and_read(name: str) -> tuple[dict[str, str | None], dict[str, str |
         ("pre_norm 4, conv1_1x1 8 4, norm1 8, conv2_kxk 8 8, norm2 8", {"norm1": "conv1_1x1", "norm2": "conv2_kxk"}),
         ("conv_dw 8 1, bn_dw 8, conv_pw 8 8, bn_pw 8", {"bn_dw": "conv_dw", "bn_pw": "conv_pw"}),
         ("qkv 8 8, group_conv3x3 8 8, norm 8, projection 8 8", {}),
+        ("conv2d 8 4, bn 8", {"bn": "conv2d"}),
         ("0 8 4, 1 8, 2 8, 4 8 8, 5 8, 6 4", {"1": "0", "5": "4"}),
         ("a.bn 4, a.conv 8 4, b.bn 8, b.conv 8 8", {}),  # of one kind, which normalises first
         ("a.conv 8 4, a.bn 8, b.conv 8 8, b.bn 8", {"a.bn": "a.conv", "b.bn": "b.conv"}),
