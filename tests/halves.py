@@ -162,6 +162,6 @@ def fresh(seed: int) -> Net:
 
 def save(path: Path, model: nn.Module) -> Path:
     """A checkpoint that says what it is and what it takes."""
-    factory = "token_net" if isinstance(model, TokenNet) else "net"
-    save_file(model.state_dict(), path, {"dmm.arch": f"halves:{factory}", "dmm.input": json.dumps(INPUT)})
+    factory, stated = ("token_net", {"image": INPUT["image"]}) if isinstance(model, TokenNet) else ("net", INPUT)
+    save_file(model.state_dict(), path, {"dmm.arch": f"halves:{factory}", "dmm.input": json.dumps(stated)})
     return path

@@ -223,7 +223,7 @@ def test_example_inputs_tell_what_a_network_takes(sites):
     spec = input_spec(source, model, mean=(0.5,))
     assert spec.names == ("image", "vector") and [part.size for part in spec.specs] == [(1, 8, 16), (16,)]
     assert [part.mean for part in spec.specs] == [(0.5,), (5.0,) * 16]
-    model.example_inputs = {"image": torch.zeros(2, 1, 4, 4)}
+    model.example_inputs = {"image": torch.zeros(2, 1, 4, 4), "vector": torch.zeros(2, 16)}
     assert input_spec(replace(source), model).parts["image"].size == (1, 4, 4)
     for wrong, words in {
         "bytes": ({"x": torch.zeros(2, 5, dtype=torch.uint8)}, "neither numbers nor tokens"),

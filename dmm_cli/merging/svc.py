@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .method import require_positive
 from .spectrum import CUTOFF, thin_svd
 
 EQUAL = 1e-6  # of a singular value; the next one counts as the same if it is no further below
@@ -18,8 +19,12 @@ def svc(merged: torch.Tensor, tasks: torch.Tensor, *, alpha: float = 1.0) -> tor
     would do, and rounding would choose: then they are those of the sum of the tasks.
 
     Args:
-        merged: (R, S). tasks: (N, R, S).
+        merged: (R, S). tasks: (N, R, S). alpha: the least answer that counts, 0 or more.
+
+    Raises:
+        DmmError: alpha is negative.
     """
+    require_positive("alpha", alpha)
     left, values, right = _determined(*thin_svd(merged), tasks.sum(0, dtype=torch.float64))
     answers = values[:, None] * right  # (r, S)
     total = torch.zeros_like(values)
