@@ -20,7 +20,7 @@ from .errors import DmmError, printable
 from .examples import IMAGES
 from .hub import format_arch
 from .inputs import Source
-from .metadata import stated_input
+from .metadata import is_by_name, stated_input
 from .names import is_head, is_weight
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
@@ -312,7 +312,7 @@ def input_spec(
     if examples is not None:
         if size:
             raise DmmError("--input-size is for models that take images alone", hint="example_inputs tell the sizes")
-        return joint_spec(model, examples, _by_name(given, source, tuple(examples.parts)), mean, std)
+        return joint_spec(model, examples, _parts_of(given, source, tuple(examples.parts)), mean, std)
     known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
     known |= {"input_size" if key == "size" else key: value for key, value in given.items()}
     told = tuple(known.get("input_size", (3, 224, 224)))
@@ -326,8 +326,8 @@ def input_spec(
     )
 
 
-def _by_name(given: dict[str, Any], source: Source, names: tuple[str, ...]) -> dict[str, Any]:
-    named = all(isinstance(part, dict) for part in given.values())
+def _parts_of(given: dict[str, Any], source: Source, names: tuple[str, ...]) -> dict[str, Any]:
+    named = is_by_name(given)
     parts = given if named else {IMAGES: given}
     if not parts.keys() <= set(names):
         told = ", ".join(map(printable, sorted(parts.keys() - set(names)))) if named else "one input without a name"

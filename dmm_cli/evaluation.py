@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .examples import IMAGES, Inputs, answer, joined, named
-from .header import missing
+from .header import no_such_file
 from .images import InputSpec
 from .inputs import resolve_source
 from .layout import place
@@ -182,7 +182,7 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
 
 def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     if not path.exists():
-        raise missing(path)
+        raise no_such_file(path)
     try:
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("not an .npz archive, which numpy.savez writes")

@@ -123,7 +123,7 @@ def encode_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def missing(path: Path) -> DmmError:
+def no_such_file(path: Path) -> DmmError:
     """The error that a file is not there, with the name in its directory that is most like it."""
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = did_you_mean(path.name, siblings)
@@ -135,7 +135,7 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
         # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise missing(path) from None
+        raise no_such_file(path) from None
     except OSError as error:
         raise DmmError(f"cannot read {path}: {error.strerror}") from None
     status = os.fstat(descriptor)

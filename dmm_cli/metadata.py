@@ -45,6 +45,11 @@ def stated_input(source: Source) -> dict[str, Any]:
     return _stated(source, "dmm.input", _is_input, words) or {}
 
 
+def is_by_name(inputs: dict[str, Any]) -> bool:
+    """Whether what ``stated_input`` gives tells of each input by its name, and not of one."""
+    return all(isinstance(part, dict) for part in inputs.values())
+
+
 def _stated(source: Source, key: str, fits: Callable[[Any], bool], words: str) -> Any:
     text = source.metadata.get(key)
     if text is None:
@@ -69,7 +74,7 @@ def _is_list_of_counts(value: Any) -> bool:
 def _is_input(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    if value and all(isinstance(part, dict) for part in value.values()):
+    if value and is_by_name(value):
         return all(map(_is_normalisation, value.values()))
     size = value.get("size", [1])
     return _is_normalisation(value) and _is_list_of_numbers(size) and all(type(n) is int and n > 0 for n in size)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from ..errors import DmmError
 from ..header import FLOAT8, TensorInfo
 from ..inputs import Source, files_of, resolve_source
-from ..metadata import class_names, stated_input
+from ..metadata import class_names, is_by_name, stated_input
 from ..names import is_statistic
 from . import _options as options
 from ._outputs import check_files
@@ -65,6 +65,7 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         entry = kinds.setdefault(info.name.rpartition(".")[2], [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + info.numel
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
+    inputs = _undamaged(stated_input, source) or {}
     own = {name: text for name, text in sorted(source.metadata.items()) if name.startswith("dmm.")}
     return Inspection(
         label=source.label,
@@ -78,7 +79,7 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         norm_layers=kinds.get("running_var", [0])[0],
         classes=_undamaged(class_names, source) or (),
         provenance=own,
-        inputs=_by_name(_undamaged(stated_input, source) or {}),
+        inputs=inputs if is_by_name(inputs) else {},
     )
 
 
@@ -91,11 +92,6 @@ def _undamaged(read: Callable[[Source], Stated], source: Source) -> Stated | Non
     with suppress(DmmError):
         return read(source)
     return None
-
-
-def _by_name(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is stated of each of several named inputs; nothing where they describe one."""
-    return inputs if all(isinstance(part, dict) for part in inputs.values()) else {}
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
