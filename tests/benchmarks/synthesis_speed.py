@@ -7,12 +7,13 @@ The textbook loop is the algorithm as published (DeepInversion, Yin et al., CVPR
 weights take gradients that nobody reads, every BatchNorm layer has a hook with operations of its own, Adam is torch's
 default, float32, every term is read back at every step, images are stored as PNG files. Losses, weights, schedule,
 targets' distribution and start are those of dmm. Loops take turns in one process, after a few steps of each that are
-not counted; times are of the loop and the writing, all of it over the number of steps. "Step alone" is the difference
-that three quarters of the steps make: without loading, capturing, judging and writing. "Forward" is a bare forward
-pass of one batch, on a GPU in bf16, channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient
-of the images. "Share of the peak": floating-point operations of that floor, over what a wide convolution in float32
-(on a GPU a large product in bfloat16) does in the time dmm took. Speed: networks as initialised, with statistics of
-coloured noise. Quality: the five digit sites, whose students are judged on held-out digits. Prints Markdown.
+not counted; times are of the loop and the writing, all of it over the number of steps. "Step alone" is what a step
+makes of the difference between that loop and one of a quarter of the steps, on a GPU, where a step is short, of four
+times as many: without loading, capturing, judging and writing. "Forward" is a bare forward pass of one batch, on a GPU
+in bf16, channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient of the images. "Share of the
+peak": floating-point operations of that floor, over what a wide convolution in float32 (on a GPU a large product in
+bfloat16) does in the time dmm took. Speed: networks as initialised, with statistics of coloured noise. Quality: the
+five digit sites, whose students are judged on held-out digits. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -244,13 +245,14 @@ def speed(name: str, network: Network, device: str, precisions: list[str], runs:
         loop(network._replace(batches=1, steps=WARM_UP), 0)
     rounds = [{name: loop(network, seed) for name, loop in loops.items()} for seed in range(runs)]
     times = {name: statistics.median(turn[name] for turn in rounds) for name in loops}
-    textbook_s, quarter = times.pop("textbook"), network._replace(steps=network.steps // 4)
-    begun = {name: statistics.median(loops[name](quarter, seed) for seed in range(runs)) for name in times}
+    textbook_s = times.pop("textbook")
+    other = network._replace(steps=network.steps // 4 if device == "cpu" else 4 * network.steps)
+    others = {name: statistics.median(loops[name](other, seed) for seed in range(runs)) for name in times}
     batch = torch.randn(network.batch, *spec.size, device=device)
     bare, work_of_one = forward_seconds(model, batch), operations(model, batch[:1])
     steps, limit, rows = network.batches * network.steps, peak(device), []
     for precision, ours_s in times.items():
-        alone = (ours_s - begun[precision]) / (steps - network.batches * quarter.steps)
+        alone = (others[precision] - ours_s) / (network.batches * other.steps - steps)
         reached = 2 * work_of_one * images * network.steps / ours_s / limit
         cells = [
             name, precision, f"{network.batches} x {network.batch}", network.steps, f"{images / textbook_s:.2f}",
