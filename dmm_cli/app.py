@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from . import __version__
 from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
 from .commands._run import guarded
-from .config import load_config
+from .config import DEFAULT, load_config
 from .errors import DmmError
 from .ranks import process_count
 from .trust import grant
@@ -40,8 +41,25 @@ app = typer.Typer(
     context_settings={"auto_envvar_prefix": "DMM", "help_option_names": ["-h", "--help"]},
 )
 
+
+class Command(TyperCommand):
+    """A command that tells where a wrong value was said, if not on its line."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            name = error.param.name if error.param else None
+            source = ctx.get_parameter_source(name) if name else None
+            if source and source.name == "ENVIRONMENT":
+                error.message += f" (from {ctx.auto_envvar_prefix}_{name.upper()} in the environment)"
+            elif source and source.name == "DEFAULT_MAP":
+                error.message += f" (from {ctx.parent.params['config'] or DEFAULT})"
+            raise
+
+
 for _name, (_function, _epilog) in COMMANDS.items():
-    app.command(_name, epilog=_epilog)(_function)
+    app.command(_name, cls=Command, epilog=_epilog)(_function)
 
 
 def _version(wanted: bool) -> None:

@@ -51,3 +51,17 @@ def test_of_format_and_json_the_one_nearer_to_the_line_holds(tmp_path, monkeypat
     assert dmm(*command).stdout.startswith("**site-a**")
     assert dmm(*command, "--json").stdout.startswith("{")
     assert dmm(*command, "--format", "md", "--json").stdout.startswith("{")
+
+
+def test_a_wrong_value_that_is_not_on_the_line_is_told_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["synthesize", SITES[0], "-o", "p.safetensors", "--dry-run"]
+    (tmp_path / "dmm.toml").write_text('[synthesize]\nsteps = "few"\n')
+    result = dmm(*command)
+    assert result.exit_code == 2 and "'--steps'" in result.stderr and "(from dmm.toml)" in result.stderr
+    result = dmm(*command, "--steps", "many")
+    assert result.exit_code == 2 and "'--steps'" in result.stderr and "(from" not in result.stderr
+    (tmp_path / "dmm.toml").unlink()
+    monkeypatch.setenv("DMM_SYNTHESIZE_COUNT", "-3")
+    result = dmm(*command)
+    assert result.exit_code == 2 and "(from DMM_SYNTHESIZE_COUNT in the environment)" in result.stderr
