@@ -92,7 +92,8 @@ def similarity(
         report = with_cka(report, sources, pseudo, arch=arch, device=device, seed=seed, on_progress=progress)
     if "aligned" in measures:
         report = with_aligned(report, sources, arch=arch, seed=seed, on_progress=progress)
-    emit(_shown(report, style, per_layer, quiet), output, force=force)
+    told = measure[0] if measure and len(measure) == 1 else "cosine"
+    emit(_values(report, told) if quiet and style != "json" else _shown(report, style, per_layer), output, force=force)
     if figure:
         from ..grouping import group_checkpoints
         from ..report.figures import heat_map
@@ -102,16 +103,14 @@ def similarity(
     _check(report, fail_under)
 
 
-def _shown(report: SimilarityReport, style: str, per_layer: bool, quiet: bool) -> str:
-    """The report as JSON, as a value a line, or as tables, with its groups."""
+def _shown(report: SimilarityReport, style: str, per_layer: bool) -> str:
+    """The report as JSON or as tables, with its groups."""
     from ..grouping import group_checkpoints
     from ..manifest import dump
     from ..report.tables import group_table, render, similarity_tables
 
     if style == "json":
         return dump(report)
-    if quiet:
-        return _values(report)
     tables = similarity_tables(report, 10 if per_layer else None)
     return render([*tables, group_table(group_checkpoints(report))], style)
 
@@ -135,16 +134,16 @@ def _chosen(names: list[str] | None, data: str | None) -> list[str]:
     return [name for name in chosen if data is not None or name not in needy]
 
 
-def _pairs(report: SimilarityReport) -> list[tuple[str, float]]:
-    """Cosines by what they compare, NaN between checkpoints that are not comparable."""
+def _pairs(report: SimilarityReport, measure: str = "cosine") -> list[tuple[str, float]]:
+    """A measure by what it compares, NaN between checkpoints that are not comparable; against a reference, cosines."""
     if report.against is not None:
         return list(report.against.items())
-    known = [[math.nan if value is None else value for value in row] for row in report.measures["cosine"]]
+    known = [[math.nan if value is None else value for value in row] for row in report.measures[measure]]
     return [(f"{report.labels[a]} {report.labels[b]}", known[a][b]) for a in range(len(known)) for b in range(a)]
 
 
-def _values(report: SimilarityReport) -> str:
-    return "\n".join(f"{value:.6f}" for _, value in _pairs(report))
+def _values(report: SimilarityReport, measure: str) -> str:
+    return "\n".join(f"{value:.6f}" for _, value in _pairs(report, measure))
 
 
 def _check(report: SimilarityReport, bound: float | None) -> None:

@@ -44,6 +44,9 @@ def test_formats(style, start):
 def test_quiet_prints_one_number_a_line():
     values = [float(line) for line in dmm("similarity", *SITES[:3], "-q").stdout.split()]
     assert json.loads(dmm("similarity", *SITES[:3], "-q", "--json").stdout)["schema"] == "dmm.similarity/1"
+    told = [float(line) for line in dmm("similarity", *SITES[:3], "-q", "--measure", "bn").stdout.split()]
+    report = json.loads(dmm("similarity", *SITES[:3], "--measure", "bn", "--json").stdout)["measures"]["bn"]
+    assert told == pytest.approx([report[1][0], report[2][0], report[2][1]], abs=1e-6)
     assert len(values) == 3 and all(0.9 < value < 1 for value in values)
 
 
