@@ -7,10 +7,11 @@ from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from ..errors import DmmError
 from ..inputs import Source, kinds_of
 from ..similarity import MEASURES
 from ._align import RESTARTS
-from ._pseudo import balanced_images, readable_errors
+from ._pseudo import distinct_images, readable_errors
 
 if TYPE_CHECKING:
     from ..manifest import Matrix, SimilarityReport
@@ -32,7 +33,7 @@ def with_cka(
     from .. import loading
     from ..layout import place
     from ..runtime import deterministic, resolve_device
-    from ..similarity.cka import BATCH
+    from ..similarity.cka import BATCH, FEWEST
     from ..spaces import example
     from ..synthesis.pseudodata import load_pseudo_data
 
@@ -44,9 +45,13 @@ def with_cka(
         models = [loading.load_model(source, arch)[0] for source in own]
         for model in models:
             place(model, where, example(pseudo.spec, where))
-        images = balanced_images(pseudo, own, seed, "cka", where)
+        batches = list(distinct_images(pseudo, own, seed, "cka", where, BATCH))
+        if len(batches[0]) < FEWEST:
+            raise DmmError(
+                f"cka needs {FEWEST} images, {data.path} holds {len(batches[0])} of these checkpoints",
+                hint="make more of them: dmm synthesize CKPT... -o pseudo.safetensors",
+            )
         with deterministic(where), readable_errors(data, own[0].label):
-            batches = [part for batch in images for part in batch.split(BATCH)]
             matrix, _ = MEASURES.load("cka")(models, batches, on_progress)
         for number, row in zip(kind, matrix, strict=True):
             for other, value in zip(kind, row, strict=True):

@@ -19,21 +19,32 @@ if TYPE_CHECKING:
     from ..synthesis.pseudodata import PseudoData
 
 
-def balanced_images(
-    data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device
+def distinct_images(
+    data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device, batch: int
 ) -> Iterator[Inputs]:
-    """Class-balanced batches (B, C, H, W), or of all inputs, of the parents' images, normalised.
+    """Class-balanced batches (B, C, H, W), or of all inputs, of the parents' images, normalised, none twice in a batch.
+
+    As many images as ``owned_images`` draws, in all, or one batch of all if they are no more than a batch.
 
     Raises:
         DmmError: nothing was made from a parent.
     """
-    return (images for images, _ in owned_images(data, parents, seed, salt, device))
+    import torch
+
+    from ..recalibration import BATCH, BATCHES, balanced_weights
+    from ..runtime import generator
+
+    images, rows = images_of(data, parents, device)
+    weights = balanced_weights(torch.from_numpy(data.targets[rows]), data.logits.shape[1])
+    stream, size = generator(seed, salt), min(batch, len(rows))
+    for _ in range(BATCHES * BATCH // batch if size < len(rows) else 1):
+        yield images[torch.multinomial(weights, size, generator=stream).to(device)]
 
 
 def owned_images(
     data: PseudoData, parents: Sequence[Source], seed: int, salt: str, device: torch.device
 ) -> Iterator[tuple[Inputs, torch.Tensor]]:
-    """The batches of ``balanced_images``, with the teacher of every image (B,).
+    """Class-balanced batches (B, C, H, W), or of all inputs, of the parents' images, normalised; and teachers (B,).
 
     Raises:
         DmmError: nothing was made from a parent.

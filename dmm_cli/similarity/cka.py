@@ -34,7 +34,8 @@ def cka(
 
     Args:
         models: in eval mode, on the device of the images.
-        batches: normalised inputs, each (B, ...), of which those of fewer than ``FEWEST`` are left out.
+        batches: normalised inputs, each (B, ...), no image twice in one, which would count as alike whatever networks
+            make of it; those of fewer than ``FEWEST`` are left out.
     """
     sums: dict[str, torch.Tensor] = {}  # (N, N) each
     scales: dict[str, torch.Tensor] = {}  # (N,) each

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, digits_as_pseudo_data, dmm
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from dmm_cli.architectures import input_spec
+from dmm_cli.images import PixelSpace
+from dmm_cli.inputs import resolve_source
+from dmm_cli.loading import load_model
 from dmm_cli.similarity.cka import cka
 
 
@@ -79,6 +85,32 @@ def test_the_command_measures_it_on_pseudo_data(tmp_path):
     assert dmm("similarity", *sites, "--data", data, "--json").stdout == result.stdout
     alone = json.loads(dmm("similarity", *sites, "--measure", "cka", "--data", data, "--json").stdout)
     assert list(alone["measures"]) == ["cosine", "cka"], "grouping stands on the cosine"
+
+
+def test_an_image_of_a_rare_class_counts_once_in_a_batch(tmp_path):
+    """Against the estimate over all images at once, of which there are fewer than fill a batch."""
+    sites = [DIGITS / f"site-{name}.safetensors" for name in "bd"]
+    data = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(sites[0], (2, 3)), (sites[1], (8,))])
+    told = load_file(data)
+    with safe_open(data, "numpy") as file:
+        metadata = file.metadata()
+    command = ["similarity", *sites, "--measure", "cka", "--json", "--data", tmp_path / "few.safetensors"]
+
+    def keep(few: list[int]) -> dict[str, np.ndarray]:
+        rows = {name: array[few] if len(array) == len(told["targets"]) else array for name, array in told.items()}
+        save_file(rows, tmp_path / "few.safetensors", metadata)
+        return rows
+
+    keep([0, 1, -1])
+    result = dmm(*command)
+    assert result.exit_code == 2 and "few.safetensors holds 3 of these" in result.stderr
+    rows = keep([0, 1, 2, 3, 4, 60, -1])
+    result = dmm(*command)
+    assert result.exit_code == 0, result.stderr
+    models = [load_model(resolve_source(str(site)))[0].eval() for site in sites]
+    spec = input_spec(resolve_source(str(sites[0])), models[0])
+    expected = cka(models, [PixelSpace(spec).from_bytes(torch.from_numpy(rows["images"]))])[0]
+    assert json.loads(result.stdout)["measures"]["cka"][0][1] == pytest.approx(expected[0, 1], abs=1e-6)
 
 
 def test_without_images_it_is_left_out_or_refused():
