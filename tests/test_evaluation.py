@@ -169,10 +169,31 @@ def test_models_of_different_classes_are_not_put_in_one_table(tmp_path):
     named = {**load_file(test)}
     data = tmp_path / "named.npz"
     np.savez(data, **named, classes=np.array(list("0123456789"), "S1"))
-    for models, images in (([path, other], test), ([silent, other], data), ([other, silent], data)):
+    unnamed = tmp_path / "unnamed.npz"
+    np.savez(unnamed, **named)
+    for models, images in (([path, other], unnamed), ([silent, other], data), ([other, silent], data)):
         result = dmm("evaluate", *models, "--data", images)
         assert result.exit_code == 2 and "do not have the same classes" in result.stderr
     assert dmm("evaluate", path, silent, "--data", data).exit_code == 0, "in one order all the same"
+
+
+def test_classes_in_another_order_are_found_by_name(tmp_path):
+    """The head's rows and its names permuted together: the same network."""
+    path, data = DIGITS / "site-b.safetensors", DIGITS / "test.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    names, order = json.loads(metadata["dmm.classes"]), np.random.default_rng(0).permutation(10)
+    tensors = load_file(path)
+    head = {name: tensors[name][order] for name in ("fc.weight", "fc.bias")}
+    other = tmp_path / "other.safetensors"
+    save_file({**tensors, **head}, other, {**metadata, "dmm.classes": json.dumps([names[n] for n in order])})
+    command = ["evaluate", DIGITS / "site-a.safetensors"]
+    expected, found = (
+        json.loads(dmm(*command, last, "--data", data, "--ensemble", "--json").stdout) for last in (path, other)
+    )
+    assert found["classes"] == expected["classes"] == names
+    for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
+        assert mine["accuracy"] == theirs["accuracy"] and mine["recall"] == theirs["recall"]
 
 
 def test_images_are_resized_and_normalised():

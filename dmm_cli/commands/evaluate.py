@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ..errors import CheckFailed, DmmError
+from ..errors import CheckFailed, DmmError, capped, printable
 from ..inputs import Source, files_of, named_files, resolve_sources
 from ..metadata import class_names
 from . import _options as options
@@ -107,12 +107,13 @@ def evaluate_sources(
         told = _as_part(on_progress, number, len(sources))
         answers = evaluation.predict(model, labelled, spec, where, on_progress=told)  # (N, K)
         own = class_names(source) or ()
+        by_name = not set(own).isdisjoint(labelled.classes) and len(own) == answers.shape[1]
+        if by_name and sorted(own) == sorted(names):  # as the first that names them has them
+            answers, own = answers[:, [own.index(name) for name in names]], names
         labels.append(evaluation.labels_for(labelled, own, answers.shape[1], source.label))
         unlike = predictions and (answers.shape != predictions[0].shape or (own and names and own != names))
         if unlike or not torch.equal(labels[-1], labels[0]):  # by name for one, in order for another
-            raise DmmError(
-                f"{source.label} and {sources[0].label} do not have the same classes", hint="evaluate them one by one"
-            )
+            raise _unlike(source, sources[0], own, names)
         predictions.append(answers)
         names = names or own
     scored = [(source.label, *pair) for source, *pair in zip(sources, predictions, labels, strict=True)]
@@ -121,6 +122,16 @@ def evaluate_sources(
     rows = tuple(evaluation.score(*item) for item in scored)
     names = names or labelled.classes or tuple(map(str, range(predictions[0].shape[1])))
     return Evaluation(str(data), len(labelled), names, rows)
+
+
+def _unlike(source: Source, first: Source, own: Sequence[str], names: Sequence[str]) -> DmmError:
+    """Why a checkpoint of some classes cannot stand in one table with those before it, as far as they name theirs."""
+    lists = ((source.label, own), (first.label, names))
+    return DmmError(
+        f"{source.label} and {first.label} do not have the same classes in the same order",
+        evidence=[f"{label}: {', '.join(capped(map(printable, told))) or 'no names'}" for label, told in lists],
+        hint="where the data name the classes too, the order does not matter; otherwise evaluate them one by one",
+    )
 
 
 def _as_part(on_progress: Callable[..., None], number: int, count: int) -> Callable[[str, int, int], None]:
