@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,9 @@ from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
 from .commands._run import guarded
 from .config import DEFAULT, load_config
-from .errors import DmmError
+from .errors import DmmError, printable
 from .ranks import process_count
+from .registry import mistyped
 from .trust import grant
 
 COMMANDS = {
@@ -89,8 +91,20 @@ def defaults(
         name: {parameter.name: partial(_require_fit, parameter) for parameter in command.params if parameter.name}
         for name, command in context.command.commands.items()
     }
+    _require_known_variables(context.invoked_subcommand, known)
     grant(trust or ())
     context.default_map = load_config(config, known)
+
+
+def _require_known_variables(command: str | None, known: Mapping[str, Collection[str]]) -> None:
+    """Raise DmmError for a variable of the environment that is spelt like an option of the command and is none."""
+    prefix = f"DMM_{command}_".upper()
+    options = [prefix + name.upper() for name in known.get(command, ())]
+    for variable in sorted(os.environ):
+        if variable.startswith(prefix) and variable not in options:
+            raise mistyped(
+                f"{printable(variable)} in the environment: no option of {command}", variable, options, listed=None
+            )
 
 
 def _require_fit(parameter: Any, value: Any) -> None:

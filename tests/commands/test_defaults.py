@@ -65,3 +65,13 @@ def test_a_wrong_value_that_is_not_on_the_line_is_told_with_its_place(tmp_path, 
     monkeypatch.setenv("DMM_SYNTHESIZE_COUNT", "-3")
     result = dmm(*command)
     assert result.exit_code == 2 and "(from DMM_SYNTHESIZE_COUNT in the environment)" in result.stderr
+
+
+def test_a_misspelt_variable_of_the_environment_is_refused(tmp_path, monkeypatch):
+    command = ["merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run"]
+    monkeypatch.setenv("DMM_SYNTHESIZE_METOD", "of another command")
+    assert dmm(*command).exit_code == 0
+    monkeypatch.setenv("DMM_MERGE_METOD", "slerp")
+    result = dmm(*command)
+    assert result.exit_code == 2 and "DMM_MERGE_METOD in the environment" in result.stderr
+    assert "did you mean DMM_MERGE_METHOD?" in result.stderr
