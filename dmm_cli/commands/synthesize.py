@@ -209,7 +209,7 @@ def synthesize_sources(
     from ..manifest import SynthesisManifest
     from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.inversion import synthesize as invert
-    from ..synthesis.memory import fitting_batch
+    from ..synthesis.memory import fitting_batch, require_room
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
     from ..synthesis.resolution import why_whole
@@ -239,6 +239,7 @@ def synthesize_sources(
     if settings.batch is None:
         fitting = fitting_batch(teachers, spec, settings, where, ranks.local, rival)
         settings = replace(settings, batch=min(ranks.gather(fitting)))
+    require_room(teachers, spec, settings, where, ranks.local, rival)
     parameters = {**settings.record(), "weights": Objective(settings.weights, teachers, rival).weights}
     with resumable(output, **depends, **parameters, device=where.type) as reached:
         made = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress), rival)

@@ -5,13 +5,16 @@ Legend: B images.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..errors import DmmError
 from ..examples import joined, named
 from ..runtime import deterministic, workers
 from ..spaces import Spec
@@ -41,16 +44,54 @@ def fitting_batch(
     Args:
         local: processes on this machine.
     """
+    room = SHARE * free_memory(device) / local / _of_an_image(teachers, spec, settings, device, local, student)
+    least = PARTS if settings.engine == "generator" else 2
+    largest = max(least, min(LARGEST, settings.count, int(room)))
+    return 1 << (largest.bit_length() - 1)
+
+
+def require_room(
+    teachers: Sequence[Teacher],
+    spec: Spec,
+    settings: Settings,
+    device: torch.device,
+    local: int,
+    student: nn.Module | None = None,
+) -> None:
+    """Raise DmmError where the main memory has no room for the images, or for a step on the CPU.
+
+    There the system ends a process that takes more than there is, and nobody is told why; a GPU refuses by itself.
+    """
+    size = sum(math.prod(part.size) * np.dtype(part.stored).itemsize for part in named(spec).values())
+    wanted = f"{settings.count:,} images of each of {len(teachers)} teachers"
+    _require(wanted, settings.count * len(teachers) * size, "a smaller --count")
+    if device.type == "cpu" and settings.batch > LARGEST:
+        step = settings.batch * local * _of_an_image(teachers, spec, settings, device, local, student)
+        _require(f"a step on {settings.batch:,} images", step, "a smaller --batch, or --batch auto")
+
+
+def _require(what: str, needed: float, remedy: str) -> None:
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        gib = [f"{size / 2**30:,.1f} GiB" for size in (needed, free)]
+        raise DmmError(f"no room for {what}: they take {gib[0]} of memory, {gib[1]} are free", hint=f"take {remedy}")
+
+
+def _of_an_image(
+    teachers: Sequence[Teacher],
+    spec: Spec,
+    settings: Settings,
+    device: torch.device,
+    local: int,
+    student: nn.Module | None,
+) -> float:
+    """Bytes by which the steps that a process takes at a time grow with every image of their batches."""
     objective = Objective(settings.weights, teachers, student)
     with deterministic(device):
         small, large = ([_kept(t, spec, objective, batch, device) for t in teachers] for batch in PROBES)
     slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]
     together = ENGINES.load(settings.engine).TOGETHER
-    per_image = (sum(slopes) if together else max(slopes)) * workers(device, local)
-    room = SHARE * free_memory(device) / local / max(per_image, 1.0)
-    least = PARTS if settings.engine == "generator" else 2
-    largest = max(least, min(LARGEST, settings.count, int(room)))
-    return 1 << (largest.bit_length() - 1)
+    return max(1.0, (sum(slopes) if together else max(slopes)) * workers(device, local))
 
 
 def free_memory(device: torch.device) -> int:

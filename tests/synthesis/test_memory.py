@@ -71,3 +71,19 @@ def test_auto_is_written_down_as_the_number_it_was(tmp_path):
     assert '"batch": 8' in result.stdout or "recognises none" in result.stderr, result.output
     refused = dmm(*command, "--batch", "1", "-o", tmp_path / "q.safetensors")
     assert refused.exit_code == 2 and "2 or more, or auto" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--count", 2_000_000_000, "--batch", 8],
+            "no room for 2,000,000,000 images of each of 2 teachers: they take 953.7 GiB",
+        ),
+        (["--count", 8, "--batch", 1_000_000_000], "no room for a step on 1,000,000,000 images"),
+    ],
+)
+def test_what_the_memory_has_no_room_for_is_refused_before_the_first_step(tmp_path, flags, words):
+    result = dmm("synthesize", *SITES, *flags, "--steps", 2, "-o", tmp_path / "p.safetensors")
+    assert result.exit_code == 2 and words in result.stderr and "are free" in result.stderr
+    assert not list(tmp_path.iterdir())
