@@ -26,7 +26,7 @@ ITEM_SIZE = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})  # which is passed on, and not computed with
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})  # which networks are loaded from, and is not merged
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name to dtype and shape
 Fingerprint = tuple[int, int, int, int, int]

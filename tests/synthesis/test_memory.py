@@ -77,8 +77,8 @@ def test_auto_is_written_down_as_the_number_it_was(tmp_path):
     ("flags", "words"),
     [
         (
-            ["--count", 2_000_000_000, "--batch", 8],
-            "no room for 2,000,000,000 images of each of 2 teachers: they take 953.7 GiB",
+            ["--count", 10**13, "--batch", 8],
+            "no room for 10,000,000,000,000 images of each of 2 teachers: they take 4,768,371.6 GiB",
         ),
         (["--count", 8, "--batch", 1_000_000_000], "no room for a step on 1,000,000,000 images"),
     ],
