@@ -2,7 +2,7 @@
 
 ``run.json`` maps each stage to a key, the SHA-256 of its inputs and parameters, and to the SHA-256 of
 every file it wrote. A stage is up to date when its key is the same and its files still are. It also tells of which
-checkpoints the run is.
+checkpoints the run is, and does so before there is any other file: a run stopped in its first stage is known by it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _state(directory: Path) -> dict[str, Any]:
 
 
 class Stages:
-    """Runs stages in one directory, or skips them.
+    """Runs stages in one directory, which it marks as a run's, or skips them.
 
     Args:
         sources: the checkpoints that the run is of.
@@ -72,7 +72,10 @@ class Stages:
 
     def __init__(self, directory: Path, sources: Sequence[Source], on_event: Callable[[str, bool], None]) -> None:
         self._directory, self._on_event = directory, on_event
-        self._done = _state(directory) | {CHECKPOINTS: [source.label for source in sources]}
+        earlier = _state(directory)
+        self._done = earlier | {CHECKPOINTS: [source.label for source in sources]}
+        if self._done != earlier:
+            self._save()
 
     def run(
         self,
@@ -101,6 +104,9 @@ class Stages:
                 file.unlink(missing_ok=True)
         work()
         self._done[stage] = {"key": key, "outputs": self._hashes(outputs)}
+        self._save()
+
+    def _save(self) -> None:
         write_text(self._directory / STATE, json.dumps(self._done, indent=2) + "\n", force=True)
 
     def _hashes(self, outputs: Sequence[Path]) -> dict[str, str | None]:

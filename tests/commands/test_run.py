@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import DIGITS, dmm
+from conftest import DIGITS, dmm, shell
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -181,6 +182,18 @@ def test_where_a_merge_of_one_group_forgets_it_is_distilled(tmp_path, monkeypatc
     assert re.search(r"the merge recognises \d+\.\d % of the pseudo-images of \S+: it has to learn", result.stderr)
     made = json.loads((out / "distill.json").read_text())
     assert made["parameters"]["steps"] == 20 and len(made["history"]["step"]) > 1
+
+
+def test_a_run_stopped_in_its_first_stage_goes_on_and_is_not_taken_for_another(tmp_path):
+    """A file size limit takes similarity.json and refuses the figure, the way a full disk does."""
+    out = tmp_path / "out"
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (16_000, 16_000))
+    stopped = shell("run", *SITES[:2], "-o", out, preexec_fn=full)
+    assert stopped.returncode == 2 and "cannot write" in stopped.stderr and "similarity.svg" in stopped.stderr
+    assert (out / "similarity.json").exists()
+    assert dmm("run", *SITES[:2], "-o", out, "--dry-run").exit_code == 0
+    other = dmm("run", *SITES[1:3], "-o", out, "--dry-run")
+    assert other.exit_code == 2 and "holds a run of other checkpoints" in other.stderr
 
 
 def test_directories_that_are_not_ours(tmp_path):
