@@ -218,7 +218,7 @@ def save_checkpoint(
         DmmError: the output is refused or cannot be written, or what is read changes meanwhile.
     """
     check_output(path, inputs=inputs, force=force)
-    with atomic_write(path) as file, reading or nullcontext():
+    with atomic_write(path, force=force) as file, reading or nullcontext():
         write_checkpoint(file, layout, chunks, metadata)
 
 

@@ -29,11 +29,15 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
         raise DmmError(f"the output is a directory: {path}", hint="name a file in it with -o")
     if path.exists() and not path.is_file():
         raise DmmError(f"the output is not a regular file: {path}", hint="leave -o out to write to standard output")
-    if path.exists() and not force:
-        raise DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
+    if os.path.lexists(path) and not force:
+        raise _taken(path) from FileExistsError()  # a cause that may go: what was computed until then is kept
     if not path.parent.is_dir():
         raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
     require_writable(path.parent)
+
+
+def _taken(path: Path) -> DmmError:
+    return DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
 
 
 def require_writable(directory: Path) -> None:
@@ -52,7 +56,7 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     """A binary file that takes its place at ``path`` when the block ends without an exception.
 
     The bytes go to a temporary file in the same directory, which is synced and renamed, and the
@@ -60,7 +64,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     file is removed and what was at ``path`` stays.
 
     Raises:
-        DmmError: the file system refused the write; the message names the output.
+        DmmError: the file system refused the write, or there is something at ``path`` by then and no ``force``;
+            the message names the output.
     """
     temporary = path.parent / TEMPORARY.replace("*", os.urandom(8).hex())
     try:
@@ -70,13 +75,26 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, path) if force else _claim(path, temporary)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync_directory(path.parent)
+    except FileExistsError as error:
+        raise _taken(path) from error
     except OSError as error:
         raise DmmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _claim(path: Path, temporary: Path) -> None:
+    """Give a file the name ``path``, unless that is taken: of several processes that write one output one is first."""
+    try:
+        os.link(temporary, path)
+    except OSError:  # it is taken, or this file system has no links: there an empty file takes it first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
 
 
 def remove(path: Path) -> None:
@@ -131,7 +149,7 @@ def write_bytes(path: Path, content: bytes, *, force: bool = False, inputs: Iter
         DmmError: see ``check_output`` and ``atomic_write``.
     """
     check_output(path, inputs=inputs, force=force)
-    with atomic_write(path) as file:
+    with atomic_write(path, force=force) as file:
         file.write(content)
 
 

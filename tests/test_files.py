@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -42,13 +43,35 @@ def test_an_exception_leaves_the_old_content_and_nothing_else(tmp_path, end):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_what_appeared_meanwhile_stays_unless_forced(tmp_path, monkeypatch, links):
+    if not links:  # as on FAT
+
+        def refuse(*_):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "out"
+    with atomic_write(path) as file:
+        file.write(b"first")
+    assert path.read_bytes() == b"first" and path.stat().st_nlink == 1
+    with pytest.raises(DmmError, match="the output exists") as refusal, atomic_write(path) as file:
+        file.write(b"second")
+    assert "--force" in refusal.value.hint and path.read_bytes() == b"first"
+    with atomic_write(path, force=True) as file:
+        file.write(b"third")
+    assert path.read_bytes() == b"third" and list(tmp_path.iterdir()) == [path]
+
+
 def test_outputs_that_are_refused(tmp_path):
     source = tmp_path / "in"
     source.write_text("x")
     alias = tmp_path / "alias"
     alias.symlink_to(source)
+    (tmp_path / "loose").symlink_to("nowhere")
     refusals = {
         "exists": (lambda: check_output(source), "the output exists"),
+        "link": (lambda: check_output(tmp_path / "loose"), "the output exists"),
         "input": (lambda: check_output(alias, inputs=[source], force=True), "one of the inputs"),
         "later": (
             lambda: check_output(tmp_path / "new", inputs=[tmp_path / "new"]),

@@ -90,7 +90,7 @@ def merge(
     work = _Work(tensors, mine, hashes, on_progress)
     ranks.wait()  # a file that another process has just written must not look like one that was there
     with one_blas_thread():
-        _write(mine, index, [*files, *([base] if base else [])], work, metadata, final_metadata)
+        _write(mine, index, [*files, *([base] if base else [])], work, metadata, final_metadata, force)
     measured = {name: ratio for part in ranks.gather(work.lengths()) for name, ratio in part.items()}
     order = (name for layout in shards.values() for name in file_order(layout))
     lengths = {name: measured[name] for name in order if name in measured}
@@ -106,14 +106,17 @@ def _write(
     work: _Work,
     metadata: Mapping[str, str],
     final_metadata: Callable[[], Mapping[str, str]] | None,
+    force: bool,
 ) -> None:
     """Write all shards; none takes its place before all of them are complete, and the inputs checked for changes.
 
     An index that stood there goes before that: it would tell of a mixture, were the process killed in between.
+    Without ``force`` there is none, unless another merge has come first: then no shard takes its place.
     """
+    clear = remove if force else check_output
     with ExitStack() as stack:
-        files = {path: stack.enter_context(atomic_write(path)) for path in shards}
-        stack.push(lambda failure, *_: remove(index) if index and failure is None else None)
+        files = {path: stack.enter_context(atomic_write(path, force=force)) for path in shards}
+        stack.push(lambda failure, *_: clear(index) if index and failure is None else None)
         for checkpoint in inputs:
             stack.enter_context(checkpoint)
         stack.enter_context(work.running())

@@ -383,6 +383,20 @@ def test_an_input_that_changes_during_the_merge_leaves_the_output_as_it_was(thre
         assert [path.read_bytes() for path in output.parent.iterdir()] == ([content] if content else [])
 
 
+@pytest.mark.parametrize("other", ["model.safetensors", "model.safetensors.index.json"])
+def test_an_output_of_another_merge_that_was_faster_stays(three, tmp_path, other):
+    output = tmp_path / "out" / "model.safetensors"
+    output.parent.mkdir()
+
+    def be_faster(stage: str, done: int, total: int) -> None:
+        (output.parent / other).write_bytes(b"the first")
+
+    max_shard = 250 if other.endswith("json") else None
+    with pytest.raises(DmmError, match="the output exists"):
+        merge(three, output, max_shard=max_shard, on_progress=be_faster)
+    assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [(other, b"the first")]
+
+
 def test_slerp_takes_two(three, tmp_path):
     with pytest.raises(DmmError, match="slerp merges two checkpoints, not 3"):
         run(three, tmp_path / "out.safetensors", Recipe("slerp"))

@@ -9,6 +9,7 @@ from conftest import DIGITS, Watcher, in_two_processes
 
 from dmm_cli import training
 from dmm_cli.commands.synthesize import synthesize_sources
+from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.synthesis.settings import Settings
 
@@ -71,6 +72,20 @@ def test_a_state_saved_in_the_midst_counts_after_a_kill(tmp_path, whole, monkeyp
     rest = Watcher()
     assert made(out, settings, rest) == whole[name]
     assert states and rest.steps < 3 * settings.steps, "of four generators"
+
+
+def test_what_was_made_while_an_output_appeared_is_not_lost(tmp_path, whole):
+    out = tmp_path / "p.safetensors"
+
+    def write_first(*_, **__):
+        out.write_bytes(b"mine")
+
+    with pytest.raises(DmmError, match="the output exists"):
+        made(out, SHORT["generator"], write_first)
+    assert out.read_bytes() == b"mine" and (tmp_path / "p.safetensors.partial").is_dir()
+    rest = Watcher()
+    assert made(out, SHORT["generator"], rest, force=True) == whole["generator"]
+    assert rest.steps < SHORT["generator"].steps and list(tmp_path.iterdir()) == [out]
 
 
 PROGRAM = """
