@@ -295,6 +295,12 @@ def _stem(path: Path) -> str:
     return path.name.removesuffix(".safetensors")
 
 
+def twins(sources: Sequence[Source]) -> list[tuple[Source, Source]]:
+    """Checkpoints with the bytes of one named before them, with the first of those; whatever their paths."""
+    first: dict[str, Source] = {}
+    return [(one, source) for source in sources if (one := first.setdefault(source.sha256, source)) is not source]
+
+
 def _with_unique_labels(sources: list[Source]) -> list[Source]:
     """Labels with as much of the path in front as tells them apart, and a number where a checkpoint is there twice.
 

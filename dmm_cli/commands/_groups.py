@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..digest import Hashes, glance
 from ..errors import DmmError, printable
 from ..files import check_output, write_text
-from ..inputs import Source, files_of, resolve_source
+from ..inputs import Source, files_of, resolve_source, twins
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
@@ -359,13 +359,7 @@ def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = Tru
 
 
 def _twins(sources: Sequence[Source]) -> list[str]:
-    first: dict[str, str] = {}
-    warnings = []
-    for source in sources:
-        if source.sha256 in first:
-            warnings.append(f"{source.path} has the same bytes as {first[source.sha256]}: it counts twice")
-        first.setdefault(source.sha256, str(source.path))
-    return warnings
+    return [f"{source.path} has the same bytes as {first.path}: it counts twice" for first, source in twins(sources)]
 
 
 def _idle(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, capped, printable
-from ..inputs import Source
+from ..inputs import Source, twins
 from ..metadata import class_counts, class_names
 from . import _options as options
 from ._statistics import Pair, recorded_counts, require_input
@@ -139,6 +139,16 @@ def require_other(student: Source, teachers: Sequence[Source]) -> None:
             f"the student {student.path} is the teacher {same[0].path}",
             evidence=[f"sha256 of both: {student.sha256}"],
             hint="name the checkpoint that dmm distill made of these teachers, or leave --student out",
+        )
+
+
+def require_distinct(teachers: Sequence[Source]) -> None:
+    """Raise DmmError when a teacher is named twice, be it as a copy or by a link: only one of them could teach."""
+    for first, teacher in twins(teachers):
+        raise DmmError(
+            f"{teacher.path} is the same checkpoint as {first.path}",
+            evidence=[f"{source.label}: sha256 {source.sha256}" for source in (first, teacher)],
+            hint="leave one of them out",
         )
 
 

@@ -24,7 +24,7 @@ from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded, standard_input
 from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
-from ._teachers import require_same_class_names
+from ._teachers import require_distinct, require_same_class_names
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources, require_data_fit
 from .merge import grouping_of, known_groups
@@ -127,6 +127,7 @@ def run(
     _check_outputs(files, sources, [*read, *([data] if data else [])], force)
     if data is not None:
         require_data_fit(sources[0], data, arch, flags)
+    require_distinct(sources)
 
     from ..report.console import emit_plan
 

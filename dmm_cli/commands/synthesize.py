@@ -21,7 +21,7 @@ from ._outputs import check_files
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable, standard_input
 from ._statistics import Pair, statistics_of
-from ._teachers import load_student, load_teachers, require_other, require_same_class_names
+from ._teachers import load_student, load_teachers, require_distinct, require_other, require_same_class_names
 
 if TYPE_CHECKING:
     from ..manifest import SynthesisManifest, TeacherReport
@@ -95,6 +95,7 @@ def synthesize(
     rival = resolve_source(student) if student else None
     inputs = files_of((*sources, *recorded.values(), *([rival] if rival else [])))
     check_files(output, grid, inputs=[*inputs, *named_files(checkpoints)], force=force)
+    require_distinct(sources)
     if rival:
         require_other(rival, sources)
     if dry_run:

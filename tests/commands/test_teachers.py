@@ -38,3 +38,19 @@ def test_teachers_that_name_other_classes_are_refused_by_their_headers(tmp_path,
     result = dmm(command, SITE, other, "--dry-run", "-o", out)
     assert result.exit_code == 2 and "name different classes" in result.stderr and str(other) in result.stderr
     assert not result.stdout and not out.exists()
+
+
+@pytest.mark.parametrize("command", ["synthesize", "run"])
+@pytest.mark.parametrize("kind", ["copy", "link", "same path"])
+def test_a_teacher_named_twice_is_refused_before_anything_is_computed(tmp_path, command, kind):
+    again, out = tmp_path / "again.safetensors", tmp_path / "out.safetensors"
+    if kind == "copy":
+        again.write_bytes(SITE.read_bytes())
+    elif kind == "link":
+        again.symlink_to(SITE)
+    else:
+        again = SITE
+    for last in ([], ["--dry-run"]):
+        result = dmm(command, SITE, DIGITS / "site-b.safetensors", again, "-o", out, *last)
+        assert result.exit_code == 2 and f"{again} is the same checkpoint as {SITE}" in result.stderr
+        assert result.stderr.endswith("hint: leave one of them out\n") and not result.stdout and not out.exists()
