@@ -99,11 +99,11 @@ def _draw_tree(axes: Axes, grouping: Grouping, count: int) -> list[int]:
     if len(grouping.linkage) != count - 1 or count < 2:
         axes.axis("off")
         return list(range(count))
-    drawn = dendrogram(
-        np.array(grouping.linkage), ax=axes, orientation="left", color_threshold=0, above_threshold_color="#444444",
-        no_labels=True,
-    )  # fmt: skip
-    axes.invert_yaxis()
+    drawn = dendrogram(np.array(grouping.linkage), no_plot=True)  # scipy's own plot has no width for equal checkpoints
+    axes.plot(np.transpose(drawn["dcoord"]), np.transpose(drawn["icoord"]), color="#444444")
+    axes.set_xlim(1.05 * np.max(drawn["dcoord"]) or 1.0, 0)
+    axes.set_ylim(10 * count, 0)  # scipy gives a leaf a height of 10
+    axes.set_yticks([])
     axes.set_xlabel("1 - cosine", fontsize=8)
     axes.tick_params(labelsize=7)
     if grouping.threshold is not None:

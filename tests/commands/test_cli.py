@@ -105,6 +105,14 @@ def test_figures_are_deterministic(tmp_path, suffix):
     assert refused.exit_code == 2 and "name a .png or .svg file" in refused.stderr
 
 
+def test_a_figure_of_equal_checkpoints_is_drawn_without_a_warning(tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(SITES[0].read_bytes())
+    result = shell("similarity", SITES[0], copy, "--figure", tmp_path / "x.svg", "-q")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "1.000000\n", "")
+    assert (tmp_path / "x.svg").exists()
+
+
 def test_merge_writes_one_file_or_a_directory(tmp_path):
     one = dmm("merge", *SITES[:2], "-o", tmp_path / "one.safetensors", "-q")
     assert one.exit_code == 0 and one.stdout == f"{tmp_path}/one.safetensors\n"
