@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -142,17 +142,26 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Check the output and write it atomically.
+def write_files(contents: Mapping[Path, bytes], *, force: bool = False) -> None:
+    """Check the outputs and write them atomically; none takes its place before the disk had room for all.
 
     Raises:
         DmmError: see ``check_output`` and ``atomic_write``.
     """
-    check_output(path, inputs=inputs, force=force)
-    with atomic_write(path, force=force) as file:
-        file.write(content)
+    for path in contents:
+        check_output(path, force=force)
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            file = stack.enter_context(atomic_write(path, force=force))
+            file.write(content)
+            file.flush()
+
+
+def write_bytes(path: Path, content: bytes, *, force: bool = False) -> None:
+    """Write one file, see ``write_files``."""
+    write_files({path: content}, force=force)
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:
-    """Write text as UTF-8, see ``write_bytes``."""
-    write_bytes(path, text.encode(), force=force)
+    """Write text as UTF-8, see ``write_files``."""
+    write_files({path: text.encode()}, force=force)

@@ -93,14 +93,18 @@ def similarity(
     if "aligned" in measures:
         report = with_aligned(report, sources, arch=arch, seed=seed, on_progress=progress)
     told = measure[0] if measure and len(measure) == 1 else "cosine"
-    emit(_values(report, told) if quiet and style != "json" else _shown(report, style, per_layer), output, force=force)
+    shown = _values(report, told) if quiet and style != "json" else _shown(report, style, per_layer)
+    emit(shown, output, beside={figure: _drawn(report, figure)} if figure else {}, force=force)
     if figure:
-        from ..grouping import group_checkpoints
-        from ..report.figures import heat_map
-
-        heat_map(report, group_checkpoints(report), figure, force=force)
         status(f"wrote {figure}", quiet=quiet)
     _check(report, fail_under)
+
+
+def _drawn(report: SimilarityReport, figure: Path) -> bytes:
+    from ..grouping import group_checkpoints
+    from ..report.figures import draw_heat_map, encode
+
+    return encode(draw_heat_map(report, group_checkpoints(report)), figure.suffix[1:])
 
 
 def _shown(report: SimilarityReport, style: str, per_layer: bool) -> str:

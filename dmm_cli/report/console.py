@@ -6,10 +6,12 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import printable
-from ..files import write_text
+from ..files import write_files
 
 INTERVAL = 30.0  # seconds between progress lines off a terminal
 PATIENCE = 0.5  # seconds
@@ -21,12 +23,18 @@ def status(text: str, *, quiet: bool = False) -> None:
         print(printable(text, 2000), file=sys.stderr)
 
 
-def emit(text: str, output: Path | None = None, *, force: bool = False) -> None:
-    """The result: to a file when one is named, else to stdout."""
+def emit(
+    text: str, output: Path | None = None, *, beside: Mapping[Path, bytes] = MappingProxyType({}), force: bool = False
+) -> None:
+    """The result: to a file when one is named, else to stdout.
+
+    Args:
+        beside: other files, which are written with it or not at all.
+    """
+    text = text if text.endswith("\n") else text + "\n"
+    write_files({**beside, **({output: text.encode()} if output else {})}, force=force)
     if output is None:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    else:
-        write_text(output, text if text.endswith("\n") else text + "\n", force=force)
+        sys.stdout.write(text)
 
 
 def emit_plan(words: str, *, as_json: bool) -> None:

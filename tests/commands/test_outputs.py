@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import DIGITS, dmm
+from conftest import DIGITS, dmm, shell
 
 from dmm_cli.report import console
 
@@ -66,6 +68,19 @@ def test_outputs_are_checked_before_anything_is_computed(tmp_path, monkeypatch, 
 def test_a_report_and_its_figure_are_two_files(tmp_path):
     result = dmm("similarity", *SITES[:2], "-o", tmp_path / "x.png", "--figure", tmp_path / "x.png")
     assert result.exit_code == 2 and "two outputs for one file" in result.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", [3000, 12_000])
+def test_without_room_for_a_report_or_its_figure_neither_is_written(tmp_path, room):
+    """A file size limit refuses both, or the larger figure alone, the way a full disk does."""
+    report, figure = tmp_path / "i.json", tmp_path / "f.png"
+    report.write_text("of before")
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
+    command = ["similarity", *SITES[:2], "-o", report, "--figure", figure, "--json"]
+    result = shell(*command, "--force", preexec_fn=full)
+    assert result.returncode == 2 and f"cannot write {figure}" in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == [report] and report.read_text() == "of before"
+    assert dmm(*command, "--force").exit_code == 0 and report.stat().st_size < 12_000 < figure.stat().st_size
 
 
 def test_an_index_of_shards_is_an_input_too(tmp_path):
