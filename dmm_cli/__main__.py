@@ -1,5 +1,18 @@
-"""``python -m dmm_cli`` is ``dmm``."""
+"""``dmm``, and ``python -m dmm_cli``, which is the same."""
 
-from .app import main
+import sys
 
-main()
+
+def main() -> None:
+    """Entry point; imports the rest where an interrupt is caught already."""
+    try:
+        from .app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

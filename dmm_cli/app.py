@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
 from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
-from .commands._run import guarded
+from .commands._run import drop, guard
 from .config import DEFAULT, load_config
 from .errors import DmmError, printable
 from .ranks import process_count
@@ -36,7 +36,21 @@ COMMANDS = {
 
 SHARED = ("merge", "synthesize", "distill")  # among the processes of torchrun
 
+
+class Group(TyperGroup):
+    """All commands; what is told before one of them runs, as help is, ends as their own words do."""
+
+    def make_context(self, *args: Any, **extra: Any) -> typer.Context:
+        with guard():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        with guard():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Group,
     rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -71,7 +85,6 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-@guarded
 def defaults(
     context: typer.Context,
     version: Annotated[
@@ -136,6 +149,10 @@ def _open_closed_streams() -> None:
 
 
 def main() -> None:
-    """Entry point of the ``dmm`` command."""
+    """Run the command line of this process."""
     _open_closed_streams()
-    app()
+    try:
+        app()
+    except OSError:  # the line is wrong, and stderr does not take the words that say so
+        drop(sys.stderr)
+        sys.exit(DmmError.exit_code)

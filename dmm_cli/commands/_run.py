@@ -39,8 +39,37 @@ def epilog(*examples: str) -> str:
     return f"{lines}\n\n{EXIT_CODES}"
 
 
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """Give every way to end a block its exit code and no traceback, unless DMM_DEBUG=1."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)
+        raise typer.Exit(BROKEN_PIPE) from None
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except DmmError as error:
+        _show(error)
+        raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        drop(sys.stdout)
+        _show(DmmError(f"{error.strerror or error}: {error.filename or 'standard output'}"))
+        raise typer.Exit(DmmError.exit_code) from None
+    except Exception as error:
+        if _is_typers_own(error):
+            raise
+        if _is_out_of_memory(error):
+            _show(DmmError("out of memory", evidence=str(error).splitlines()[:1], hint=SMALLER))
+            raise typer.Exit(DmmError.exit_code) from None
+        _crash(error)
+        raise typer.Exit(CRASHED) from None
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command so that every way to end has its exit code and no traceback, unless DMM_DEBUG=1."""
+    """Run a command in ``guard``, and end it on SIGTERM as on an exception."""
 
     @functools.wraps(command)
     def run(*args: object, **kwargs: object) -> None:
@@ -50,29 +79,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except ValueError:  # not the main thread: signals are the caller's business
             previous = None
         try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _drop_stdout()
-            raise typer.Exit(BROKEN_PIPE) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
-        except DmmError as error:
-            _show(error)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            _drop_stdout()
-            _show(DmmError(f"{error.strerror or error}: {error.filename or 'standard output'}"))
-            raise typer.Exit(DmmError.exit_code) from None
-        except Exception as error:
-            if _is_typers_own(error):
-                raise
-            if _is_out_of_memory(error):
-                _show(DmmError("out of memory", evidence=str(error).splitlines()[:1], hint=SMALLER))
-                raise typer.Exit(DmmError.exit_code) from None
-            _crash(error)
-            raise typer.Exit(CRASHED) from None
+            with guard():
+                command(*args, **kwargs)
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
@@ -95,10 +103,10 @@ def resumable(output: Path, **inputs: object) -> Iterator[Savepoint]:
             print(f"what is done is kept: the same command goes on from {printable(str(place), 2000)}", file=sys.stderr)
 
 
-def _drop_stdout() -> None:
-    """Give Python's exit something to flush into, where stdout cannot take it: its reader is gone, or the disk full."""
-    with contextlib.suppress(OSError):  # a test's stdout has no descriptor
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream: TextIO) -> None:
+    """Let Python's exit flush into nothing what a stream cannot take: its reader is gone, or the disk full."""
+    with contextlib.suppress(OSError):  # a test's stream has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _is_typers_own(error: Exception) -> bool:
@@ -116,18 +124,24 @@ def _terminate(*_: object) -> None:
 
 
 def _show(error: DmmError) -> None:
-    if os.environ.get("DMM_DEBUG") == "1":
-        traceback.print_exc()
-    print(f"error: {printable(error.what, 2000)}", file=sys.stderr)
-    for line in capped(error.evidence, 11):
-        print(f"  {printable(line, 2000)}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {printable(error.hint, 2000)}", file=sys.stderr)
+    evidence = [f"  {printable(line, 2000)}" for line in capped(error.evidence, 11)]
+    hint = [f"hint: {printable(error.hint, 2000)}"] if error.hint else []
+    _tell(*_traceback(), f"error: {printable(error.what, 2000)}", *evidence, *hint)
 
 
 def _crash(error: Exception) -> None:
-    if os.environ.get("DMM_DEBUG") == "1":
-        traceback.print_exc()
-    kind = type(error).__name__
-    print(f"error: internal: {kind}: {printable(str(error), 500)}", file=sys.stderr)
-    print("hint: this is a fault of dmm; run again with DMM_DEBUG=1 for the traceback", file=sys.stderr)
+    what = f"error: internal: {type(error).__name__}: {printable(str(error), 500)}"
+    hint = "hint: this is a fault of dmm; run again with DMM_DEBUG=1 for the traceback"
+    _tell(*_traceback(), what, hint)
+
+
+def _traceback() -> list[str]:
+    return traceback.format_exc().splitlines() if os.environ.get("DMM_DEBUG") == "1" else []
+
+
+def _tell(*lines: str) -> None:
+    """Say why a command ends; where stderr cannot take it, the exit code says it alone."""
+    try:
+        print(*lines, sep="\n", file=sys.stderr)
+    except OSError:
+        drop(sys.stderr)

@@ -300,22 +300,48 @@ def test_a_crash_is_neither_1_nor_a_traceback(monkeypatch):
     assert "Traceback" in dmm("similarity", *SITES[:2]).stderr
 
 
-def test_a_closed_pipe_is_silent():
-    command = f"{sys.executable} -m dmm_cli similarity {SITES[0]} {SITES[1]} --json | true; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+COMPARE = ["similarity", SITES[0], SITES[1]]
+
+
+def redirected(arguments, into: str) -> subprocess.CompletedProcess[str]:
+    """The command line with its streams as told, and the exit code of the first process of a pipe."""
+    line = f"{shlex.join(map(str, [sys.executable, '-m', 'dmm_cli', *arguments]))} {into}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [[*COMPARE, "--json"], ["--help"], ["--version"], ["merge", "-h"]])
+def test_a_closed_pipe_is_silent(arguments):
+    result = redirected(arguments, "| true")
     assert result.returncode == 141 and result.stderr == ""
 
 
-def test_a_full_disk_behind_stdout_is_an_error():
-    command = [sys.executable, "-m", "dmm_cli", "similarity", str(SITES[0]), str(SITES[1])]
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+@pytest.mark.parametrize("arguments", [COMPARE, ["--help"], ["--version"], ["merge", "-h"]])
+def test_a_full_disk_behind_stdout_is_an_error(arguments):
+    result = redirected(arguments, "> /dev/full")
     assert result.returncode == 2
     assert result.stderr == "error: No space left on device: standard output\n"
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "nothere"], ["inspect", "--no-such-option"], ["no-such-command"]])
+@pytest.mark.parametrize("into", ["2> /dev/full", "2>&1 | true"])
+def test_a_mistake_that_nobody_can_be_told_exits_2(arguments, into):
+    assert redirected(arguments, into).returncode == 2
+
+
+def test_an_interrupt_while_dmm_is_imported_is_told_as_any_other():
+    code = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("dmm_cli", run_name="__main__")
+"""
+    result = shell(code=code)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
 def test_an_interrupted_synthesis_ends_at_once_and_keeps_what_is_done(tmp_path):
