@@ -20,7 +20,7 @@ from .errors import DmmError, printable
 from .examples import IMAGES
 from .hub import format_arch
 from .inputs import Source
-from .metadata import is_by_name, stated_input
+from .metadata import NORMALISATION, is_by_name, stated_input
 from .names import is_head, is_weight
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
@@ -307,23 +307,29 @@ def input_spec(
     Raises:
         DmmError: mean and std do not fit the number of channels, or ``dmm.input`` tells of other inputs.
     """
-    given = stated_input(source)
+    label, given = str(source.path), stated_input(source)
     examples = examples_of(model)
     if examples is not None:
         if size:
             raise DmmError("--input-size is for models that take images alone", hint="example_inputs tell the sizes")
-        return joint_spec(model, examples, _parts_of(given, source, tuple(examples.parts)), mean, std)
-    known = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
-    known |= {"input_size" if key == "size" else key: value for key, value in given.items()}
-    told = tuple(known.get("input_size", (3, 224, 224)))
+        return joint_spec(label, model, examples, _parts_of(given, source, tuple(examples.parts)), mean, std)
+    own = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
+    usual = tuple(own.get("input_size", (3, 224, 224)))
+    told = tuple(given.get("size", usual))
     channels = _input_channels(model) or told[0]
-    if channels != told[0]:
-        known |= {key: (statistics.fmean(known[key]),) for key in ("mean", "std") if key in known}
+    known = _per_channel(own, usual[0], channels) | _per_channel(given, told[0], channels)
     return single_spec(
+        label,
         size or (channels, *told[1:]),
         mean or known.get("mean", (0.0,)),
         std or known.get("std", (1.0,)),
     )
+
+
+def _per_channel(told: dict[str, Any], count: int, channels: int) -> dict[str, Sequence[float]]:
+    """Mean and std as far as they are told of ``count`` channels: where there are others, one of all for each."""
+    values = {key: told[key] for key in NORMALISATION if key in told}
+    return values if count == channels else {key: (statistics.fmean(value),) for key, value in values.items()}
 
 
 def _parts_of(given: dict[str, Any], source: Source, names: tuple[str, ...]) -> dict[str, Any]:

@@ -96,11 +96,17 @@ def vocabularies(model: nn.Module, examples: Examples) -> dict[str, int]:
 
 
 def joint_spec(
-    model: nn.Module, examples: Examples, known: Mapping[str, Any], mean: Iterable[float], std: Iterable[float]
+    label: str,
+    model: nn.Module,
+    examples: Examples,
+    known: Mapping[str, Any],
+    mean: Iterable[float],
+    std: Iterable[float],
 ) -> Spec:
     """The specs of all inputs; of ``IMAGES`` alone, that of images.
 
     Args:
+        label: what the model is called in messages.
         known: mean and std by name, as ``dmm.input`` has them. mean, std: of all images, if not empty.
 
     Raises:
@@ -114,13 +120,18 @@ def joint_spec(
         values = {"mean": (0.0,), "std": (1.0,)} | dict(known.get(name) or {})
         values |= {key: value for key, value in said.items() if value}
         numbers = name not in words
-        specs.append(single_spec(size, values["mean"], values["std"]) if numbers else TokenSpec(size, words[name]))
+        specs.append(
+            single_spec(label, size, values["mean"], values["std"]) if numbers else TokenSpec(size, words[name])
+        )
     names = tuple(examples.parts)
     return specs[0] if names == (IMAGES,) else JointSpec(names, tuple(specs))
 
 
-def single_spec(size: Iterable[int], mean: Iterable[float], std: Iterable[float]) -> InputSpec:
+def single_spec(label: str, size: Iterable[int], mean: Iterable[float], std: Iterable[float]) -> InputSpec:
     """The spec of one input; one mean or deviation holds for all channels.
+
+    Args:
+        label: what the model is called in messages.
 
     Raises:
         DmmError: mean and std do not fit the number of channels.
@@ -130,7 +141,7 @@ def single_spec(size: Iterable[int], mean: Iterable[float], std: Iterable[float]
     mean, std = _per_channel(mean, channels), _per_channel(std, channels)
     if len(mean) != channels or len(std) != channels:
         raise DmmError(
-            f"{len(mean)} means and {len(std)} deviations for {channels} channels",
+            f"{label}: {len(mean)} means and {len(std)} deviations for {channels} channels",
             hint="give one value per channel, or one for all, with --mean and --std",
         )
     return InputSpec(size, mean, std)

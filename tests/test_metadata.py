@@ -91,6 +91,17 @@ def test_of_an_input_that_is_told_in_part_the_rest_is_the_architectures(told):
     assert spec == InputSpec(tuple(own["input_size"]), (0.5,) * 3, (0.25,) * 3)
 
 
+def test_a_size_of_one_channel_leaves_the_architectures_normalisation_to_it(told):
+    model = build("resnet18,num_classes=2,in_chans=1")
+    mean, std = (float(np.mean(model.pretrained_cfg[key])) for key in ("mean", "std"))
+    spec = input_spec(told("dmm.input", '{"size": [1, 16, 16]}'), model)
+    assert (spec.size, spec.mean, spec.std) == ((1, 16, 16), pytest.approx((mean,)), pytest.approx((std,)))
+    spec = input_spec(told("dmm.input", '{"size": [1, 16, 16], "mean": [0.3]}'), model)
+    assert (spec.mean, spec.std) == ((0.3,), pytest.approx((std,)))
+    with pytest.raises(DmmError, match=r"a\.safetensors: 2 means and 1 deviations for 1 channels"):
+        input_spec(told("dmm.input", '{"size": [1, 16, 16], "mean": [0.3, 0.4]}'), model)
+
+
 def with_examples(*names: str) -> nn.Module:
     model = nn.Module()
     model.example_inputs = {name: torch.zeros(2, 3, 8, 8) for name in names}
