@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,28 +15,21 @@ import torch
 from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .archspec import format_arch, parse_arch
 from .errors import DmmError, printable
 from .examples import IMAGES
-from .hub import format_arch
 from .inputs import Source
 from .metadata import NORMALISATION, is_by_name, stated_input
 from .names import is_head, is_weight
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
-from .trust import is_granted, module_of
+from .trust import require_trust
 
 FILLING = {
     getattr(torch.ops.aten, name)
     for name in ("normal_", "uniform_", "fill_", "zero_", "clamp_", "erfinv_", "mul_", "add_")
 }
-LOADS = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-}  # of timm's arguments
 LIKELY = 0.4  # share of parts in common with its first network from which a family is looked through
 
 
@@ -77,46 +69,6 @@ def _timm() -> ModuleType:
     return _imported("timm")
 
 
-def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``resnet18,num_classes=10,layers=(1,1,1,1)`` into the name and its arguments.
-
-    Raises:
-        DmmError: an argument is not ``name=literal``, or the name points to a hub or a directory.
-    """
-    name, *arguments = _split(text)
-    if name.startswith(("hf-hub:", "local-dir:", "hf_hub:")):
-        raise DmmError(f"dmm does not fetch architectures: {printable(name)}", hint="use the plain timm name")
-    values = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise DmmError(f"cannot read {printable(argument)!r} in --arch", hint="write name=value")
-        values[key.strip()] = _literal(value.strip())
-    return name.strip(), values
-
-
-def _split(text: str) -> list[str]:
-    """The parts between commas that stand in no brackets and no quotes."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote or character in "'\"":
-            quote = "" if character == quote else quote or character
-        else:
-            depth += (character in "([{") - (character in ")]}")
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def build(spec: str, first_weights: bool = True) -> nn.Module:
     """The module of a spec, on the CPU.
 
@@ -130,9 +82,6 @@ def build(spec: str, first_weights: bool = True) -> nn.Module:
     name, arguments = parse_arch(spec)
     if ":" in name:
         return with_example_inputs(_made(name, arguments), name)
-    loads = sorted(LOADS & arguments.keys())
-    if loads:
-        raise DmmError(f"an architecture has no weights to load: {loads[0]} in {printable(spec)}", hint="leave it out")
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
@@ -180,21 +129,11 @@ def identify(source: Source, arch: str | None = None) -> Architecture:
     if arch:
         return Architecture(arch, "given with --arch")
     if "dmm.arch" in source.metadata:
-        _require_trust(source)
+        require_trust(source)
         own = "dmm.arch" in source.headers[0].metadata
         evidence = "dmm.arch in the file's metadata" if own else "config.json beside the weights"
         return Architecture(source.metadata["dmm.arch"], evidence)
     return detect(source)
-
-
-def _require_trust(source: Source) -> None:
-    spec = source.metadata["dmm.arch"]
-    module = module_of(spec)
-    if module and not is_granted(spec):
-        raise DmmError(
-            f"{source.path} asks for code to be run: {printable(spec)}",
-            hint=f"if you know that code, say so: dmm --trust {printable(module)} COMMAND ..., or name it with --arch",
-        )
 
 
 def detect(source: Source) -> Architecture:

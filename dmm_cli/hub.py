@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .archspec import format_arch
+
 NORMALISATION = {"input_size": "size", "mean": "mean", "std": "std"}  # timm's words, and those of dmm.input
 
 
@@ -25,11 +27,6 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(names, list) and len(set(map(str, names))) == len(names) > 0:
         told["dmm.classes"] = json.dumps(names)
     return told
-
-
-def format_arch(name: str, arguments: Mapping[str, Any]) -> str:
-    """An architecture as ``--arch`` and ``dmm.arch`` take it, ``resnet18,num_classes=10``."""
-    return ",".join([name, *(f"{key}={str(value).replace(' ', '')}" for key, value in arguments.items())])
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

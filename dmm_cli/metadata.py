@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import DmmError, printable
@@ -33,6 +33,27 @@ def class_counts(source: Source) -> list[float] | None:
         DmmError: it is not a list of such numbers.
     """
     return _stated(source, "dmm.class_counts", _is_list_of_counts, "a JSON list of numbers, none negative")
+
+
+def require_names_of_all(source: Source, classes: int) -> None:
+    """Raise DmmError where ``dmm.classes`` does not name as many classes as a network has."""
+    names = class_names(source)
+    if names and len(names) != classes:
+        raise DmmError(f"{source.path} has {classes} classes, but dmm.classes in its metadata names {len(names)}")
+
+
+def require_class_mix(counts: Sequence[float], classes: int | None, label: str) -> None:
+    """Raise DmmError for counts that are no mix of classes.
+
+    Args:
+        classes: how many there are, None where that is not known yet. label: whose counts they are.
+    """
+    if len(counts) != (classes or len(counts)) or min(counts) < 0 or sum(counts) <= 0:
+        raise DmmError(
+            f"class counts of {label} do not describe a class mix",
+            evidence=[f"{len(counts)} counts{f' for {classes} classes' if classes else ''}: {counts}"],
+            hint="give one count of zero or more per class, at least one above zero",
+        )
 
 
 def stated_input(source: Source) -> dict[str, Any]:

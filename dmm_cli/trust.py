@@ -8,6 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from .archspec import parse_arch
+from .errors import DmmError, printable
+from .inputs import Source
+
 VARIABLE = "DMM_TRUST"  # processes that are started inherit it
 
 
@@ -20,6 +24,18 @@ def is_granted(factory: str) -> bool:
     """Whether a file may name this ``package.module:factory``."""
     module = module_of(factory)
     return any(module == name or module.startswith(f"{name}.") for name in _granted())
+
+
+def require_trust(source: Source) -> None:
+    """Raise DmmError where a file names a factory of a module that the user does not trust."""
+    spec = source.metadata.get("dmm.arch", "")
+    parse_arch(spec)  # names of hubs look like those of factories
+    module = module_of(spec)
+    if module and not is_granted(spec):
+        raise DmmError(
+            f"{source.path} asks for code to be run: {printable(spec)}",
+            hint=f"if you know that code, say so: dmm --trust {printable(module)} COMMAND ..., or name it with --arch",
+        )
 
 
 def module_of(factory: str) -> str:

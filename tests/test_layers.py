@@ -6,12 +6,16 @@ import ast
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DIGITS, ROOT, shell
+from safetensors.numpy import save_file
+
+from dmm_cli.synthesis.kind import KIND, REQUIRED
 
 FLOOR = {
     "errors", "registry", "header", "files", "inputs", "serialization", "manifest", "config", "names", "shards",
-    "digest", "recall", "devices", "metadata", "groups", "hub", "trust",
+    "digest", "recall", "devices", "metadata", "groups", "hub", "trust", "archspec",
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",
@@ -85,6 +89,14 @@ SITES = [str(DIGITS / f"site-{name}.safetensors") for name in "ab"]
 WUDI = ["merge", *SITES, "--method", "wudi", "--base", str(DIGITS / "base.safetensors"), "-o", "out.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def pseudo(tmp_path_factory):
+    """What the headers of a pseudo-data file have to hold."""
+    path = tmp_path_factory.mktemp("pseudo") / "pseudo.safetensors"
+    save_file({name: np.zeros(1, np.float32) for name in (*REQUIRED, "bn_loss")}, path, {"dmm.kind": KIND})
+    return path
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -106,11 +118,13 @@ WUDI = ["merge", *SITES, "--method", "wudi", "--base", str(DIGITS / "base.safete
         (["align", SITES[0], "-o", "out.safetensors"], 2),
         (["align", SITES[0], str(DIGITS / "test.safetensors"), "-o", "out.safetensors"], 2),
         (["synthesize", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
-        (["distill", *SITES, "--data", SITES[0], "-o", "out.safetensors", "--dry-run"], 0),
+        (["distill", *SITES, "--data", SITES[0], "-o", "out.safetensors", "--dry-run"], 2),
+        (["distill", *SITES, "--data", "PSEUDO", "-o", "out.safetensors", "--dry-run"], 0),
         (["run", *SITES, "-o", "out", "--dry-run"], 0),
     ],
 )
-def test_nothing_heavy_is_imported(arguments, code, tmp_path):
+def test_nothing_heavy_is_imported(arguments, code, tmp_path, pseudo):
+    arguments = [str(pseudo) if word == "PSEUDO" else word for word in arguments]
     program = f"""
 import json, sys
 from dmm_cli.app import app

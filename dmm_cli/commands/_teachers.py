@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from ..archspec import stated_classes
 from ..errors import DmmError, capped, printable
 from ..inputs import Source, twins
-from ..metadata import class_counts, class_names
+from ..metadata import class_counts, class_names, require_class_mix, require_names_of_all, stated_input
+from ..trust import require_trust
 from . import _options as options
 from ._statistics import Pair, recorded_counts, require_input
 
@@ -21,6 +23,30 @@ if TYPE_CHECKING:
     from ..synthesis.teacher import Teacher, Witness
 
 SAME_CLASSES = "a student needs the classes of its teachers, in their order"
+
+
+def require_told(
+    sources: Sequence[Source],
+    arch: str | None,
+    prior: tuple[float, ...] = (),
+    recorded: Mapping[Pair, Source] | None = None,
+) -> None:
+    """Refuse, by the headers alone, checkpoints that tell of themselves what no network can be.
+
+    Args:
+        prior, recorded: see ``load_teachers``.
+    """
+    for source in sources:
+        stated_input(source)
+        spec = arch or source.metadata.get("dmm.arch")
+        if not arch:
+            require_trust(source)
+        classes = stated_classes(spec) if spec else None
+        if classes:
+            require_names_of_all(source, classes)
+        counts = prior or recorded_counts(recorded or {}, source) or class_counts(source)
+        if counts:
+            require_class_mix(counts, classes, source.label)
 
 
 def load_teachers(
@@ -57,6 +83,7 @@ def load_teachers(
         require_statistics(str(source.path), layers)
         require_fit(str(source.path), model, example(spec, device))
         classes = architectures.num_classes(model)
+        require_names_of_all(source, classes)
         counts = prior or recorded_counts(recorded, source) or class_counts(source)
         known = priors.from_counts(list(counts), classes, source.label) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
@@ -171,7 +198,6 @@ def untold(source: Source, arch: str | None) -> str | None:
 
 def load_student(
     student: Source,
-    teachers: Sequence[Source],
     num_classes: int,
     spec: Spec,
     device: torch.device,
@@ -188,7 +214,6 @@ def load_student(
     from ..spaces import example, in_words
     from ..synthesis.teacher import freeze
 
-    require_same_class_names([student, *teachers])
     model, _ = loading.load_model(student, untold(student, arch))
     found = architectures.num_classes(model)
     if found != num_classes:

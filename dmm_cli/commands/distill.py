@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..devices import require_precision
+from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError, capped, printable
 from ..files import check_output
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..metadata import class_names
 from ..ranks import Ranks, joined
+from ..synthesis.kind import require_pseudo_data
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, guarded, resumable, standard_input
-from ._teachers import SAME_CLASSES, require_same_class_names, untold
+from ._teachers import SAME_CLASSES, require_same_class_names, require_told, untold
 
 SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
 
@@ -92,11 +93,17 @@ def distill(
     if learning_rate <= 0 or temperature <= 0:
         raise DmmError("--learning-rate and --temperature must be above zero")
     require_precision(precision)
+    require_device_name(device)
     students = resolve_sources([student])
     sources = resolve_sources(teachers, stdin=standard_input())
     pseudo = resolve_source(str(data))
     read = [*files_of((*students, pseudo, *sources)), *named_files([student, *teachers])]
     check_output(output, inputs=read, force=force)
+    require_pseudo_data(pseudo)
+    require_told(students, arch)
+    for teacher in sources:
+        require_told([teacher], untold(teacher, arch))
+    require_same_class_names([*students, *sources])
 
     from ..report.console import Progress, emit_plan, status
 
@@ -143,7 +150,6 @@ def distill_sources(
 
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
-    require_same_class_names([*students, *teachers])
     told = next(filter(None, map(class_names, [*students, *teachers])), ())
     pseudo = load_pseudo_data(data)
     lessons = _lessons(pseudo, told, teachers, where)

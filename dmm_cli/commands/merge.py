@@ -27,6 +27,7 @@ from ..merging.recipe import DTYPES, Recipe
 from ..ranks import joined
 from ..registry import Registry
 from ..shards import parse_size
+from ..synthesis.kind import require_pseudo_data
 from . import _options as options
 from ._align import POLICIES as ALIGN
 from ._align import Aligning
@@ -214,6 +215,7 @@ def _check_plan(
     check_each(sources, [part.members for part in least.groups], recipe, settled=settled)
     if recipe.features:
         require_one_file(to)
+        require_pseudo_data(recipe.features)
     _require_one_group(aligning, least)
     check_outputs(to, least, inputs_of(sources, recipe), more=least is not known)
 

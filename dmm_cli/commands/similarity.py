@@ -11,6 +11,7 @@ from ..errors import CheckFailed, DmmError
 from ..inputs import files_of, named_files, resolve_source, resolve_sources
 from ..similarity import MEASURES
 from ..similarity.parts import comparable_parts
+from ..synthesis.kind import require_pseudo_data
 from . import _options as options
 from ._measures import with_aligned, with_cka
 from ._outputs import check_files
@@ -73,6 +74,8 @@ def similarity(
     origin, reference, pseudo = (resolve_source(path) if path else None for path in (base, against, data))
     read = files_of([*sources, *filter(None, (origin, reference, pseudo))])
     comparable_parts(sources, origin, reference)
+    if pseudo:
+        require_pseudo_data(pseudo)
     check_files(output, figure, inputs=[*read, *named_files(checkpoints)], force=force)
 
     from ..report.console import Progress, emit, emit_plan, status

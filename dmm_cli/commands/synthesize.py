@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..devices import require_precision
+from ..devices import require_device_name, require_precision
 from ..errors import DmmError
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
@@ -21,7 +21,15 @@ from ._outputs import check_files
 from ._provenance import records, stamp
 from ._run import epilog, guarded, resumable, standard_input
 from ._statistics import Pair, statistics_of
-from ._teachers import load_student, load_teachers, require_distinct, require_other, require_same_class_names
+from ._teachers import (
+    load_student,
+    load_teachers,
+    require_distinct,
+    require_other,
+    require_same_class_names,
+    require_told,
+    untold,
+)
 
 if TYPE_CHECKING:
     from ..manifest import SynthesisManifest, TeacherReport
@@ -76,6 +84,7 @@ def synthesize(
     chosen = options.preset(preset, count, steps, engine)
     size = options.batch_size(batch)
     require_precision(precision)
+    require_device_name(device)
     weights = inversion.loss_weights(loss or [])
     settings = Settings(
         chosen.each, chosen.steps, size, seed, engine, precision, weights, jitter, flip, keep_best, plateau / 100,
@@ -92,12 +101,15 @@ def synthesize(
     settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
     _require_witnesses(settings, recorded)
+    require_told(sources, arch, given.prior, recorded)
     rival = resolve_source(student) if student else None
     inputs = files_of((*sources, *recorded.values(), *([rival] if rival else [])))
     check_files(output, grid, inputs=[*inputs, *named_files(checkpoints)], force=force)
     require_distinct(sources)
     if rival:
         require_other(rival, sources)
+        require_told([rival], untold(rival, arch))
+        require_same_class_names([rival, *sources])
     if dry_run:
         _show_plan(sources, settings, output, json)
     else:
@@ -219,7 +231,7 @@ def synthesize_sources(
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
     teachers, spec = load_teachers(sources, arch, where, prior, flags, recorded)
     teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
-    rival = student and load_student(student, sources, teachers[0].num_classes, spec, where, flags, arch)
+    rival = student and load_student(student, teachers[0].num_classes, spec, where, flags, arch)
     started = time.monotonic()
     whole = why_whole(teachers, spec, where, rival) if settings.coarse else ""
     warnings = (f"no steps at half the resolution: {whole}",) if whole else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import DmmError
+from ..metadata import require_class_mix
 
 FLOOR = 0.0125  # classes of a smaller share are outside the teacher's support
 FLOOR_OF_UNIFORM = 0.125  # or of less than this in 1 / K: smoothed labels give .1 / K to what was never seen
@@ -16,12 +16,7 @@ def from_counts(counts: list[float], num_classes: int, label: str) -> torch.Tens
     Raises:
         DmmError: the list does not fit the classifier, or holds a negative number or only zeros.
     """
-    if len(counts) != num_classes or min(counts) < 0 or sum(counts) <= 0:
-        raise DmmError(
-            f"class counts of {label} do not describe a class mix",
-            evidence=[f"{len(counts)} counts for {num_classes} classes: {counts}"],
-            hint="give one count of zero or more per class, at least one above zero",
-        )
+    require_class_mix(counts, num_classes, label)
     prior = torch.tensor(counts, dtype=torch.float64)
     return (prior / prior.sum()).float()
 

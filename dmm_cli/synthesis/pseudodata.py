@@ -19,9 +19,7 @@ from ..examples import Examples, joined, named
 from ..images import InputSpec
 from ..inputs import Source
 from ..spaces import JointSpec, Spec, TokenSpec
-
-KIND = "dmm.pseudo-data/1"
-REQUIRED = ("targets", "teacher_id", "logits", "confidence")
+from .kind import KIND, REQUIRED, require_arrays, require_pseudo_data
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,7 @@ def load_pseudo_data(source: Source) -> PseudoData:
         DmmError: not a pseudo-data file, or its arrays do not belong together.
     """
     path = source.path
-    if source.metadata.get("dmm.kind") != KIND:
-        raise DmmError(
-            f"not a pseudo-data file: {path}",
-            evidence=[f"its metadata says {source.metadata.get('dmm.kind', 'nothing about its kind')}"],
-            hint="make one with: dmm synthesize CKPT... -o pseudo.safetensors",
-        )
+    require_pseudo_data(source)
     try:
         spec, teachers = _spec(json.loads(source.metadata["dmm.input"])), _teachers(source.metadata["dmm.teachers"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -141,10 +134,8 @@ def load_pseudo_data(source: Source) -> PseudoData:
             hint="make it again with: dmm synthesize CKPT... -o pseudo.safetensors",
         ) from error
     inputs = tuple(named(spec))
+    require_arrays(source, inputs)
     with Checkpoint(source) as file:
-        missing = [name for name in (*inputs, *REQUIRED, "bn_loss") if name not in source.tensors]
-        if missing:
-            raise DmmError(f"pseudo-data file {path} is incomplete", evidence=[f"missing {n}" for n in missing])
         images = {name: file.array(name) for name in inputs}
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
     _require_rows(path, spec, images, arrays)

@@ -27,7 +27,8 @@ from merge_quality import ARCH, save, train, unpack
 
 from dmm_cli.architectures import build
 from dmm_cli.inputs import resolve_source
-from dmm_cli.synthesis.pseudodata import REQUIRED, load_pseudo_data, save_pseudo_data
+from dmm_cli.synthesis.kind import REQUIRED
+from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
 import make_digits

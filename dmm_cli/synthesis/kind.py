@@ -1,0 +1,29 @@
+"""What tells a pseudo-data file from other files, by its header. Loads no array library."""
+
+from __future__ import annotations
+
+from ..errors import DmmError, printable
+from ..inputs import Source
+
+KIND = "dmm.pseudo-data/1"
+REQUIRED = ("targets", "teacher_id", "logits", "confidence")
+
+
+def require_pseudo_data(source: Source) -> None:
+    """Raise DmmError for a file of another kind, or one that lacks an array; of its inputs not every one is known."""
+    if source.metadata.get("dmm.kind") != KIND:
+        raise DmmError(
+            f"not a pseudo-data file: {source.path}",
+            evidence=[f"its metadata says {printable(source.metadata.get('dmm.kind', 'nothing about its kind'))}"],
+            hint="make one with: dmm synthesize CKPT... -o pseudo.safetensors",
+        )
+    require_arrays(source, (*REQUIRED, "bn_loss"))
+
+
+def require_arrays(source: Source, names: tuple[str, ...]) -> None:
+    """Raise DmmError for a pseudo-data file that lacks an array."""
+    missing = [name for name in names if name not in source.tensors]
+    if missing:
+        raise DmmError(
+            f"pseudo-data file {source.path} is incomplete", evidence=[f"missing {printable(name)}" for name in missing]
+        )

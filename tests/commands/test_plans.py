@@ -1,0 +1,77 @@
+"""A dry run refuses what the headers tell that the run would refuse, in the same words."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import DIGITS, digits_as_pseudo_data, dmm
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
+
+
+@pytest.fixture
+def telling(tmp_path, monkeypatch):
+    """The file of a site in the working directory, with another entry of metadata."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(key: str, text: str) -> str:
+        with safe_open(SITES[0], "np") as file:
+            save_file(load_file(SITES[0]), "x.safetensors", {**file.metadata(), key: text})
+        return "x.safetensors"
+
+    return make
+
+
+def refused_by_both(*command: object) -> str:
+    """What a command and its dry run say, which is the same."""
+    dry, result = dmm(*command, "--dry-run"), dmm(*command)
+    assert dry.exit_code == result.exit_code == 2 and dry.stderr == result.stderr and not dry.stdout, dry.output
+    return dry.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("dmm.input", "xx", "x.safetensors: dmm.input is not a JSON object"),
+        ("dmm.input", "[]", "x.safetensors: dmm.input is not a JSON object"),
+        ("dmm.class_counts", "[1,-2]", "x.safetensors: dmm.class_counts is not a JSON list of numbers"),
+        ("dmm.class_counts", "xx", "x.safetensors: dmm.class_counts is not a JSON list of numbers"),
+        ("dmm.class_counts", "[NaN]", "x.safetensors: dmm.class_counts is not a JSON list of numbers"),
+        ("dmm.class_counts", "[0,0,0,0,0,0,0,0,0,0]", "class counts of x do not describe a class mix"),
+        ("dmm.class_counts", "[1,2]", "2 counts for 10 classes"),
+        ("dmm.classes", '["cat"]', "x.safetensors has 10 classes, but dmm.classes in its metadata names 1"),
+        ("dmm.arch", "nosuch.module:net", "x.safetensors asks for code to be run"),
+        ("dmm.arch", "hf-hub:timm/resnet18", "dmm does not fetch architectures"),
+        ("dmm.arch", "resnet18,10", "cannot read '10' in --arch"),
+        ("dmm.arch", "resnet18,pretrained=True", "an architecture has no weights to load"),
+    ],
+)
+def test_metadata_that_no_network_can_have_are_refused(telling, key, text, words):
+    path = telling(key, text)
+    assert words in refused_by_both("synthesize", path, "-o", "out.safetensors")
+    assert words in refused_by_both("synthesize", SITES[1], "--student", path, "-o", "out.safetensors")
+
+
+def test_a_class_prior_that_does_not_fit_is_refused(tmp_path):
+    command = ["synthesize", SITES[0], "--class-prior", "1,2", "-o", tmp_path / "out.safetensors"]
+    assert "2 counts for 10 classes" in refused_by_both(*command)
+
+
+@pytest.mark.parametrize("command", [["synthesize", SITES[0]], ["distill", *SITES, "--data", SITES[0]]])
+def test_what_is_no_device_is_refused(tmp_path, command):
+    assert "unknown device: tpu" in refused_by_both(*command, "--device", "tpu", "-o", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("command", [["distill", *SITES], ["similarity", *SITES], ["merge", *SITES]])
+def test_a_checkpoint_in_place_of_pseudo_data_is_refused(tmp_path, command):
+    flag = "--recalibrate" if command[0] == "merge" else "--data"
+    words = refused_by_both(*command, flag, SITES[0], "-o", tmp_path / "out.safetensors")
+    assert words.startswith(f"error: not a pseudo-data file: {SITES[0]}")
+
+
+def test_teachers_and_students_that_name_other_classes_are_refused(telling, tmp_path):
+    names = telling("dmm.classes", '["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]')
+    pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5))])
+    command = ["distill", names, SITES[0], "--data", pseudo, "-o", "out.safetensors"]
+    assert "the checkpoints name different classes" in refused_by_both(*command)
