@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from .architectures import Architecture, build, identify
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
-from .header import ITEM_SIZE
+from .header import FLOAT8, ITEM_SIZE
 from .inputs import Source
 from .widths import WIDTHS, resize
 
@@ -65,6 +65,7 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
             evidence=capped(sorted(problems)),
             hint=_hint(held, wanted),
         )
+    _require_floats(source, model.state_dict(), same)
     tensors = load_state_dict(source)
     model.load_state_dict(tensors | {name: tensors[other] for name, other in same.items()})
     model.float().eval()
@@ -86,6 +87,26 @@ def _hint(held: Iterable[str], wanted: Iterable[str]) -> str:
     if len(words) == 1 and inner == set(wanted):
         return f"every name begins with {printable(words.pop())}, as those of a wrapper do: save what it wraps"
     return "name the right one with --arch"
+
+
+def _require_floats(source: Source, wanted: Mapping[str, torch.Tensor], same: Mapping[str, str]) -> None:
+    """Raise DmmError for whole numbers where a network computes with others: without their scale they are no weights.
+
+    Args:
+        same: names that the file leaves out, to those it has in their place.
+    """
+    held = {name: source.tensors[same.get(name, name)] for name in wanted if wanted[name].is_floating_point()}
+    problems = [
+        f"{printable(name)} is {info.dtype}, the model has {str(wanted[name].dtype).removeprefix('torch.')}"
+        for name, info in held.items()
+        if not (info.is_float or info.dtype in FLOAT8)
+    ]
+    if problems:
+        raise DmmError(
+            f"{source.path} holds whole numbers where the network has weights",
+            evidence=capped(problems),
+            hint="a quantised checkpoint has to be exported with its weights as they were, in float16 or wider",
+        )
 
 
 def _require_sound(source: Source, tensors: dict[str, torch.Tensor]) -> None:

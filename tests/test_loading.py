@@ -123,3 +123,12 @@ def test_large_values_are_not_infinite(tmp_path):
         model.head.weight[0] = torch.finfo(torch.float32).max  # their sum is
     loaded, _ = load_model(saved(tmp_path, model), "networks:called")
     assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    path, spec = tmp_path / "quantised.safetensors", "resnet18,num_classes=5"
+    state = arch.build(spec).state_dict()
+    save_file({**state, "fc.weight": (state["fc.weight"] * 127).to(torch.int8)}, path)
+    with pytest.raises(DmmError, match=r"quantised\.safetensors holds whole numbers") as caught:
+        load_model(resolve_source(str(path)), spec)
+    assert list(caught.value.evidence) == ["fc.weight is I8, the model has float32"]

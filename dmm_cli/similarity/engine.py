@@ -5,7 +5,7 @@ Legend: N checkpoints, n elements of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
@@ -128,6 +128,7 @@ def _scan(
     files: list[Checkpoint], base: Checkpoint | None, tools: dict, raw: Cosine, on_progress: Progress | None
 ) -> None:
     infos = [info for info in files[0].source.tensors.values() if any(t.wants(info) for t in tools.values())]
+    _require_sound([*files, base] if base else files, {info.name for info in infos})
     total, done = sum(info.numel for info in infos), 0
     with _read_ahead(files, base, infos) as parts:
         for info, rows, origin in parts:
@@ -144,6 +145,15 @@ def _scan(
                 on_progress("similarity", done, total)
 
 
+def _require_sound(files: list[Checkpoint], measured: Collection[str]) -> None:
+    """Refuse NaN, infinity and negative variances also in what is not measured: such a network is like no other."""
+    for file in files:
+        for info in file.source.tensors.values():
+            if info.is_float and info.name not in measured:
+                for piece in pieces(info, READ):
+                    _read([file], piece)
+
+
 def _read_ahead(
     files: list[Checkpoint], base: Checkpoint | None, infos: list[TensorInfo]
 ) -> AbstractContextManager[Iterator[tuple[TensorInfo, np.ndarray, np.ndarray | None]]]:
@@ -152,13 +162,19 @@ def _read_ahead(
     known = {info.name: info for info in infos}
 
     def read(piece: Piece) -> tuple[TensorInfo, np.ndarray, np.ndarray | None]:
-        rows, _ = read_rows(everything, piece)
-        if kind_of(piece.name) == RUNNING_VAR:
-            for file, row in zip(everything, rows, strict=True):
-                require_variances(file.source, piece.name, row)
+        rows = _read(everything, piece)
         return known[piece.name], rows[: len(files)], rows[-1] if base else None
 
     return in_order(read, (piece for info in infos for piece in pieces(info, READ)), 1)
+
+
+def _read(files: list[Checkpoint], piece: Piece) -> np.ndarray:
+    """The same piece of every checkpoint, (N, n), which a network can be made of."""
+    rows, _ = read_rows(files, piece)
+    if kind_of(piece.name) == RUNNING_VAR:
+        for file, row in zip(files, rows, strict=True):
+            require_variances(file.source, piece.name, row)
+    return rows
 
 
 def _record(source: Source) -> SourceRecord:

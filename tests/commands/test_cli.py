@@ -225,6 +225,14 @@ def test_broken_checkpoints_are_named_by_merge(tmp_path, kind):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_gate_does_not_let_damaged_weights_pass(tmp_path):
+    arrays, path = load_file(SITES[0]), tmp_path / "nan.safetensors"
+    arrays["bn1.weight"][0] = np.nan
+    save_file(arrays, path)
+    result = dmm("similarity", SITES[0], path, "--fail-under", 0.9)
+    assert result.exit_code == 2 and f"NaN or infinity in tensor bn1.weight of {path}" in result.stderr
+
+
 def test_teachers_that_cannot_teach(tmp_path, write):
     out = tmp_path / "out.safetensors"
     unknown = dmm("synthesize", write("odd", strange__weight=np.ones(3, np.float32)), "-o", out)

@@ -97,12 +97,16 @@ def test_a_checkpoint_equals_itself_and_zero_is_defined(write):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_is_refused_by_name(write, value):
-    w = np.ones((2, 2), np.float32)
-    bad = w.copy()
-    bad[1, 1] = value
-    with pytest.raises(DmmError, match=r"tensor w of .*b\.safetensors"):
-        compute_similarity(sources([write("a", w=w), write("b", w=bad)]))
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.weight", "bn1.running_mean", "fc.weight"])
+def test_nan_is_refused_by_name_also_where_no_measure_looks(write, name, value):
+    bad = small_net(0)
+    bad[name].reshape(-1)[1] = value
+    paths = [write("a", **small_net(0)), write("b", **bad)]
+    for more in ({}, {"measures": ["cosine"]}, {"base": resolve_source(str(paths[0]))}):
+        with pytest.raises(DmmError, match=rf"tensor {name} of .*b\.safetensors"):
+            compute_similarity(sources(paths), **more)
+    with pytest.raises(DmmError, match=rf"tensor {name} of .*b\.safetensors"):
+        compute_similarity(sources(paths[:1]), reference=resolve_source(str(paths[1])))
 
 
 def test_a_negative_variance_is_refused_by_name(write):
