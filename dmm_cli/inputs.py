@@ -194,7 +194,7 @@ def require_same_tensors(sources: Sequence[Source], *, any_shape: Collection[str
         raise DmmError(
             f"checkpoints do not have the same tensors as {first.path}",
             evidence=capped(problems),
-            hint="compare them with dmm inspect; only checkpoints of one architecture can be merged or compared",
+            hint="dmm inspect --tensors lists those of one; only those of one architecture can be merged or compared",
         )
 
 

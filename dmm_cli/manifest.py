@@ -413,6 +413,15 @@ class ArchitectureGuess(Record):
 
 
 @dataclass(frozen=True)
+class TensorRecord(Record):
+    """One tensor as the header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Inspection(Record):
     """What is in one checkpoint.
 
@@ -422,6 +431,7 @@ class Inspection(Record):
         norm_layers: layers with running statistics.
         provenance: the ``dmm.*`` metadata as stored.
         inputs: of a model of several inputs what ``dmm.input`` states of each, by name.
+        tensors: all, by name; empty where they were not asked for.
     """
 
     SCHEMA: ClassVar[str] = "dmm.inspection/1"
@@ -438,3 +448,4 @@ class Inspection(Record):
     classes: tuple[str, ...]
     provenance: dict[str, str]
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: tuple[TensorRecord, ...] = ()

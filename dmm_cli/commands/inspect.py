@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from ..errors import DmmError
+from ..errors import DmmError, printable
 from ..header import FLOAT8, TensorInfo
 from ..inputs import Source, files_of, resolve_source
 from ..metadata import class_names, is_by_name, stated_input
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from ..manifest import ArchitectureGuess, Inspection
 
 Stated = TypeVar("Stated")
-EPILOG = epilog("dmm inspect model.safetensors", "dmm inspect sites/a/ --json")
+EPILOG = epilog("dmm inspect model.safetensors --tensors", "dmm inspect sites/a/ --json")
 
 
 @guarded
 def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A .safetensors file or a model directory.")],
+    tensors: Annotated[
+        bool, options.option("--tensors", help="List name, dtype and shape of every tensor; with -q, the names.")
+    ] = False,
     arch: options.Arch = None,
     format: options.Format = "table",
     json: options.Json = False,
@@ -45,19 +48,20 @@ def inspect(
     from ..report.console import emit
     from ..report.tables import inspection_tables, render
 
-    record = inspect_source(source, arch)
+    record = inspect_source(source, arch, tensors=tensors)
     if style == "json":
         emit(dump(record), output, force=force)
     elif quiet:
-        emit(record.architecture.spec or "unknown", output, force=force)
+        essential = [tensor.name for tensor in record.tensors] or [record.architecture.spec or "unknown"]
+        emit("\n".join(map(printable, essential)), output, force=force)
     else:
         emit(render(inspection_tables(record), style), output, force=force)
 
 
-def inspect_source(source: Source, arch: str | None = None) -> Inspection:
-    """Everything headers and metadata tell, and the architecture they point to."""
+def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = False) -> Inspection:
+    """Everything headers and metadata tell, and the architecture they point to; with ``tensors``, of each of them."""
 
-    from ..manifest import Inspection
+    from ..manifest import Inspection, TensorRecord
 
     kinds: dict[str, list[int]] = {}
     dtypes: dict[str, int] = {}
@@ -80,6 +84,7 @@ def inspect_source(source: Source, arch: str | None = None) -> Inspection:
         classes=_undamaged(class_names, source) or (),
         provenance=own,
         inputs=inputs if is_by_name(inputs) else {},
+        tensors=tuple(TensorRecord(i.name, i.dtype, i.shape) for i in source.tensors.values()) if tensors else (),
     )
 
 

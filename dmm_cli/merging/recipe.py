@@ -96,7 +96,7 @@ def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) ->
             raise DmmError(
                 f"no tensor matches {printable(override.pattern)}",
                 evidence=capped(map(printable, sources[0].tensors), 5),
-                hint="dmm inspect lists the tensors",
+                hint=f"dmm inspect --tensors {printable(str(sources[0].path))} lists the tensors",
             )
     _check_parameters(recipe)
     require_device_name(recipe.device)

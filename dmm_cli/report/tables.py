@@ -254,7 +254,7 @@ def _widened_how(group: WidenedGroup) -> str:
 
 
 def inspection_tables(record: Inspection) -> list[Table]:
-    """What is in a checkpoint: the facts, then its tensors by kind."""
+    """What is in a checkpoint: the facts, then its tensors by kind, and one by one if they are told."""
     facts = [
         ["file", record.path],
         ["sha256", record.sha256],
@@ -269,9 +269,11 @@ def inspection_tables(record: Inspection) -> list[Table]:
         *([name, text] for name, text in record.provenance.items()),
     ]
     kinds = [[kind, str(tensors), str(values)] for kind, (tensors, values) in sorted(record.kinds.items())]
+    single = [[tensor.name, tensor.dtype, "x".join(map(str, tensor.shape)) or "-"] for tensor in record.tensors]
     return [
         Table(record.label, ["fact", "value"], facts),
         Table("tensors", ["kind", "tensors", "values"], kinds),
+        *([Table("every tensor", ["name", "dtype", "shape"], single)] if single else []),
     ]
 
 

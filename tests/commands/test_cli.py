@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, dmm, shell
+from conftest import DIGITS, ROOT, digits_as_pseudo_data, dmm, shell
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import __version__
@@ -400,17 +400,18 @@ def test_a_killed_merge_leaves_no_partial_file(tmp_path, big, number, code):
         ["merge", SITES[0], SITES[1], "-o", "out.safetensors"],
         ["record", SITES[0], "--data", DIGITS / "test.safetensors", "-o", "out.safetensors"],
         ["synthesize", SITES[0], SITES[1], "-o", "out.safetensors"],
-        ["distill", SITES[0], SITES[1], "--data", DIGITS / "test.safetensors", "-o", "out.safetensors"],
+        ["distill", SITES[0], SITES[1], "--data", "pseudo.safetensors", "-o", "out.safetensors"],
         ["run", SITES[0], SITES[1], "-o", "out"],
     ],
     ids=lambda words: words[0],
 )
 def test_a_dry_run_tells_its_plan_as_json_too(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
+    digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[1], range(5))])
     plain, result = dmm(*words, "--dry-run"), dmm(*words, "--dry-run", "--json")
     assert plain.exit_code == result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == {"schema": "dmm.plan/1", "plan": plain.stdout.rstrip("\n")}
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["pseudo.safetensors"]
 
 
 @pytest.mark.parametrize(

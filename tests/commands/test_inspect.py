@@ -1,0 +1,46 @@
+"""What dmm inspect lists of a checkpoint's tensors."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DIGITS, dmm
+
+from dmm_cli.inputs import resolve_source
+
+SITE = DIGITS / "site-a.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--format", "table"], "conv1.weight "),
+        (["--format", "md"], "| conv1.weight | F32 | 64x1x7x7 |"),
+        (["--format", "tsv"], "conv1.weight\tF32\t64x1x7x7"),
+        (["-q"], "conv1.weight"),
+    ],
+)
+def test_every_tensor_is_listed_on_request(flags, line):
+    names = list(resolve_source(str(SITE)).tensors)
+    plain, listed = dmm("inspect", SITE, *flags).stdout, dmm("inspect", SITE, *flags, "--tensors").stdout
+    assert line not in plain and any(row.startswith(line) for row in listed.splitlines())
+    assert all(name in listed for name in names) and (flags != ["-q"] or listed.split() == names)
+
+
+def test_json_lists_tensors_on_request_with_shapes_as_numbers():
+    record = json.loads(dmm("inspect", SITE, "--tensors", "--json").stdout)
+    held = {tensor["name"]: tensor for tensor in record["tensors"]}
+    assert held["conv1.weight"] == {"name": "conv1.weight", "dtype": "F32", "shape": [64, 1, 7, 7]}
+    assert held["bn1.num_batches_tracked"]["shape"] == []
+    assert list(held) == list(resolve_source(str(SITE)).tensors)
+    assert json.loads(dmm("inspect", SITE, "--json").stdout)["tensors"] == []
+
+
+def test_hints_name_the_command_that_lists_tensors(write, tmp_path):
+    paths = [write(name, w=np.ones((2, size), np.float32)) for name, size in (("a", 2), ("b", 3))]
+    result = dmm("merge", *paths, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "hint: dmm inspect --tensors lists those of one" in result.stderr
+    other = ["merge", paths[0], paths[0], "--param", "zz*:weights=1,2", "-o", tmp_path / "out.safetensors"]
+    assert f"hint: dmm inspect --tensors {paths[0]} lists the tensors" in dmm(*other).stderr
