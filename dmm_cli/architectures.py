@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .archspec import format_arch, parse_arch
 from .errors import DmmError, printable
 from .examples import IMAGES
-from .inputs import Source
+from .inputs import CONFIG, Source
 from .metadata import NORMALISATION, is_by_name, stated_input
 from .names import is_head, is_weight
 from .registry import did_you_mean
@@ -30,6 +30,7 @@ FILLING = {
     getattr(torch.ops.aten, name)
     for name in ("normal_", "uniform_", "fill_", "zero_", "clamp_", "erfinv_", "mul_", "add_")
 }
+LISTING = """list them with: python -c "import timm; print(*timm.list_models('*resnet*'))\""""
 LIKELY = 0.4  # share of parts in common with its first network from which a family is looked through
 
 
@@ -87,7 +88,7 @@ def build(spec: str, first_weights: bool = True) -> nn.Module:
         near = did_you_mean(name, timm.list_models())
         raise DmmError(
             f"timm has no model {printable(name)}",
-            hint=f"did you mean {near}?" if near else "list them with: python -m timm.models",
+            hint=f"did you mean {near}?" if near else LISTING,
         )
     try:
         with nullcontext() if first_weights else Unfilled(nn.Parameter):
@@ -153,9 +154,18 @@ def detect(source: Source) -> Architecture:
                 return Architecture(spec, f"all {len(shapes)} tensor names and shapes match timm's {name}")
     raise DmmError(
         f"cannot tell the architecture of {source.path}",
-        evidence=["no dmm.arch in its metadata, no config.json beside it, no timm model with these tensors"],
+        evidence=["no dmm.arch in its metadata", _in_config(source), "no timm model with these tensors"],
         hint="name it: --arch resnet18,num_classes=10 or --arch package.module:factory",
     )
+
+
+def _in_config(source: Source) -> str:
+    """Why the config.json beside the weights does not tell the architecture."""
+    if source.config is not None:
+        return f"{CONFIG} beside it names no timm architecture"
+    if (source.files[0].parent / CONFIG).is_file():
+        return f"{CONFIG} beside it is read where the directory is named, not the file"
+    return f"no {CONFIG} beside it"
 
 
 def _likely_families(names: Iterable[str]) -> Iterator[tuple[str, ...]]:

@@ -31,7 +31,7 @@ def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise DmmError(f"cannot read {printable(argument)!r} in --arch", hint="write name=value")
+            raise DmmError(f"cannot read {printable(argument)!r} in {printable(text)}", hint="write name=value")
         values[key.strip()] = _literal(value.strip())
     loads = sorted(LOADS & values.keys()) if ":" not in name else []
     if loads:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class DmmError(Exception):
@@ -28,6 +29,16 @@ class CheckFailed(DmmError):
     """The work was done, but a check the user asked for failed; exit code 1."""
 
     exit_code = 1
+
+
+@contextmanager
+def told_by(fact: str) -> Iterator[None]:
+    """Add a fact to the evidence of what is refused inside."""
+    try:
+        yield
+    except DmmError as error:
+        error.evidence = (*error.evidence, fact)
+        raise
 
 
 def capped(items: Iterable[str], limit: int = 10) -> list[str]:

@@ -27,6 +27,8 @@ ITEM_SIZE = {
 }  # fmt: skip
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})  # which networks are loaded from, and is not merged
+UNOPENED = "dmm never opens pickles"
+CONVERSION = "convert it once, on a machine that trusts it: safetensors.torch.save_file(torch.load(...), ...)"
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name to dtype and shape
 Fingerprint = tuple[int, int, int, int, int]
@@ -124,7 +126,13 @@ def encode_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
 
 
 def no_such_file(path: Path) -> DmmError:
-    """The error that a file is not there, with the name in its directory that is most like it."""
+    """The error that a file is not there, with the name in its directory that is most like it, or a link's target."""
+    if path.is_symlink():
+        return DmmError(
+            f"a link to nothing: {path}",
+            evidence=[f"it points to {printable(os.readlink(path))}, which is not there"],
+            hint="download or restore what it points to, or name the file itself",
+        )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = did_you_mean(path.name, siblings)
     return DmmError(f"no such file: {path}", hint=f"did you mean {path.parent / near}?" if near else None)
@@ -168,8 +176,7 @@ def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> DmmErr
     if start.startswith(b"version https://git-lfs"):
         return _broken(path, "it is a Git LFS pointer, not the file itself", "run: git lfs pull")
     if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
-        hint = "convert it once, on a machine that trusts it: safetensors.torch.save_file(torch.load(...), ...)"
-        return _broken(path, "it is a pickle (a torch.save file); dmm never opens pickles", hint)
+        return _broken(path, f"it is a pickle (a torch.save file); {UNOPENED}", CONVERSION)
     if start.lstrip()[:1] == b"<":
         return _broken(path, "it is an HTML or XML page, likely a failed download")
     return _broken(path, f"it announces a header of {length} bytes, the file has {size}: truncated or another format")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import DmmError, capped, printable
-from .header import Header, TensorInfo, read_header
+from .header import CONVERSION, UNOPENED, Header, TensorInfo, read_header
 from .hub import in_metadata
 from .names import is_head
 from .recall import recall, remember
@@ -22,6 +22,7 @@ from .recall import recall, remember
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what torch.save writes is called
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,19 @@ def resolve_source(argument: str) -> Source:
         return Source(label, path, (read_header(path / SINGLE),), _config(path))
     if (path / INDEX).exists():
         return Source(label, path, _shards(path / INDEX), _config(path))
-    found = sorted(p.name for p in path.glob("*.safetensors"))
-    raise DmmError(
-        f"no {SINGLE} and no {INDEX} in directory {path}",
-        evidence=capped([f"it holds {name}" for name in found]),
-        hint=f"name the files: '{path}/*.safetensors'" if found else None,
+    raise _no_checkpoint(path)
+
+
+def _no_checkpoint(directory: Path) -> DmmError:
+    """The error that a directory is no checkpoint, with what it holds in place of one."""
+    names = sorted(path.name for path in directory.glob("*"))
+    found = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    held = [f"it holds {name}" for name in found] or [f"it holds {name}, a pickle; {UNOPENED}" for name in pickles]
+    return DmmError(
+        f"no {SINGLE} and no {INDEX} in directory {directory}",
+        evidence=capped(map(printable, held)),
+        hint=f"name the files: '{directory}/*.safetensors'" if found else CONVERSION if pickles else None,
     )
 
 

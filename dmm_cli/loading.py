@@ -9,7 +9,7 @@ from torch import nn
 
 from .architectures import Architecture, build, identify
 from .checkpoint import Checkpoint
-from .errors import DmmError, capped, printable
+from .errors import DmmError, capped, printable, told_by
 from .header import FLOAT8, ITEM_SIZE
 from .inputs import Source
 from .widths import WIDTHS, resize
@@ -46,7 +46,8 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
         DmmError: the architecture is unknown, tensors do not fit it, or hold what no network computes with.
     """
     architecture = identify(source, arch)
-    model = build(architecture.spec, first_weights=False)
+    with told_by(f"the architecture of {source.path}: {architecture.evidence}"):
+        model = build(architecture.spec, first_weights=False)
     if WIDTHS in source.metadata:
         resize(model, {name: info.shape for name, info in source.tensors.items()})
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

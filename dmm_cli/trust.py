@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 
 from .archspec import parse_arch
-from .errors import DmmError, printable
+from .errors import DmmError, printable, told_by
 from .inputs import Source
 
 VARIABLE = "DMM_TRUST"  # processes that are started inherit it
@@ -29,7 +29,8 @@ def is_granted(factory: str) -> bool:
 def require_trust(source: Source) -> None:
     """Raise DmmError where a file names a factory of a module that the user does not trust."""
     spec = source.metadata.get("dmm.arch", "")
-    parse_arch(spec)  # names of hubs look like those of factories
+    with told_by(f"it is dmm.arch of {source.path}"):
+        parse_arch(spec)  # names of hubs look like those of factories
     module = module_of(spec)
     if module and not is_granted(spec):
         raise DmmError(

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+from contextlib import redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -41,7 +44,7 @@ def test_specs_are_split_at_the_right_commas():
     ("spec", "words"),
     [
         ("resnet19", "timm has no model resnet19"),
-        ("resnet18,10", "cannot read '10' in --arch"),
+        ("resnet18,10", "cannot read '10' in resnet18,10"),
         ("resnet18,no_such=1", "timm cannot build"),
         ("resnet18,act_layer=foo", "timm cannot build"),
         ("vit_tiny_patch16_224,embed_dim=191", "timm cannot build"),
@@ -186,6 +189,36 @@ def test_tensors_that_cannot_be_computed_with_are_named(tmp_path, name, value, w
         save_file(arrays, path, file.metadata())
     result = dmm("evaluate", path, "--data", DIGITS / "test.safetensors", "-q")
     assert result.exit_code == 2 and words in result.stderr and str(path) in result.stderr and not result.stdout
+
+
+def test_why_a_config_does_not_tell_the_architecture(tmp_path):
+    save_file({"head.weight": torch.ones(5, 64)}, tmp_path / "model.safetensors")
+
+    def evidence(path) -> str:
+        with pytest.raises(DmmError, match="cannot tell the architecture") as caught:
+            arch.identify(resolve_source(str(path)))
+        return caught.value.evidence[1]
+
+    assert evidence(tmp_path) == "no config.json beside it"
+    (tmp_path / "config.json").write_text('{"architectures": ["ViTForImageClassification"], "model_type": "vit"}')
+    assert evidence(tmp_path) == "config.json beside it names no timm architecture"
+    told = evidence(tmp_path / "model.safetensors")
+    assert told == "config.json beside it is read where the directory is named, not the file"
+
+
+def test_an_unknown_architecture_is_told_with_its_file_and_a_command_that_lists_names(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(2)}, path, {"dmm.arch": "zzz"})
+    with pytest.raises(DmmError, match="timm has no model zzz") as caught:
+        load_model(resolve_source(str(path)))
+    assert caught.value.evidence == (f"the architecture of {path}: dmm.arch in the file's metadata",)
+    program = shlex.split(caught.value.hint.removeprefix("list them with: "))
+    assert program[:2] == ["python", "-c"]
+    arch._timm()  # which imports timm where torchvision does not fit torch
+    printed = StringIO()
+    with redirect_stdout(printed):
+        exec(program[2], {})
+    assert "resnet18" in printed.getvalue().split()
 
 
 @pytest.mark.parametrize(

@@ -197,3 +197,28 @@ def test_a_nul_in_a_path_is_refused(tmp_path):
 def test_a_standard_input_that_is_closed_is_refused():
     with pytest.raises(DmmError, match="standard input cannot be read"):
         resolve_sources(["-"], stdin=None)
+
+
+def test_a_link_to_nothing_is_told_with_where_it_points(tmp_path):
+    (tmp_path / "x.safetensors").symlink_to("blobs/7")
+    with pytest.raises(DmmError, match=r"a link to nothing: .*x\.safetensors") as caught:
+        resolve_source(str(tmp_path / "x.safetensors"))
+    assert caught.value.evidence == ("it points to blobs/7, which is not there",)
+    assert "did you mean" not in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_a_directory_of_pickles_has_the_hint_of_a_pickle(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
+    errors = []
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DmmError) as caught:
+            resolve_source(str(path))
+        errors.append(caught.value)
+    assert errors[0].evidence == (f"it holds {name}, a pickle; dmm never opens pickles",)
+    assert errors[0].hint == errors[1].hint and "safetensors.torch.save_file" in errors[0].hint
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(DmmError) as caught:
+        resolve_source(str(tmp_path))
+    assert caught.value.evidence == ("it holds a.safetensors",) and "name the files" in caught.value.hint

@@ -43,7 +43,7 @@ def refused_by_both(*command: object) -> str:
         ("dmm.classes", '["cat"]', "x.safetensors has 10 classes, but dmm.classes in its metadata names 1"),
         ("dmm.arch", "nosuch.module:net", "x.safetensors asks for code to be run"),
         ("dmm.arch", "hf-hub:timm/resnet18", "dmm does not fetch architectures"),
-        ("dmm.arch", "resnet18,10", "cannot read '10' in --arch"),
+        ("dmm.arch", "resnet18,10", "cannot read '10' in resnet18,10\n  it is dmm.arch of x.safetensors"),
         ("dmm.arch", "resnet18,pretrained=True", "an architecture has no weights to load"),
     ],
 )
