@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from ..archspec import stated_classes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..synthesis.teacher import Teacher, Witness
 
 SAME_CLASSES = "a student needs the classes of its teachers, in their order"
+ONE_ORDER = "bring them into one: dmm merge {first} {other} --weights 0,1 --align never -o in-order.safetensors"
 
 
 def require_told(
@@ -183,12 +185,16 @@ def require_same_class_names(sources: Sequence[Source]) -> None:
     """Raise DmmError when checkpoints that tell their classes tell others, or another order."""
     told = {source.path: class_names(source) for source in sources}
     lists = {path: names for path, names in told.items() if names}
-    if len(set(lists.values())) > 1:
-        raise DmmError(
-            "the checkpoints name different classes",
-            evidence=capped([f"{path}: {printable(', '.join(names))}" for path, names in lists.items()]),
-            hint=SAME_CLASSES,
-        )
+    if len(set(lists.values())) < 2:
+        return
+    first, *others = lists
+    other = next(path for path in others if lists[path] != lists[first])
+    alike = len({tuple(sorted(names)) for names in lists.values()}) == 1
+    raise DmmError(
+        f"the checkpoints name {'the same classes in another order' if alike else 'different classes'}",
+        evidence=capped([f"{path}: {printable(', '.join(names))}" for path, names in lists.items()]),
+        hint=ONE_ORDER.format(first=quote(str(first)), other=quote(str(other))) if alike else SAME_CLASSES,
+    )
 
 
 def untold(source: Source, arch: str | None) -> str | None:

@@ -36,8 +36,23 @@ def test_teachers_with_fewer_classes_are_refused_before_the_first_step(tmp_path)
 def test_teachers_that_name_other_classes_are_refused_by_their_headers(tmp_path, command):
     other, out = changed(tmp_path / "other.safetensors", 10, [*"9876543210"]), tmp_path / "out.safetensors"
     result = dmm(command, SITE, other, "--dry-run", "-o", out)
-    assert result.exit_code == 2 and "name different classes" in result.stderr and str(other) in result.stderr
+    assert result.exit_code == 2 and "classes in another order" in result.stderr and str(other) in result.stderr
     assert not result.stdout and not out.exists()
+    strange = changed(tmp_path / "strange.safetensors", 10, [*"abcdefghij"])
+    result = dmm(command, SITE, strange, "--dry-run", "-o", out)
+    assert result.exit_code == 2 and "name different classes" in result.stderr
+
+
+def test_what_is_said_to_bring_classes_into_one_order_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = changed(tmp_path / "other.safetensors", 10, [*"9876543210"])
+    hint = dmm("synthesize", SITE, other, "--dry-run", "-o", "out.safetensors").stderr.partition("dmm merge ")[2]
+    assert dmm("merge", *hint.split()).exit_code == 0
+    ordered, given = load_file(tmp_path / "in-order.safetensors"), load_file(other)
+    heads = {"fc.weight", "fc.bias"}
+    assert all((ordered[name] == given[name][::-1]).all() for name in heads)
+    assert all((ordered[name] == given[name]).all() for name in given.keys() - heads)
+    assert dmm("synthesize", SITE, "in-order.safetensors", "--dry-run", "-o", "out.safetensors").exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["synthesize", "run"])

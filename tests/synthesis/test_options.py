@@ -252,7 +252,7 @@ def test_students_that_cannot_be(tmp_path):
         {**metadata, "dmm.input": '{"size": [1, 16, 16], "mean": [0.9], "std": [1]}'},
     )
     for name, words in {
-        "renamed": "different classes",
+        "renamed": "the same classes in another order",
         "few": "few.safetensors: 0, 1, 2, 3",
         "silent": "has 4 classes, its teachers 10",
         "grey": "another input",
