@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -95,7 +97,8 @@ def build(spec: str, first_weights: bool = True) -> nn.Module:
             model = timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # whatever the arguments make of it
         told = f"{type(error).__name__}: {error}"
-        raise DmmError(f"timm cannot build {printable(spec)}: {printable(told)}") from error
+        hint = _near_argument(error, lambda: type(_on_meta(name)))
+        raise DmmError(f"timm cannot build {printable(spec)}: {printable(told)}", hint=hint) from error
     if "in_chans" in arguments:
         model.in_chans = arguments["in_chans"]  # its pretrained_cfg tells of three channels all the same
     return model
@@ -115,10 +118,23 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         made = factory(**arguments)
     except Exception as error:  # whatever it is, it is the factory's
-        raise DmmError(f"{printable(name)} fails: {printable(f'{type(error).__name__}: {error}')}") from error
+        told = f"{type(error).__name__}: {error}"
+        hint = _near_argument(error, lambda: factory)
+        raise DmmError(f"{printable(name)} fails: {printable(told)}", hint=hint) from error
     if not isinstance(made, nn.Module):
         raise DmmError(f"{printable(name)} makes no torch.nn.Module but a {type(made).__name__}")
     return made
+
+
+def _near_argument(error: Exception, taker: Callable[[], Callable[..., Any]]) -> str | None:
+    """Which argument an unknown one was meant to be.
+
+    Args:
+        taker: gives what takes the arguments.
+    """
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    near = did_you_mean(unknown[1], signature(taker()).parameters) if unknown else None
+    return f"did you mean {near}?" if near else None
 
 
 def identify(source: Source, arch: str | None = None) -> Architecture:
@@ -207,11 +223,16 @@ class Unfilled(TorchDispatchMode):
         return args[0] if idle else function(*args, **(kwargs or {}))
 
 
+def _on_meta(name: str, **arguments: Any) -> nn.Module:
+    """One of timm's networks, without memory for its weights."""
+    with torch.device("meta"), Unfilled(torch.Tensor):
+        return _timm().create_model(name, pretrained=False, **arguments)
+
+
 @cache
 def _meta_shapes(name: str, **arguments: Any) -> dict[str, tuple[int, ...]] | None:
     try:
-        with torch.device("meta"), Unfilled(torch.Tensor):
-            model = _timm().create_model(name, pretrained=False, **arguments)
+        model = _on_meta(name, **arguments)
     except Exception:  # some catalogue entries cannot be built on the meta device or with these arguments
         return None
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}

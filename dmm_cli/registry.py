@@ -12,7 +12,7 @@ from .errors import DmmError, printable
 
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:
     """The option closest to a mistyped word, or None when nothing is near."""
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.55)
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.54)  # of fp16 and float16 it is 6 / 11
     return near[0] if near else None
 
 

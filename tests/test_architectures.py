@@ -82,6 +82,21 @@ def test_modules_that_cannot_be_imported_are_told_as_theirs(code, words, tmp_pat
         arch.build(f"{name}:net")
 
 
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("resnet18,num_clases=10", "did you mean num_classes?"),
+        ("vit_tiny_patch16_224,img_sise=32", "did you mean img_size?"),
+        ("torch.nn:Linear,in_featurs=3", "did you mean in_features?"),
+        ("resnet18,zzzzzzzz=1", None),
+    ],
+)
+def test_mistyped_arguments_of_an_architecture(spec, hint):
+    with pytest.raises(DmmError, match="unexpected keyword argument") as caught:
+        arch.build(spec)
+    assert caught.value.hint == hint
+
+
 def test_a_factory_is_called():
     assert isinstance(arch.build("torch.nn:Identity"), torch.nn.Identity)
 

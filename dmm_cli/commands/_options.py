@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DmmError, printable
-from ..registry import mistyped
+from ..registry import did_you_mean, mistyped
 from ..synthesis import ENGINES, presets
 from ..trust import grant, module_of
 
@@ -227,8 +227,11 @@ def group_rule(text: str) -> str | float:
     except ValueError:
         value = float("nan")
     if not -1.0 <= value <= 1.0:
+        near = did_you_mean(text, ("auto", "all"))
+        taken = "--group takes auto, all, a cosine between -1 and 1, a JSON file, or - for standard input"
         raise DmmError(
             f"cannot group by {printable(text)}",
-            hint="--group takes auto, all, a cosine between -1 and 1, a JSON file, or - for standard input",
+            evidence=[taken] if near else [],
+            hint=f"did you mean {near}?" if near else taken,
         )
     return value

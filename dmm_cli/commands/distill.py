@@ -64,7 +64,10 @@ def distill(
     fail_under: Annotated[
         float | None,
         options.option(
-            "--fail-under", help="Exit 1 when the student retains less than this of a class of a teacher, in per cent."
+            "--fail-under",
+            help="Exit 1 when the student retains less than this of a class of a teacher, in per cent.",
+            min=0,
+            max=100,
         ),
     ] = None,
     learning_rate: Annotated[

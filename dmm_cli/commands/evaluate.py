@@ -38,7 +38,8 @@ def evaluate(
         bool, options.option("--ensemble", help="Add the mean of all models' probabilities, and of their logits.")
     ] = False,
     fail_under: Annotated[
-        float | None, options.option("--fail-under", help="Exit 1 when an accuracy is below this, in per cent.")
+        float | None,
+        options.option("--fail-under", help="Exit 1 when an accuracy is below this, in per cent.", min=0, max=100),
     ] = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import Any
 
 from ..devices import require_device_name
 from ..errors import DmmError, capped, printable
 from ..inputs import Source, require_same_tensors
 from ..metadata import class_counts
+from ..registry import did_you_mean, mistyped
 from . import CALIBRATIONS, METHODS, parameters
 from .heads import POLICIES, head_union, heads_of, unlike_heads
 from .method import check_parameters
@@ -92,16 +94,30 @@ def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) ->
     _require_same_kinds([*sources, *others])
     check_weights(recipe, len(sources))
     for override in recipe.overrides:
-        if not any(fnmatchcase(name, override.pattern) for name in sources[0].tensors):
-            raise DmmError(
-                f"no tensor matches {printable(override.pattern)}",
-                evidence=capped(map(printable, sources[0].tensors), 5),
-                hint=f"dmm inspect --tensors {printable(str(sources[0].path))} lists the tensors",
-            )
+        _require_match(override.pattern, sources[0])
     _check_parameters(recipe)
     require_device_name(recipe.device)
     for source in sources:
         class_counts(source)  # their sum is written in the end
+
+
+def _require_match(pattern: str, source: Source) -> None:
+    if not any(fnmatchcase(name, pattern) for name in source.tensors):
+        near = _near_glob(pattern, source.tensors)
+        listing = f"dmm inspect --tensors {printable(str(source.path))} lists the tensors"
+        raise DmmError(
+            f"no tensor matches {printable(pattern)}",
+            evidence=capped(map(printable, source.tensors), 5),
+            hint=f"did you mean {printable(near)}? {listing}" if near else listing,
+        )
+
+
+def _near_glob(pattern: str, names: Iterable[str]) -> str | None:
+    """The glob with its first words, those without wildcards, as the names nearest to them have them."""
+    words = list(takewhile(lambda word: not set(word) & set("*?["), pattern.split(".")))
+    literal, depth = ".".join(words), len(words)
+    near = did_you_mean(literal, {".".join(name.split(".")[:depth]) for name in names}) if literal else None
+    return near and near + pattern[len(literal) :]
 
 
 def require_base(method: str, base: object) -> None:
@@ -126,9 +142,9 @@ def _check_method(recipe: Recipe) -> None:
                 hint=f"one of {', '.join(name for name in METHODS if 'base' in METHODS.traits(name))}",
             )
     if recipe.head not in POLICIES:
-        raise DmmError(f"unknown head policy: {printable(recipe.head)}", evidence=[f"known: {', '.join(POLICIES)}"])
+        raise mistyped(f"unknown head policy: {printable(recipe.head)}", recipe.head, POLICIES)
     if recipe.dtype and recipe.dtype not in DTYPES:
-        raise DmmError(f"unknown dtype: {printable(recipe.dtype)}", evidence=[f"known: {', '.join(DTYPES)}"])
+        raise mistyped(f"unknown dtype: {printable(recipe.dtype)}", recipe.dtype, DTYPES)
 
 
 def _check_count(method: str, count: int) -> None:
