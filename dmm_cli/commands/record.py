@@ -19,6 +19,7 @@ from ._outputs import file_or_directory
 from ._provenance import records, stamp
 from ._run import epilog, guarded, standard_input
 from ._statistics import describe
+from ._teachers import require_told
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +78,7 @@ def record(
         raise DmmError(
             f"of {len(sources)} checkpoints, whose data are {data}?", hint="name the one trained on them with --owner"
         )
+    require_told(sources, arch)
     if not data.exists():
         raise DmmError(f"no such file: {data}")
     inputs = [*files_of([*sources, *([trained] if trained else [])]), *named_files(models), data]

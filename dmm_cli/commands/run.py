@@ -24,7 +24,7 @@ from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded, standard_input
 from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
-from ._teachers import require_distinct, require_same_class_names
+from ._teachers import require_distinct, require_same_class_names, require_told
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources, require_data_fit
 from .merge import grouping_of, known_groups
@@ -122,6 +122,7 @@ def run(
     count = chosen.count(len(sources))
     require_same_tensors([*sources, *([origin] if origin else [])])
     recorded = statistics_of(statistics or [], sources)
+    require_told(sources, arch, recorded=recorded)
     read = files_of([*sources, *([origin] if origin else []), *recorded.values()])
     files = Layout(output)
     _check_outputs(files, sources, [*read, *([data] if data else [])], force)

@@ -53,6 +53,15 @@ def test_metadata_that_no_network_can_have_are_refused(telling, key, text, words
     assert words in refused_by_both("synthesize", SITES[1], "--student", path, "-o", "out.safetensors")
 
 
+@pytest.mark.parametrize(("key", "text"), [("dmm.input", "xx"), ("dmm.class_counts", "[1,-2]")])
+def test_record_and_run_refuse_damaged_metadata_too(telling, key, text):
+    path = telling(key, text)
+    words = f"error: x.safetensors: {key} is not a JSON"
+    assert refused_by_both("run", path, SITES[1], "-o", "out").startswith(words)
+    data = ["--data", DIGITS / "test.safetensors"]
+    assert refused_by_both("record", path, *data, "-o", "out.safetensors").startswith(words)
+
+
 def test_a_class_prior_that_does_not_fit_is_refused(tmp_path):
     command = ["synthesize", SITES[0], "--class-prior", "1,2", "-o", tmp_path / "out.safetensors"]
     assert "2 counts for 10 classes" in refused_by_both(*command)
