@@ -215,9 +215,10 @@ def _check_plan(
     check_each(sources, [part.members for part in least.groups], recipe, settled=settled)
     if recipe.features:
         require_one_file(to)
-        require_pseudo_data(recipe.features)
     _require_one_group(aligning, least)
     check_outputs(to, least, inputs_of(sources, recipe), more=least is not known)
+    if recipe.features:
+        require_pseudo_data(recipe.features)
 
 
 def _require_one_group(aligning: Aligning, grouping: Grouping) -> None:
