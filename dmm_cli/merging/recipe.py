@@ -116,7 +116,9 @@ def _near_glob(pattern: str, names: Iterable[str]) -> str | None:
     """The glob with its first words, those without wildcards, as the names nearest to them have them."""
     words = list(takewhile(lambda word: not set(word) & set("*?["), pattern.split(".")))
     literal, depth = ".".join(words), len(words)
-    near = did_you_mean(literal, {".".join(name.split(".")[:depth]) for name in names}) if literal else None
+    near = (
+        did_you_mean(literal, dict.fromkeys(".".join(name.split(".")[:depth]) for name in names)) if literal else None
+    )
     return near and near + pattern[len(literal) :]
 
 
