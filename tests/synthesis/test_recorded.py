@@ -258,15 +258,18 @@ def test_a_fresh_vit_learns_from_the_pseudo_data(drawn, tmp_path):
     out = tmp_path / "out.safetensors"
     result = dmm(
         "distill", tmp_path / "fresh.safetensors", root / "vit.safetensors", "--data", root / "p.safetensors",
-        "-o", out, "--steps", 250, "--batch", 32, "--fail-under", 101, "--json",
+        "-o", out, "--steps", 250, "--batch", 32, "--fail-under", 100, "--json",
     )  # fmt: skip
-    assert result.exit_code == 1 and "retained agreement below 101.0" in result.stderr, result.output
+    assert result.exit_code in (0, 1), result.output
     (retention,) = json.loads(result.stdout)["retention"]
     assert retention["before"] < 60 and retention["after"] > 80
     targets = load_file(root / "p.safetensors")["targets"]
     assert [item["images"] for item in retention["classes"]] == np.bincount(targets).tolist()
+    low = [item for item in retention["classes"] if item["after"] < 100]
+    assert ("retained agreement below 100.0" in result.stderr) == (result.exit_code == 1) == bool(low)
     for item in retention["classes"]:
-        assert f"class {item['name']} of vit: {item['after']:.1f} on {item['images']} images" in result.stderr
+        line = f"class {item['name']} of vit: {item['after']:.1f} on {item['images']} images"
+        assert (line in result.stderr) == (item in low)
     with safe_open(out, "np") as file:
         assert json.loads(file.metadata()["dmm.retention"]) == [retention]
     judged = dmm("evaluate", tmp_path / "fresh.safetensors", out, "--data", root / "data.safetensors", "--json")
