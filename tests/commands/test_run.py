@@ -142,8 +142,9 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
 
 
 def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
+    """Of images of so many steps the merge recognises 95 % and more; of half of them 88 to 98, and 90 are wanted."""
     out = tmp_path / "out"
-    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 80, "--count", 64]
+    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 160, "--count", 64]
 
     def changed() -> set[str]:
         merged = load_file(out / "merged" / "group-0.safetensors")
