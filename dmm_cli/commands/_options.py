@@ -28,6 +28,11 @@ def option(*names: str, help: str, **details: Any) -> Any:
     return typer.Option(*names, help=help, show_envvar=False, **{"callback": _within_reason, **details})
 
 
+def gate(help: str) -> Any:
+    """``--fail-under``, in per cent."""
+    return option("--fail-under", help=help, min=0, max=100)
+
+
 def _within_reason(value: Any) -> Any:
     """The value of an option; NaN would pass every bound, since it compares as false."""
     if isinstance(value, int) and abs(value) > LARGEST:

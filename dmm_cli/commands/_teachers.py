@@ -27,6 +27,18 @@ SAME_CLASSES = "a student needs the classes of its teachers, in their order"
 ONE_ORDER = "bring them into one: dmm merge {first} {other} --weights 0,1 --align never -o in-order.safetensors"
 
 
+def require_teachers(
+    sources: Sequence[Source],
+    arch: str | None,
+    prior: tuple[float, ...] = (),
+    recorded: Mapping[Pair, Source] | None = None,
+) -> None:
+    """Refuse checkpoints that cannot teach together, without running them; for the arguments see ``load_teachers``."""
+    require_same_class_names(sources)
+    require_told(sources, arch, prior, recorded)
+    _require_distinct(sources)
+
+
 def require_told(
     sources: Sequence[Source],
     arch: str | None,
@@ -171,7 +183,7 @@ def require_other(student: Source, teachers: Sequence[Source]) -> None:
         )
 
 
-def require_distinct(teachers: Sequence[Source]) -> None:
+def _require_distinct(teachers: Sequence[Source]) -> None:
     """Raise DmmError when a teacher is named twice, be it as a copy or by a link: only one of them could teach."""
     for first, teacher in twins(teachers):
         raise DmmError(

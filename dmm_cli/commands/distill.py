@@ -63,12 +63,7 @@ def distill(
     batch: Annotated[int, options.option("--batch", help="Images per step.", min=2)] = Settings.batch,
     fail_under: Annotated[
         float | None,
-        options.option(
-            "--fail-under",
-            help="Exit 1 when the student retains less than this of a class of a teacher, in per cent.",
-            min=0,
-            max=100,
-        ),
+        options.gate("Exit 1 when the student retains less than this of a class of a teacher, in per cent."),
     ] = None,
     learning_rate: Annotated[
         float, options.option("--learning-rate", help="Peak of the one-cycle schedule.")

@@ -37,10 +37,7 @@ def evaluate(
     ensemble: Annotated[
         bool, options.option("--ensemble", help="Add the mean of all models' probabilities, and of their logits.")
     ] = False,
-    fail_under: Annotated[
-        float | None,
-        options.option("--fail-under", help="Exit 1 when an accuracy is below this, in per cent.", min=0, max=100),
-    ] = None,
+    fail_under: Annotated[float | None, options.gate("Exit 1 when an accuracy is below this, in per cent.")] = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,

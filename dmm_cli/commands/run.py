@@ -24,7 +24,7 @@ from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, guarded, standard_input
 from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
-from ._teachers import require_distinct, require_same_class_names, require_told
+from ._teachers import require_teachers
 from ._veto import FORGOTTEN
 from .evaluate import evaluate_sources, require_data_fit
 from .merge import grouping_of, known_groups
@@ -117,18 +117,16 @@ def run(
     chosen = options.preset(preset, count, synthesize_steps)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=2)
-    require_same_class_names(sources)
     origin = resolve_source(base) if base else None
     count = chosen.count(len(sources))
     require_same_tensors([*sources, *([origin] if origin else [])])
     recorded = statistics_of(statistics or [], sources)
-    require_told(sources, arch, recorded=recorded)
     read = files_of([*sources, *([origin] if origin else []), *recorded.values()])
     files = Layout(output)
     _check_outputs(files, sources, [*read, *([data] if data else [])], force)
+    require_teachers(sources, arch, recorded=recorded)
     if data is not None:
         require_data_fit(sources[0], data, arch, flags)
-    require_distinct(sources)
 
     from ..report.console import emit_plan
 

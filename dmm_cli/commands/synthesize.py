@@ -24,9 +24,9 @@ from ._statistics import Pair, statistics_of
 from ._teachers import (
     load_student,
     load_teachers,
-    require_distinct,
     require_other,
     require_same_class_names,
+    require_teachers,
     require_told,
     untold,
 )
@@ -97,15 +97,13 @@ def synthesize(
         arch, options.input_flags(input_size, mean, std), device, options.numbers(class_prior, "--class-prior")
     )
     sources = resolve_sources(checkpoints, stdin=standard_input())
-    require_same_class_names(sources)
     settings = replace(settings, count=chosen.count(len(sources)))
     recorded = statistics_of(statistics or [], sources)
     _require_witnesses(settings, recorded)
-    require_told(sources, arch, given.prior, recorded)
     rival = resolve_source(student) if student else None
     inputs = files_of((*sources, *recorded.values(), *([rival] if rival else [])))
     check_files(output, grid, inputs=[*inputs, *named_files(checkpoints)], force=force)
-    require_distinct(sources)
+    require_teachers(sources, arch, given.prior, recorded)
     if rival:
         require_other(rival, sources)
         require_told([rival], untold(rival, arch))
@@ -222,7 +220,7 @@ def synthesize_sources(
     from ..manifest import SynthesisManifest
     from ..runtime import Host, describe_device, resolve_device, resolve_precision
     from ..synthesis.inversion import synthesize as invert
-    from ..synthesis.memory import fitting_batch, require_room
+    from ..synthesis.memory import Room
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
     from ..synthesis.resolution import why_whole
@@ -249,10 +247,10 @@ def synthesize_sources(
         "student": student and student.sha256,
     }
     ranks.require_same(**depends, **settings.record(), device=where.type)
+    room = Room(teachers, spec, settings, where, ranks.local, rival)
     if settings.batch is None:
-        fitting = fitting_batch(teachers, spec, settings, where, ranks.local, rival)
-        settings = replace(settings, batch=min(ranks.gather(fitting)))
-    require_room(teachers, spec, settings, where, ranks.local, rival)
+        settings = replace(settings, batch=min(ranks.gather(room.fitting_batch())))
+    replace(room, settings=settings).require()
     parameters = {**settings.record(), "weights": Objective(settings.weights, teachers, rival).weights}
     with resumable(output, **depends, **parameters, device=where.type) as reached:
         made = invert(teachers, spec, settings, Host(where, reached, ranks, on_progress), rival)

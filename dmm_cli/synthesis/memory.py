@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,46 +29,55 @@ SHARE = 0.5  # of the free memory; the rest is for gradients, kernels' workspace
 PROBES = (2, 4)  # images
 
 
-def fitting_batch(
-    teachers: Sequence[Teacher],
-    spec: Spec,
-    settings: Settings,
-    device: torch.device,
-    local: int,
-    student: nn.Module | None = None,
-) -> int:
-    """The largest power of two up to ``LARGEST`` and the count whose step has room.
+@dataclass(frozen=True)
+class Room:
+    """What steps and images take of the memory, and whether there is so much.
 
     What a step needs is what autograd keeps for the backward pass, which grows with the batch by the same number of
     bytes for every image.
 
-    Args:
-        local: processes on this machine.
+    Attributes:
+        device: that steps run on. local: processes on this machine. student: see ``Objective``.
     """
-    room = SHARE * free_memory(device) / local / _of_an_image(teachers, spec, settings, device, local, student)
-    least = PARTS if settings.engine == "generator" else 2
-    largest = max(least, min(LARGEST, settings.count, int(room)))
-    return 1 << (largest.bit_length() - 1)
 
+    teachers: Sequence[Teacher]
+    spec: Spec
+    settings: Settings
+    device: torch.device
+    local: int
+    student: nn.Module | None = None
 
-def require_room(
-    teachers: Sequence[Teacher],
-    spec: Spec,
-    settings: Settings,
-    device: torch.device,
-    local: int,
-    student: nn.Module | None = None,
-) -> None:
-    """Raise DmmError where the main memory has no room for the images, or for a step on the CPU.
+    def fitting_batch(self) -> int:
+        """The largest power of two up to ``LARGEST`` and the count whose step has room."""
+        room = SHARE * free_memory(self.device) / self.local / self._of_an_image()
+        least = PARTS if self.settings.engine == "generator" else 2
+        largest = max(least, min(LARGEST, self.settings.count, int(room)))
+        return 1 << (largest.bit_length() - 1)
 
-    There the system ends a process that takes more than there is, and nobody is told why; a GPU refuses by itself.
-    """
-    size = sum(math.prod(part.size) * np.dtype(part.stored).itemsize for part in named(spec).values())
-    wanted = f"{settings.count:,} images of each of {len(teachers)} teachers"
-    _require(wanted, settings.count * len(teachers) * size, "a smaller --count")
-    if device.type == "cpu" and settings.batch > LARGEST:
-        step = settings.batch * local * _of_an_image(teachers, spec, settings, device, local, student)
-        _require(f"a step on {settings.batch:,} images", step, "a smaller --batch, or --batch auto")
+    def require(self) -> None:
+        """Raise DmmError where the main memory has no room for the images, or for a step on the CPU.
+
+        There the system ends a process that takes more than there is, and nobody is told why; a GPU refuses by itself.
+        """
+        count, batch = self.settings.count, self.settings.batch
+        size = sum(math.prod(part.size) * np.dtype(part.stored).itemsize for part in named(self.spec).values())
+        images = f"{count:,} images of each of {len(self.teachers)} teachers"
+        _require(images, count * len(self.teachers) * size, "a smaller --count")
+        if self.device.type == "cpu" and batch > LARGEST:
+            step = batch * self.local * self._of_an_image()
+            _require(f"a step on {batch:,} images", step, "a smaller --batch, or --batch auto")
+
+    def _of_an_image(self) -> float:
+        """Bytes by which the steps that a process takes at a time grow with every image of their batches."""
+        objective = Objective(self.settings.weights, self.teachers, self.student)
+        with deterministic(self.device):
+            small, large = (
+                [_kept(teacher, self.spec, objective, batch, self.device) for teacher in self.teachers]
+                for batch in PROBES
+            )
+        slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]
+        together = ENGINES.load(self.settings.engine).TOGETHER
+        return max(1.0, (sum(slopes) if together else max(slopes)) * workers(self.device, self.local))
 
 
 def _require(what: str, needed: float, remedy: str) -> None:
@@ -75,23 +85,6 @@ def _require(what: str, needed: float, remedy: str) -> None:
     if needed > free:
         gib = [f"{size / 2**30:,.1f} GiB" for size in (needed, free)]
         raise DmmError(f"no room for {what}: they take {gib[0]} of memory, {gib[1]} are free", hint=f"take {remedy}")
-
-
-def _of_an_image(
-    teachers: Sequence[Teacher],
-    spec: Spec,
-    settings: Settings,
-    device: torch.device,
-    local: int,
-    student: nn.Module | None,
-) -> float:
-    """Bytes by which the steps that a process takes at a time grow with every image of their batches."""
-    objective = Objective(settings.weights, teachers, student)
-    with deterministic(device):
-        small, large = ([_kept(t, spec, objective, batch, device) for t in teachers] for batch in PROBES)
-    slopes = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(small, large, strict=True)]
-    together = ENGINES.load(settings.engine).TOGETHER
-    return max(1.0, (sum(slopes) if together else max(slopes)) * workers(device, local))
 
 
 def free_memory(device: torch.device) -> int:

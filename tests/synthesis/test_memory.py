@@ -27,7 +27,7 @@ def teachers():
 
 def batch(teachers, monkeypatch, free: int, count: int = 4096, engine: str = "pixels") -> int:
     monkeypatch.setattr(memory, "free_memory", lambda _: free)
-    return memory.fitting_batch(*teachers, Settings(count, 10, None, engine=engine), CPU, 1)
+    return memory.Room(*teachers, Settings(count, 10, None, engine=engine), CPU, 1).fitting_batch()
 
 
 def test_the_batch_grows_with_the_memory_up_to_a_limit(teachers, monkeypatch):

@@ -29,12 +29,12 @@ class Reader(nn.Module):
 
 def test_the_vocabulary_is_that_of_the_embedding_that_looks_the_tokens_up():
     model = Reader()
-    spec = joint_spec(model, examples_of(model), {"scale": {"std": [2.0]}}, (), ())
+    spec = joint_spec("reader", model, examples_of(model), {"scale": {"std": [2.0]}}, (), ())
     assert isinstance(spec, JointSpec) and spec.names == ("scale", "words")
     assert spec.parts["words"] == TokenSpec((4,), 7) and spec.parts["scale"].std == (2.0,) * 3
     model.words = nn.Identity()
     with pytest.raises(DmmError, match="Reader does not take its example_inputs"):
-        joint_spec(model, examples_of(model), {}, (), ())
+        joint_spec("reader", model, examples_of(model), {}, (), ())
 
 
 def test_weights_of_tokens_mix_rows_and_reach_them_by_a_gradient():
@@ -51,7 +51,7 @@ def test_weights_of_tokens_mix_rows_and_reach_them_by_a_gradient():
 def test_tokens_that_do_more_than_be_looked_up_are_refused():
     for masked in (False, True):
         model = soften(Reader(masked))
-        spec = joint_spec(model, examples_of(model), {}, (), ())
+        spec = joint_spec("reader", model, examples_of(model), {}, (), ())
         if not masked:
             require_soft("reader", model, spec, CPU)
             continue
