@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from dmm_cli.synthesis.kind import KIND, REQUIRED
 
 FLOOR = {
-    "errors", "registry", "header", "files", "inputs", "serialization", "manifest", "config", "names", "shards",
-    "digest", "recall", "devices", "metadata", "groups", "hub", "trust", "archspec",
+    "errors", "registry", "header", "files", "inputs", "serialization", "manifest", "inspection", "config", "names",
+    "shards", "digest", "recall", "devices", "metadata", "groups", "hub", "trust", "archspec",
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",

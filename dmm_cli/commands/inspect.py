@@ -18,7 +18,7 @@ from ._outputs import check_files
 from ._run import epilog, guarded
 
 if TYPE_CHECKING:
-    from ..manifest import ArchitectureGuess, Inspection
+    from ..inspection import ArchitectureGuess, Inspection
 
 Stated = TypeVar("Stated")
 EPILOG = epilog("dmm inspect model.safetensors --tensors", "dmm inspect sites/a/ --json")
@@ -61,7 +61,7 @@ def inspect(
 def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = False) -> Inspection:
     """Everything headers and metadata tell, and the architecture they point to; with ``tensors``, of each of them."""
 
-    from ..manifest import Inspection, TensorRecord
+    from ..inspection import Inspection, TensorRecord
 
     kinds: dict[str, list[int]] = {}
     dtypes: dict[str, int] = {}
@@ -101,8 +101,8 @@ def _undamaged(read: Callable[[Source], Stated], source: Source) -> Stated | Non
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
     from ..architectures import identify
+    from ..inspection import ArchitectureGuess
     from ..loading import load_model
-    from ..manifest import ArchitectureGuess
 
     if arch:
         load_model(source, arch)  # which refuses what does not fit

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import printable
+from ..inspection import Inspection
 from ..manifest import (
     AlignedSource,
     DistillManifest,
     Evaluation,
     Grouping,
-    Inspection,
     Matrix,
     MergeManifest,
     RecordManifest,
