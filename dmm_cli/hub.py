@@ -8,7 +8,7 @@ from typing import Any
 
 from .archspec import format_arch
 
-NORMALISATION = {"input_size": "size", "mean": "mean", "std": "std"}  # timm's words, and those of dmm.input
+INPUT_KEYS = {"input_size": "size", "mean": "mean", "std": "std"}  # timm's words, and those of dmm.input
 
 
 def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
@@ -20,7 +20,7 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
             arguments["num_classes"] = config["num_classes"]
         told["dmm.arch"] = format_arch(str(config["architecture"]), arguments)
     cfg = _section(config, "pretrained_cfg")
-    given = {own: cfg[key] for key, own in NORMALISATION.items() if key in cfg}
+    given = {own: cfg[key] for key, own in INPUT_KEYS.items() if key in cfg}
     if given:
         told["dmm.input"] = json.dumps(given)
     names = config.get("label_names")
