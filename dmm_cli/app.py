@@ -15,9 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from . import __version__
 from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
-from .commands._run import drop, guard
+from .commands._run import drop, ended_by_sigterm, guard
 from .config import DEFAULT, load_config
-from .errors import DmmError, printable
+from .errors import CheckFailed, DmmError, printable
 from .ranks import process_count
 from .registry import mistyped
 from .trust import grant
@@ -59,19 +59,38 @@ app = typer.Typer(
 
 
 class Command(TyperCommand):
-    """A command that tells where a wrong value was said, if not on its line."""
+    """A command that tells where a wrong value was said, if not on its line; SIGTERM ends it in order."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             name = error.param.name if error.param else None
-            source = ctx.get_parameter_source(name) if name else None
-            if source and source.name == "ENVIRONMENT":
-                error.message += f" (from {ctx.auto_envvar_prefix}_{name.upper()} in the environment)"
-            elif source and source.name == "DEFAULT_MAP":
-                error.message += f" (from {ctx.parent.params['config'] or DEFAULT})"
+            place = _place(ctx, name) if name else None
+            error.message += f" (from {place})" if place else ""
             raise
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            with ended_by_sigterm():
+                return super().invoke(ctx)
+        except CheckFailed:
+            raise
+        except DmmError as error:
+            places = {max(param.opts, key=len): _place(ctx, param.name) for param in self.params}
+            elsewhere = [f"{flag} is from {place}" for flag, place in places.items() if place]
+            error.evidence = (*error.evidence, *elsewhere)
+            raise
+
+
+def _place(ctx: typer.Context, name: str) -> str | None:
+    """Where the value of a parameter was said, if not on the line."""
+    source = ctx.get_parameter_source(name)
+    if source and source.name == "ENVIRONMENT":
+        return f"{ctx.auto_envvar_prefix}_{name.upper()} in the environment"
+    if source and source.name == "DEFAULT_MAP":
+        return str(ctx.parent.params["config"] or DEFAULT)
+    return None
 
 
 for _name, (_function, _epilog) in COMMANDS.items():

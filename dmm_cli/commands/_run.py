@@ -1,14 +1,13 @@
-"""The one wrapper that turns errors and signals into messages and exit codes."""
+"""What turns errors and signals into messages and exit codes."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -68,24 +67,19 @@ def guard() -> Iterator[None]:
         raise typer.Exit(CRASHED) from None
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command in ``guard``, and end it on SIGTERM as on an exception."""
-
-    @functools.wraps(command)
-    def run(*args: object, **kwargs: object) -> None:
-        previous = signal.getsignal(signal.SIGTERM)
-        try:
-            signal.signal(signal.SIGTERM, _terminate)
-        except ValueError:  # not the main thread: signals are the caller's business
-            previous = None
-        try:
-            with guard():
-                command(*args, **kwargs)
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
-
-    return run
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """End a block on SIGTERM as on an exception."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not the main thread: signals are the caller's business
+        previous = None
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from . import _options as options
 from ._align import RESTARTS, aligned_record, alignment_metadata, write_aligned
 from ._outputs import file_or_directory
 from ._provenance import records
-from ._run import epilog, guarded, standard_input
+from ._run import epilog, standard_input
 
 EPILOG = epilog(
     "dmm align a.safetensors b.safetensors -o b-aligned.safetensors",
@@ -22,7 +22,6 @@ EPILOG = epilog(
 )
 
 
-@guarded
 def align(
     checkpoints: Annotated[
         list[str],

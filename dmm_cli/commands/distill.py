@@ -21,7 +21,7 @@ from ..ranks import Ranks, joined
 from ..synthesis.kind import require_pseudo_data
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
-from ._run import epilog, guarded, resumable, standard_input
+from ._run import epilog, resumable, standard_input
 from ._teachers import SAME_CLASSES, require_same_class_names, require_told, untold
 
 SAME_INPUT = "student and teachers are shown the pseudo-data as they are: all need the same input"
@@ -41,7 +41,6 @@ EPILOG = epilog(
 )
 
 
-@guarded
 def distill(
     student: Annotated[
         str,

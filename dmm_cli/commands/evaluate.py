@@ -13,7 +13,7 @@ from ..inputs import Source, files_of, named_files, resolve_sources
 from ..metadata import class_names
 from . import _options as options
 from ._outputs import check_files
-from ._run import epilog, guarded, standard_input
+from ._run import epilog, standard_input
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,6 @@ EPILOG = epilog(
 )
 
 
-@guarded
 def evaluate(
     checkpoints: options.Checkpoints,
     data: Annotated[

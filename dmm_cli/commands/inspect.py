@@ -15,7 +15,7 @@ from ..metadata import class_names, is_by_name, stated_input
 from ..names import is_statistic
 from . import _options as options
 from ._outputs import check_files
-from ._run import epilog, guarded
+from ._run import epilog
 
 if TYPE_CHECKING:
     from ..inspection import ArchitectureGuess, Inspection
@@ -24,7 +24,6 @@ Stated = TypeVar("Stated")
 EPILOG = epilog("dmm inspect model.safetensors --tensors", "dmm inspect sites/a/ --json")
 
 
-@guarded
 def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A .safetensors file or a model directory.")],
     tensors: Annotated[

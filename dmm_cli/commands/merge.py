@@ -44,7 +44,7 @@ from ._groups import (
 from ._measures import with_aligned
 from ._parameters import parse_parameters
 from ._recalibrate import Recalibration
-from ._run import epilog, guarded, standard_input
+from ._run import epilog, standard_input
 from ._veto import settle
 
 if TYPE_CHECKING:
@@ -113,7 +113,6 @@ Head = Annotated[
 ]
 
 
-@guarded
 def merge(
     checkpoints: Annotated[
         list[str] | None,

@@ -17,7 +17,7 @@ from ..metadata import class_names
 from . import _options as options
 from ._outputs import file_or_directory
 from ._provenance import records, stamp
-from ._run import epilog, guarded, standard_input
+from ._run import epilog, standard_input
 from ._statistics import describe
 from ._teachers import require_told
 
@@ -35,7 +35,6 @@ EPILOG = epilog(
 BATCH = 64
 
 
-@guarded
 def record(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="The checkpoint, or several; they are not changed.")

@@ -21,7 +21,7 @@ from . import _options as options
 from . import distill as distillation
 from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
-from ._run import epilog, guarded, standard_input
+from ._run import epilog, standard_input
 from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
 from ._statistics import Pair, statistics_of
 from ._teachers import require_teachers
@@ -72,7 +72,6 @@ DistillSteps = Annotated[
 ]
 
 
-@guarded
 def run(
     checkpoints: options.Checkpoints,
     output: Annotated[

@@ -15,7 +15,7 @@ from ..synthesis.kind import require_pseudo_data
 from . import _options as options
 from ._measures import with_aligned, with_cka
 from ._outputs import check_files
-from ._run import epilog, guarded, standard_input
+from ._run import epilog, standard_input
 
 if TYPE_CHECKING:
     from ..manifest import SimilarityReport
@@ -26,7 +26,6 @@ EPILOG = epilog(
 )
 
 
-@guarded
 def similarity(
     checkpoints: options.Checkpoints,
     base: Annotated[

@@ -19,7 +19,7 @@ from . import _inversion as inversion
 from . import _options as options
 from ._outputs import check_files
 from ._provenance import records, stamp
-from ._run import epilog, guarded, resumable, standard_input
+from ._run import epilog, resumable, standard_input
 from ._statistics import Pair, statistics_of
 from ._teachers import (
     load_student,
@@ -43,7 +43,6 @@ EPILOG = epilog(
 BATCH = 64
 
 
-@guarded
 def synthesize(
     checkpoints: options.Checkpoints,
     output: options.NeededOutput = None,

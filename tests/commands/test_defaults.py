@@ -67,6 +67,19 @@ def test_a_wrong_value_that_is_not_on_the_line_is_told_with_its_place(tmp_path, 
     assert result.exit_code == 2 and "(from DMM_SYNTHESIZE_COUNT in the environment)" in result.stderr
 
 
+def test_what_is_refused_tells_which_options_were_not_on_the_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["merge", *SITES[:2], "-o", "x.safetensors", "--dry-run"]
+    (tmp_path / "dmm.toml").write_text('[merge]\nmethod = "slerpp"\n')
+    monkeypatch.setenv("DMM_MERGE_WEIGHTS", "1,2,3")
+    result = dmm(*command)
+    assert result.exit_code == 2 and "slerpp" in result.stderr and "--method is from dmm.toml" in result.stderr
+    result = dmm(*command, "--method", "slerp")
+    assert result.exit_code == 2 and "--weights is from DMM_MERGE_WEIGHTS in the environment" in result.stderr
+    assert "--method is from" not in result.stderr
+    assert dmm(*command, "--method", "slerp", "--weights", "1,2").exit_code == 0
+
+
 def test_a_misspelt_variable_of_the_environment_is_refused(tmp_path, monkeypatch):
     command = ["merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run"]
     monkeypatch.setenv("DMM_SYNTHESIZE_METOD", "of another command")

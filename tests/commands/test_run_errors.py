@@ -8,7 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from dmm_cli.commands._run import guarded
+from dmm_cli.commands._run import guard
 
 HUGE = 1 << 46  # elements
 
@@ -18,9 +18,9 @@ def test_running_out_of_memory_is_an_error_with_a_way_out(allocate, words):
     app = typer.Typer()
 
     @app.command()
-    @guarded
     def command() -> None:
-        allocate(HUGE)
+        with guard():
+            allocate(HUGE)
 
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 2 and result.stderr.startswith("error: out of memory\n  "), result.stderr
