@@ -1,7 +1,8 @@
 """Frozen BatchNorm layers that measure their input as they normalise it, in one pass over it each way, on a GPU.
 
 What limits a step on a GPU are bytes, not products: apart, statistics, normalisation and ReLU read or write every
-feature map some twenty times, forward and backward, many of them in float32. Here they do five times.
+feature map some twenty times, forward and backward, many of them in float32. Here they do five times. Where a residual
+block ends, the sum with its shortcut and the ReLU behind it are done in the same pass.
 
 Legend: B images, C channels, H height, W width, R = B * H * W rows, G groups of rows.
 """
@@ -12,9 +13,11 @@ import warnings
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .statistics import SelfMeasuring
 
@@ -35,10 +38,13 @@ def _affine(means, variances, weight, bias, channel, known, eps):
 
 @triton.jit
 def _normalise(
-    x, y, sums, means, variances, weight, bias, rows, channels, per_group, eps,
-    RECTIFY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, shortcut, y, sums, means, variances, weight, bias, rows, channels, per_group, eps,
+    RECTIFY: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows (R, C) to normalised ones, and the sums of a group's centred rows and of their squares, (G, 2, C)."""
+    """Rows (R, C) to normalised ones, and the sums of a group's centred rows and of their squares, (G, 2, C).
+
+    ADD: rows of the shortcut (R, C) are added to the normalised ones, before they are rectified.
+    """
     group = tl.program_id(0)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     known = channel < channels
@@ -54,6 +60,8 @@ def _normalise(
         total += centred
         square += centred * centred
         normal = centred * slope[None, :] + offset[None, :]
+        if ADD:
+            normal += tl.load(shortcut + place, mask=inside, other=0.0).to(tl.float32)
         if RECTIFY:
             normal = tl.maximum(normal, 0.0)
         tl.store(y + place, normal.to(y.dtype.element_ty), mask=inside)
@@ -81,10 +89,10 @@ def _add_up(sums, shifts, spreads, groups, rows, channels, GROUPS: tl.constexpr,
 
 @triton.jit
 def _back(
-    x, grad_y, grad_x, means, variances, weight, bias, shifts, grad_shifts, grad_spreads, rows, channels, eps,
-    RECTIFY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x, y, grad_y, grad_x, grad_shortcut, means, variances, weight, bias, shifts, grad_shifts, grad_spreads,
+    rows, channels, eps, RECTIFY: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows (R, C), from those of what was made of them."""
+    """The gradient of rows (R, C), from those of what was made of them; ADD: of the shortcut's rows too."""
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     known = channel < channels
     centre, slope, offset = _affine(means, variances, weight, bias, channel, known, eps)
@@ -96,46 +104,55 @@ def _back(
     place = row.to(tl.int64)[:, None] * channels + channel[None, :]
     centred = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
     grad = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
-    if RECTIFY:
+    if ADD:  # and rectified: what was positive tells the result
+        grad = tl.where(tl.load(y + place, mask=inside, other=0.0).to(tl.float32) > 0.0, grad, 0.0)
+        tl.store(grad_shortcut + place, grad.to(grad_shortcut.dtype.element_ty), mask=inside)
+    elif RECTIFY:
         grad = tl.where(centred * slope[None, :] + offset[None, :] > 0.0, grad, 0.0)
     grad = grad * slope[None, :] + centred * stretch[None, :] + move[None, :]
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), mask=inside)
 
 
 class _Measured(torch.autograd.Function):
-    """Features (B, C, H, W), normalised, with the mean of their distance to the running mean and their variance."""
+    """Features (B, C, H, W), normalised, with the mean of their distance to the running mean and their variance.
+
+    A shortcut (B, C, H, W) is added to the normalised ones, and the sum rectified.
+    """
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor, layer: FusedNorm):
-        features = _rows(features)
+    def forward(ctx, features: torch.Tensor, layer: FusedNorm, shortcut: torch.Tensor | None = None):
+        features, shortcut = _rows(features), None if shortcut is None else _rows(shortcut)
         batch, channels, *sides = features.shape
         rows = batch * sides[0] * sides[1]
         width = min(TILE_CHANNELS, triton.next_power_of_2(channels))
         per_group = TILE_ROWS * triton.cdiv(rows, TILE_ROWS * MOST_GROUPS)
         groups, blocks = triton.cdiv(rows, per_group), triton.cdiv(channels, width)
-        result, known = torch.empty_like(features), layer.known()
+        result, known, adds = torch.empty_like(features), layer.known(), shortcut is not None
         sums = torch.empty(groups, 2, channels, device=features.device)
         shift, variance = torch.empty(2, channels, device=features.device)
         _normalise[groups, blocks](
-            features, result, sums, *known, rows, channels, per_group, layer.eps, layer.rectifies, TILE_ROWS, width,
+            features, shortcut if adds else features, result, sums, *known, rows, channels, per_group, layer.eps,
+            adds or layer.rectifies, adds, TILE_ROWS, width,
         )  # fmt: skip
         few = (triton.cdiv(channels, SUM_CHANNELS),)
         _add_up[few](sums, shift, variance, groups, rows, channels, SUMS, SUM_CHANNELS)
-        ctx.save_for_backward(features, shift, *known)
-        ctx.eps, ctx.rectifies, ctx.width = layer.eps, layer.rectifies, width
+        ctx.save_for_backward(features, result if adds else features, shift, *known)
+        ctx.eps, ctx.rectifies, ctx.adds, ctx.width = layer.eps, adds or layer.rectifies, adds, width
         return result, shift, variance
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, grad_shift: torch.Tensor, grad_variance: torch.Tensor):
-        features, shift, *known = ctx.saved_tensors
+        features, result, shift, *known = ctx.saved_tensors
         channels = features.shape[1]
         rows = features.numel() // channels
-        result, grad = torch.empty_like(features), _rows(grad)
+        grad_features, grad = torch.empty_like(features), _rows(grad)
+        grad_shortcut = torch.empty_like(features) if ctx.adds else None
         _back[triton.cdiv(rows, BACK_ROWS), triton.cdiv(channels, ctx.width)](
-            features, grad, result, *known, shift, grad_shift.contiguous(), grad_variance.contiguous(), rows, channels,
-            ctx.eps, ctx.rectifies, BACK_ROWS, ctx.width, num_warps=BACK_WARPS,
+            features, result, grad, grad_features, grad_shortcut if ctx.adds else grad_features, *known, shift,
+            grad_shift.contiguous(), grad_variance.contiguous(), rows, channels, ctx.eps, ctx.rectifies, ctx.adds,
+            BACK_ROWS, ctx.width, num_warps=BACK_WARPS,
         )  # fmt: skip
-        return result, None
+        return grad_features, None, grad_shortcut
 
 
 def _rows(features: torch.Tensor) -> torch.Tensor:
@@ -143,19 +160,25 @@ def _rows(features: torch.Tensor) -> torch.Tensor:
 
 
 class FusedNorm(SelfMeasuring, nn.BatchNorm2d):
-    """A frozen BatchNorm that measures its input, and rectifies its output where a ReLU in place is all that follows.
+    """A frozen BatchNorm that measures its input, and does what alone follows it in the same pass.
 
     Attributes:
-        rectifies: whether a ReLU was found to follow.
+        rectifies: whether a ReLU in place was found to follow.
+        ends_block: whether a shortcut was found to be added in place, and a ReLU in place to follow.
     """
 
-    rectifies = False
+    rectifies = ends_block = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        result, shift, variance = _Measured.apply(input, self)
+        return Unsummed.of(input, self) if self.ends_block else self.normalised(input)
+
+    def normalised(self, features: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        """Of features (B, C, H, W); with a shortcut (B, C, H, W) their rectified sum."""
+        result, shift, variance = _Measured.apply(features, self, shortcut)
         if self.tell:
             self.tell(shift, variance)
-        result.made_by, result.made_as = self, result._version
+        if shortcut is None and not self.ends_block:  # a ReLU is to see what follows
+            result.made_by, result.made_as, result.made_in = self, result._version, result.grad_fn
         return result
 
     def known(self) -> tuple[torch.Tensor, ...]:
@@ -166,17 +189,75 @@ class FusedNorm(SelfMeasuring, nn.BatchNorm2d):
 
 
 class FusedReLU(nn.ReLU):
-    """A ReLU that leaves its work to the ``FusedNorm`` whose output it would overwrite."""
+    """A ReLU that leaves its work to the ``FusedNorm`` whose output, or whose sum with a shortcut, it would overwrite.
+
+    What follows what is seen in one pass, and done at once from the next pass on.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if isinstance(input, Unsummed):
+            return input.rectified() if self.inplace else super().forward(input)
         norm = getattr(input, "made_by", None)
-        # a sum is written over the output of a block's last layer: still the same tensor, of another version
-        if norm is None or not self.inplace or input._version != input.made_as:
+        if norm is None or not self.inplace:
             return super().forward(input)
-        if norm.rectifies:
-            return input
-        norm.rectifies = True  # from the next pass on
+        if input._version == input.made_as:
+            if norm.rectifies:
+                return input
+            norm.rectifies = True
+        elif not norm.rectifies and _is_sum(input):
+            norm.ends_block = True
         return super().forward(input)
+
+
+def _is_sum(features: torch.Tensor) -> bool:
+    """Whether all that befell the output of a ``FusedNorm`` is that as many features were added to it in place."""
+    node = features.grad_fn
+    if features._version != features.made_as + 1 or type(node).__name__ != "AddBackward0":
+        return False
+    return node.next_functions[0][0] is features.made_in and node._saved_alpha == 1
+
+
+class Unsummed(torch.Tensor):
+    """Features (B, C, H, W) whose ``FusedNorm`` waits for a shortcut, and then for the ReLU.
+
+    For whatever else is done with it, it is the normalised features, or their sum.
+    """
+
+    @classmethod
+    def of(cls, features: torch.Tensor, norm: FusedNorm) -> Unsummed:
+        """Features that are not normalised yet."""
+        waiting = features.as_subclass(cls)
+        waiting.features, waiting.norm, waiting.shortcut, waiting.done = features, norm, None, None
+        return waiting
+
+    def rectified(self) -> torch.Tensor:
+        """The ReLU of the sum, which stays what this is."""
+        if self.shortcut is None or self.done is not None:
+            return F.relu_(self.settled())
+        self.done = self.norm.normalised(self.features, self.shortcut)
+        return self.done
+
+    def settled(self) -> torch.Tensor:
+        """What this is by now, made once."""
+        if self.done is None:
+            self.done = self.norm.normalised(self.features)
+            self.done = self.done if self.shortcut is None else self.done.add_(self.shortcut)
+        return self.done
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            adds = func in (torch.Tensor.__iadd__, torch.Tensor.add_) and len(args) == 2 and not kwargs
+            if adds and isinstance(args[0], cls) and args[0]._takes(args[1]):
+                args[0].shortcut = args[1]
+                return args[0]
+            return func(*tree_map_only(cls, cls.settled, args), **tree_map_only(cls, cls.settled, kwargs))
+
+    def _takes(self, other: object) -> bool:
+        """Whether that can be the shortcut."""
+        open_yet = self.shortcut is None and self.done is None and type(other) is torch.Tensor
+        return open_yet and other.shape == self.features.shape and other.dtype == self.features.dtype
 
 
 def fuse_norms(model: nn.Module, device: torch.device) -> nn.Module:

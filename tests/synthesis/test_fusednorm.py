@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 class Network(nn.Module):
-    """Three layers that are measured: a ReLU in place follows one at once, one after a sum, and one is left alone."""
+    """Three layers that are measured: a ReLU in place follows one at once, one behind a sum, and one is left alone."""
 
     def __init__(self, width: int, affine: bool) -> None:
         super().__init__()
@@ -74,11 +74,59 @@ def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, to
     means = [norm.running_mean for norm in reference.norms[:2]]
     expected = passed(reference, images.double(), [*means, other.double()])
     means = [norm.running_mean for norm in fused.norms[:2]]
-    for turn in range(2):
+    for turn in range(3):
         found = passed(fused, images.to(DEVICE, dtype), [*means, other.to(DEVICE)])
         assert [norm.rectifies for norm in fused.norms] == [True, False, False]
+        assert [norm.ends_block for norm in fused.norms] == [False, True, False]
         for mine, theirs in zip(found, expected, strict=True):
             assert (mine.detach().cpu().double() - theirs).norm() <= tolerance * theirs.norm(), turn
+
+
+def check_waiting() -> None:
+    """A layer that waits for its sum is the normalised features to whatever comes instead."""
+    from dmm_cli.synthesis.fusednorm import FusedReLU, Unsummed, fuse_norms
+
+    plain = network(4).norms[0]
+    norm, relu = fuse_norms(nn.Sequential(copy.deepcopy(plain), nn.ReLU(inplace=True)), DEVICE).to(DEVICE)
+    assert type(relu) is FusedReLU
+    features, shortcut = torch.randn(2, 2, 4, 5, 6)
+
+    def follow(layer, then) -> list[torch.Tensor]:
+        given = [part.to(DEVICE).requires_grad_(True) for part in (features, shortcut)]
+        told = []
+        if layer is norm:
+            norm.tell = lambda *moments: told.append(moments)
+            assert isinstance(layer(given[0]), Unsummed) == norm.ends_block
+            assert len(told) == (not norm.ends_block)
+        answer = then(layer(given[0]), given[1])
+        return [answer, *torch.autograd.grad(answer.sin().sum(), given, allow_unused=True)]
+
+    def summed(waits, other):
+        waits += other
+        return waits
+
+    def rectified_in_place(waits, other):
+        act = relu if type(waits) is Unsummed else nn.ReLU(inplace=True)
+        waits += other
+        act(waits)
+        return waits * 1
+
+    def without_a_sum(waits, other):
+        return (relu if type(waits) is Unsummed else nn.ReLU(inplace=True))(waits) + 0 * other
+
+    def only_half(waits, other):
+        return waits.add_(other, alpha=0.5) * waits.shape[1]
+
+    def to_all_alike(waits, other):
+        waits += other[:1, :, :1, :1]
+        return summed(waits, other)
+
+    relu(summed(norm(features.to(DEVICE).requires_grad_(True)), shortcut.to(DEVICE)))
+    assert norm.ends_block
+    others = [only_half, to_all_alike, without_a_sum, lambda waits, other: torch.cat([other, waits]) + waits.mean()]
+    for then in (rectified_in_place, summed, *others):
+        for mine, theirs in zip(follow(norm, then), follow(plain.to(DEVICE), then), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5), then
 
 
 def in_interpreter(call: str) -> None:
@@ -109,6 +157,13 @@ def check_others() -> None:
     model = fuse_norms(nn.Sequential(*others, nn.BatchNorm2d(3)), DEVICE)
     assert [type(layer) for layer in model] == [*map(type, others[:4]), FusedNorm]
     assert all(type(layer).__module__.startswith("torch.") for layer in others)
+
+
+def test_a_layer_that_waits_for_a_sum_takes_whatever_comes():
+    if ON_GPU:
+        check_waiting()
+    else:
+        in_interpreter("check_waiting()")
 
 
 def test_other_layers_stay_as_they_are():
