@@ -101,6 +101,11 @@ def build(spec: str, first_weights: bool = True) -> nn.Module:
         raise DmmError(f"timm cannot build {printable(spec)}: {printable(told)}", hint=hint) from error
     if "in_chans" in arguments:
         model.in_chans = arguments["in_chans"]  # its pretrained_cfg tells of three channels all the same
+    usual = getattr(model, "pretrained_cfg", None)
+    if "img_size" in arguments and usual:  # and of the usual size
+        sides = arguments["img_size"]
+        sides = (sides, sides) if isinstance(sides, int) else sides
+        model.pretrained_cfg = {**usual, "input_size": (usual["input_size"][0], *sides)}
     return model
 
 

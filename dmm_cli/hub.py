@@ -14,16 +14,16 @@ INPUT_KEYS = {"input_size": "size", "mean": "mean", "std": "std"}  # timm's word
 def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     """``dmm.arch``, ``dmm.input`` and ``dmm.classes``, as far as the file tells them."""
     told = {}
+    # files of older versions of timm have no such section: all of it stands beside the architecture
+    flat = "architecture" in config and "pretrained_cfg" not in config
+    cfg = config if flat else _section(config, "pretrained_cfg")
     if "architecture" in config:
-        arguments = dict(_section(config, "model_args"))
-        if "num_classes" in config:
-            arguments["num_classes"] = config["num_classes"]
-        told["dmm.arch"] = format_arch(str(config["architecture"]), arguments)
-    cfg = _section(config, "pretrained_cfg")
+        classes = next(({"num_classes": part["num_classes"]} for part in (config, cfg) if "num_classes" in part), {})
+        told["dmm.arch"] = format_arch(str(config["architecture"]), {**_section(config, "model_args"), **classes})
     given = {own: cfg[key] for key, own in INPUT_KEYS.items() if key in cfg}
     if given:
         told["dmm.input"] = json.dumps(given)
-    names = config.get("label_names")
+    names = config.get("label_names", cfg.get("label_names", config.get("labels") if flat else None))
     if isinstance(names, list) and len(set(map(str, names))) == len(names) > 0:
         told["dmm.classes"] = json.dumps(names)
     return told

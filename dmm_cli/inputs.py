@@ -142,13 +142,17 @@ def resolve_source(argument: str) -> Source:
 def _no_checkpoint(directory: Path) -> DmmError:
     """The error that a directory is no checkpoint, with what it holds in place of one."""
     names = sorted(path.name for path in directory.glob("*"))
-    found = [name for name in names if name.endswith(".safetensors")]
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    shards = tuple(f"{name.removesuffix('.safetensors.index.json')}-" for name in indices)
+    whole = [name for name in names if name.endswith(".safetensors") and not name.startswith(shards)]
+    found = sorted(indices + whole)
+    named = " ".join(f"'{directory / name}'" for name in found[:3]) if indices else f"'{directory}/*.safetensors'"
     pickles = [name for name in names if name.endswith(PICKLES)]
     held = [f"it holds {name}" for name in found] or [f"it holds {name}, a pickle; {UNOPENED}" for name in pickles]
     return DmmError(
         f"no {SINGLE} and no {INDEX} in directory {directory}",
         evidence=capped(map(printable, held)),
-        hint=f"name the files: '{directory}/*.safetensors'" if found else CONVERSION if pickles else None,
+        hint=f"name the files: {named}" if found else CONVERSION if pickles else None,
     )
 
 

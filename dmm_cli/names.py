@@ -11,7 +11,7 @@ WRAPPERS = r"((module|model|net|backbone|encoder)\.)*"  # what training code put
 CLASSIFIERS = (
     "fc", "last_linear", "classif", r"classifier(\.\d+)?", "head", r"head\.(fc|fc\.fc2|fc2|l|linear|head\.l)",
     r"head\.classifier\.(4|linear)", r"head_dist(\.(l|linear))?", r"head\.head_dist\.l", r"heads(_dist)?\.\d",
-    r"heads\.head", r"head\.proj", "aux_head",
+    r"heads\.head", r"head\.proj", "aux_head", "lm_head", "score",
 )  # fmt: skip
 HEADS = re.compile(rf"{WRAPPERS}({'|'.join(CLASSIFIERS)})\.(weight|bias)")
 
@@ -27,7 +27,7 @@ def is_statistic(name: str) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor belongs to the last classifier, by timm's names for it."""
+    """Whether a tensor belongs to the last classifier, by the names that timm and transformers have for it."""
     return bool(HEADS.fullmatch(name))
 
 

@@ -89,6 +89,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def speaks_for_all() -> bool:
+    """Whether this process is the only one, or the first that torchrun started."""
+    return process_count() == 1 or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes torchrun started, connected with gloo, and their GPUs with nccl; just this one where it did not.

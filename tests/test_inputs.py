@@ -71,6 +71,24 @@ def test_a_config_of_something_else_tells_nothing(tmp_path, config):
     assert resolve_source(str(tmp_path)).metadata == {}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_classes": 3, "label_names": ["a", "b", "c"], "pretrained_cfg": {"mean": [0.1], "input_size": [1, 8, 8]}},
+        {"pretrained_cfg": {"num_classes": 3, "label_names": ["a", "b", "c"], "mean": [0.1], "input_size": [1, 8, 8]}},
+        {"num_classes": 3, "labels": ["a", "b", "c"], "mean": [0.1], "input_size": [1, 8, 8]},
+        {"num_classes": 3, "label_names": ["a", "b", "c"], "mean": [0.1], "input_size": [1, 8, 8]},
+    ],
+    ids=["today's", "all in the section", "flat, as timm wrote it once", "flat"],
+)
+def test_a_config_is_read_as_timm_reads_it(tmp_path, config):
+    save_file({"w": W}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", **config}))
+    told = resolve_source(str(tmp_path)).metadata
+    assert told["dmm.arch"] == "resnet18,num_classes=3" and json.loads(told["dmm.classes"]) == ["a", "b", "c"]
+    assert json.loads(told["dmm.input"]) == {"size": [1, 8, 8], "mean": [0.1]}
+
+
 def sharded(tmp_path, weight_map):
     save_file({"a": W}, tmp_path / "s1.safetensors")
     save_file({"b": W + 1}, tmp_path / "s2.safetensors")
@@ -222,3 +240,15 @@ def test_a_directory_of_pickles_has_the_hint_of_a_pickle(tmp_path, name):
     with pytest.raises(DmmError) as caught:
         resolve_source(str(tmp_path))
     assert caught.value.evidence == ("it holds a.safetensors",) and "name the files" in caught.value.hint
+
+
+def test_a_directory_of_shards_under_another_name_names_their_index(tmp_path):
+    for name in ("group-0-00001-of-00002", "group-0-00002-of-00002", "other"):
+        save_file({name: W}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "group-0.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"other": "other.safetensors"}}))
+    with pytest.raises(DmmError) as caught:
+        resolve_source(str(tmp_path))
+    assert caught.value.evidence == (f"it holds {index.name}", "it holds other.safetensors")
+    assert caught.value.hint == f"name the files: '{index}' '{tmp_path / 'other.safetensors'}'"
+    assert [source.path for source in resolve_sources([str(index)])] == [index]

@@ -58,7 +58,8 @@ def test_the_last_part_of_a_name_tells_its_kind():
         ("last_linear.bias", True), ("head_dist.weight", True), ("conv_head.weight", False), ("fc1.weight", False),
         ("blocks.0.mlp.fc1.weight", False), ("head.norm.weight", False), ("fc.running_mean", False), ("fc", False),
         ("overhead.weight", False), ("heads.weight", False), ("xfc.weight", False),
-        ("heads.head.weight", True), ("head.0.weight", False),
+        ("heads.head.weight", True), ("head.0.weight", False), ("lm_head.weight", True), ("model.score.weight", True),
+        ("model.lm_head_norm.weight", False),
     ],
 )  # fmt: skip
 def test_names_at_the_edge(name, head):

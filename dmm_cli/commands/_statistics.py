@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..spaces import Spec
 
 KIND = "dmm.statistics/1"
+AGAIN = "record them again with dmm record"
 Pair = tuple[str, str]  # SHA-256 of the checkpoint whose data it is, and of the one whose network saw them
 
 
@@ -67,7 +68,7 @@ def recorded_counts(recorded: Mapping[Pair, Source], owner: Source) -> list[floa
         if counts != told[0][1]:
             raise DmmError(
                 f"statistics {told[0][0]} and {path} tell other class counts of the data of {owner.label}",
-                hint="record them again, of the same data",
+                hint=f"{AGAIN}, of the same data",
             )
     return told[0][1] if told else None
 
@@ -92,12 +93,16 @@ def _told(source: Source) -> tuple[tuple[str, str], tuple[str, str]]:
             evidence=[f"its metadata says {printable(source.metadata.get('dmm.kind', 'nothing about its kind'))}"],
             hint="make one with: dmm record MODEL --data DATA -o stats.safetensors",
         )
-    model = read_record(source.metadata.get("dmm.model", "{}"), f"dmm.model of {source.path}")
-    owner = model
-    if "dmm.owner" in source.metadata:
-        owner = read_record(source.metadata["dmm.owner"], f"dmm.owner of {source.path}")
-    told = [(str(of.get("label")), str(of.get("sha256"))) for of in (model, owner)]
-    return told[0], told[1]
+    model = _whose(source, "dmm.model")
+    return model, _whose(source, "dmm.owner") if "dmm.owner" in source.metadata else model
+
+
+def _whose(source: Source, key: str) -> tuple[str, str]:
+    """Label and SHA-256 of a checkpoint that the metadata name."""
+    of = read_record(source.metadata.get(key, "{}"), f"{key} of {source.path}")
+    if not all(isinstance(of.get(part), str) for part in ("label", "sha256")):
+        raise DmmError(f"{key} of {source.path} does not name a checkpoint by label and sha256", hint=AGAIN)
+    return of["label"], of["sha256"]
 
 
 def require_input(statistics: Source, spec: Spec) -> None:
@@ -107,9 +112,9 @@ def require_input(statistics: Source, spec: Spec) -> None:
     given = read_record(statistics.metadata.get("dmm.input", "{}"), f"dmm.input of {statistics.path}")
     if given != json.loads(json.dumps(asdict(spec))):
         flags = (("--input-size", "size"), ("--mean", "mean"), ("--std", "std"))
-        wanted = [f"{flag} {str(given.get(key)).strip('[]').replace(' ', '')}" for flag, key in flags]
+        wanted = [f"{flag} {str(given[key]).strip('[]').replace(' ', '')}" for flag, key in flags if key in given]
         raise DmmError(
             f"statistics {statistics.path} were recorded with another input",
             evidence=[f"the model's is {in_words(spec)}"],
-            hint=f"use the recorded one: {' '.join(wanted)}" if "size" in given else "record them again",
+            hint=f"use the recorded one: {' '.join(wanted)}" if len(wanted) == len(flags) else AGAIN,
         )

@@ -193,7 +193,7 @@ def check_weights(recipe: Recipe, count: int) -> None:
             shown = ", ".join(f"{weight:g}" for weight in weights)
             raise DmmError(
                 f"weights must be zero or more, with a positive sum: {shown}",
-                hint=f"those that are not zero lie between {low:g} and {high:g}; only their ratios count",
+                hint=f"those that are not zero lie between {low:g} and {high:g}",
             )
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from ..errors import printable
 from ..files import write_files
+from ..ranks import speaks_for_all
 
 INTERVAL = 30.0  # seconds between progress lines off a terminal
 PATIENCE = 0.5  # seconds
@@ -38,8 +39,9 @@ def emit(
 
 
 def emit_plan(words: str, *, as_json: bool) -> None:
-    """What a dry run tells."""
-    emit(json.dumps({"schema": "dmm.plan/1", "plan": words}) if as_json else words)
+    """What a dry run tells; of several processes the first does."""
+    if speaks_for_all():
+        emit(json.dumps({"schema": "dmm.plan/1", "plan": words}) if as_json else words)
 
 
 class Progress:

@@ -125,6 +125,7 @@ def load_recorded(source: Source, layers: Mapping[str, NormInput], device: torch
     problems = [
         f"{printable(name)} is not of a layer's statistics" for name in names if name.rpartition(".")[2] not in PARTS
     ]
+    problems += [] if recorded else ["it holds none"]
     for name in recorded:
         problems += _misfits(source, name, layers.get(name))
     _refuse(source, problems, "record the statistics again, of this checkpoint: dmm record MODEL --data DATA")

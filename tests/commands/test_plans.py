@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from conftest import DIGITS, digits_as_pseudo_data, dmm
 from safetensors import safe_open
@@ -84,3 +86,14 @@ def test_teachers_and_students_that_name_other_classes_are_refused(telling, tmp_
     pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5))])
     command = ["distill", names, SITES[0], "--data", pseudo, "-o", "out.safetensors"]
     assert "the checkpoints name different classes" in refused_by_both(*command)
+
+
+def test_of_several_processes_the_first_tells_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        result = dmm("merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run", "--json")
+        assert result.exit_code == 0, result.stderr
+        told.append(result.stdout)
+    assert json.loads(told[0])["schema"] == "dmm.plan/1" and not told[1]

@@ -320,6 +320,9 @@ def rewrite(source, target, change=None, **metadata):
         (None, {"kind": "dmm.pseudo-data/1"}, "not a file of recorded statistics"),
         (None, {"model": '{"label": "other", "sha256": "abc"}'}, "they are of other (sha256 abc...)"),
         (None, {"model": "["}, "is not valid JSON"),
+        (None, {"model": "{}"}, "does not name a checkpoint by label and sha256"),
+        (lambda a: a.clear(), {}, "it holds none"),
+        (None, {"input": '{"size": "a"}'}, "hint: record them again"),
         (None, {"input": json.dumps({**INPUT, "std": [0.5]})}, "--input-size 1,8,8 --mean 0.3 --std 0.5"),
     ],
 )
