@@ -51,7 +51,7 @@ def drawn(request, sites):
 
 def made(sites, engine: str, path: Path, ranks: Ranks = Ranks()) -> bytes:
     """Pseudo-data of few images."""
-    settings = Settings(24, 12, 12, engine=engine)
+    settings = Settings(24, 6, 12, engine=engine)
     synthesize_sources(resolve_sources(list(map(str, sites))), path, settings, arch=None, device="cpu", ranks=ranks)
     return path.read_bytes()
 
@@ -94,7 +94,7 @@ main()
 @pytest.mark.parametrize("engine", ["generator", "pixels"])
 def test_after_a_kill_they_are_made_to_the_end(sites, engine, tmp_path):
     out = tmp_path / "pseudo.safetensors"
-    command = ["synthesize", *sites, "--engine", engine, "--count", 24, "--steps", 12, "--batch", 12, "-o", out]
+    command = ["synthesize", *sites, "--engine", engine, "--count", 24, "--steps", 6, "--batch", 12, "-o", out]
     killed = shell(*command, code=KILLED, env={"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))})
     assert killed.returncode == -signal.SIGKILL and not out.exists()
     assert list((tmp_path / "pseudo.safetensors.partial").iterdir())
