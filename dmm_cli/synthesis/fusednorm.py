@@ -60,7 +60,8 @@ def _normalise(
         total += centred
         square += centred * centred
         normal = centred * slope[None, :] + offset[None, :]
-        if ADD:
+        if ADD:  # rounded first, as a layer apart does: a run that goes on from its savepoint learns this anew
+            normal = normal.to(y.dtype.element_ty).to(tl.float32)
             normal += tl.load(shortcut + place, mask=inside, other=0.0).to(tl.float32)
         if RECTIFY:
             normal = tl.maximum(normal, 0.0)
