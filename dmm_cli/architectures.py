@@ -122,7 +122,7 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
         ) from error
     try:
         made = factory(**arguments)
-    except Exception as error:  # whatever it is, it is the factory's
+    except (Exception, SystemExit) as error:  # whatever it is, it is the factory's
         told = f"{type(error).__name__}: {error}"
         hint = _near_argument(error, lambda: factory)
         raise DmmError(f"{printable(name)} fails: {printable(told)}", hint=hint) from error
@@ -131,7 +131,7 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
     return made
 
 
-def _near_argument(error: Exception, taker: Callable[[], Callable[..., Any]]) -> str | None:
+def _near_argument(error: BaseException, taker: Callable[[], Callable[..., Any]]) -> str | None:
     """Which argument an unknown one was meant to be.
 
     Args:

@@ -31,6 +31,36 @@ class CheckFailed(DmmError):
     exit_code = 1
 
 
+class Terminated(BaseException):
+    """SIGTERM; no ``SystemExit``, which other people's code raises too."""
+
+
+@contextmanager
+def blamed_on(what: str) -> Iterator[None]:
+    """Tell what code that is not ours raises, be it to end Python, as a DmmError that ``what`` fails.
+
+    What we raise ourselves passes, and so does a lack of memory.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, DmmError) or is_out_of_memory(error):
+            raise
+        raise DmmError(f"{what} fails: {summary(error)}", hint="DMM_DEBUG=1 shows its traceback") from error
+
+
+def summary(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, on one line."""
+    first = (str(error).splitlines() or [""])[0]
+    return printable(f"{type(error).__name__}: {first}" if first else type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's and numpy's own, torch's on a GPU, and torch's on the CPU, which has no type."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def told_by(fact: str) -> Iterator[None]:
     """Add a fact to the evidence of what is refused inside."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DmmError, capped, printable
+from .errors import DmmError, blamed_on, capped, printable
 from .examples import IMAGES, Examples, forward, hooked, on_input
 from .images import InputSpec
 from .spaces import JointSpec, Spec, TokenSpec
@@ -34,10 +34,11 @@ def examples_of(model: nn.Module) -> Examples | None:
     """The example inputs in the order of their names; None where a model takes images alone.
 
     Raises:
-        DmmError: the example inputs are not tensors of numbers or tokens by name.
+        DmmError: the example inputs are not tensors of numbers or tokens by name, or there is an error in them.
     """
     given = getattr(model, ATTRIBUTE, None)
-    found = given() if callable(given) else given
+    with blamed_on(f"{ATTRIBUTE} of {printable(str(getattr(given, '__module__', type(model).__name__)))}"):
+        found = given() if callable(given) else given
     if found is None:
         return None
     if not isinstance(found, Mapping) or not found:

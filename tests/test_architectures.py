@@ -83,6 +83,23 @@ def test_modules_that_cannot_be_imported_are_told_as_theirs(code, words, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def net(): raise SystemExit(0)", "{}:net fails: SystemExit: 0"),
+        ("def example_inputs(): raise ValueError('a\\nb')", "example_inputs of {} fails: ValueError: a\n"),
+        ("def example_inputs(): raise SystemExit(0)", "example_inputs of {} fails: SystemExit: 0"),
+    ],
+)
+def test_factories_and_example_inputs_that_fail_are_told_as_theirs(code, words, tmp_path, monkeypatch):
+    name = f"module_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    (tmp_path / f"{name}.py").write_text(f"from torch.nn import Identity as net\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    save_file({}, tmp_path / "net.safetensors")
+    result = dmm("evaluate", tmp_path / "net.safetensors", "--data", tmp_path / "nothing.npz", "--arch", f"{name}:net")
+    assert result.exit_code == 2 and f"error: {words.format(name)}" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
     ("spec", "hint"),
     [
         ("resnet18,num_clases=10", "did you mean num_classes?"),

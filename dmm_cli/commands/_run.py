@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from ..errors import DmmError, capped, printable
+from ..errors import DmmError, Terminated, capped, is_out_of_memory, printable
 from ..ranks import process_count
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt:
         _tell("interrupted")
         raise typer.Exit(INTERRUPTED) from None
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
     except DmmError as error:
         _show(error)
         raise typer.Exit(error.exit_code) from None
@@ -60,7 +62,7 @@ def guard() -> Iterator[None]:
     except Exception as error:
         if _is_typers_own(error):
             raise
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             _show(DmmError("out of memory", evidence=str(error).splitlines()[:1], hint=SMALLER))
             raise typer.Exit(DmmError.exit_code) from None
         _crash(error)
@@ -107,14 +109,8 @@ def _is_typers_own(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] == "typer" or isinstance(error, (typer.Exit, typer.Abort))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's and numpy's own, torch's on a GPU, and torch's on the CPU, which has no type."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
-
-
 def _terminate(*_: object) -> None:
-    raise SystemExit(TERMINATED)
+    raise Terminated
 
 
 def _show(error: DmmError) -> None:

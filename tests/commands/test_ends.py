@@ -116,6 +116,13 @@ def test_a_killed_merge_leaves_no_partial_file(tmp_path, big, number, code):
     assert shell(*arguments).returncode == 0 and out.exists()
 
 
+def test_sigterm_ends_a_command_wherever_it_is(tmp_path, monkeypatch):
+    (tmp_path / "slow_net.py").write_text("import os, signal\ndef net(): os.kill(os.getpid(), signal.SIGTERM)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = dmm("evaluate", SITES[0], "--data", DIGITS / "test.safetensors", "--arch", "slow_net:net")
+    assert result.exit_code == 143 and result.output == ""
+
+
 @pytest.mark.parametrize(
     ("closed", "flags", "code", "told"),
     [
