@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import DmmError, printable
+from .errors import DmmError, blamed_on, printable
 
 IMAGES = "images"  # what files call the input of a network that has one
+ORIGIN = "dmm_origin"  # attribute of a network: what messages call it, its file
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,39 @@ Inputs = torch.Tensor | Examples
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model: several inputs by their names, images alone by position."""
-    return model(**inputs.parts) if isinstance(inputs, Examples) else model(inputs)
+    """Call a model: several inputs by their names, images alone by position.
+
+    Raises:
+        Exception: whatever the model raises; where it would end Python, a RuntimeError.
+    """
+    try:
+        return model(**inputs.parts) if isinstance(inputs, Examples) else model(inputs)
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """The same of a model that is known to take such inputs: what it raises is told as its own.
+
+    Raises:
+        DmmError: it fails, but for lack of memory.
+    """
+    with blamed_on(f"forward of {called(model)}"):
+        return forward(model, inputs)
+
+
+def called(model: nn.Module) -> str:
+    """What messages call a model."""
+    return getattr(model, ORIGIN, type(model).__name__)
 
 
 def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Logits (B, K) of a model, which gives them alone or, among other things, under the name ``logits``.
 
     Raises:
-        DmmError: it gives something else.
+        DmmError: it fails, or gives something else.
     """
-    given = forward(model, inputs)
+    given = run(model, inputs)
     found = given.get("logits") if isinstance(given, Mapping) else getattr(given, "logits", given)
     if not isinstance(found, torch.Tensor):
         raise DmmError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DmmError, printable
+from .errors import DmmError, is_out_of_memory, summary
 from .examples import Inputs, each, forward, named
 
 INPUT_HINT = "say what it takes with --input-size, or by dmm.input in its metadata"
@@ -43,10 +43,12 @@ def require_fit(label: str, model: nn.Module, example: Inputs, hint: str = INPUT
     try:
         forward(model, example)
     except Exception as error:  # whatever it is, it is the network's
+        if is_out_of_memory(error):
+            raise
         sizes = " and ".join(str(list(part.shape[1:])) for part in named(example).values())
         raise DmmError(
             f"{label} does not take inputs of {sizes}",
-            evidence=[printable((str(error).splitlines() or [type(error).__name__])[0])],
+            evidence=[summary(error)],
             hint=hint,
         ) from error
 

@@ -10,6 +10,7 @@ from torch import nn
 from .architectures import Architecture, build, identify
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable, told_by
+from .examples import ORIGIN
 from .header import FLOAT8, ITEM_SIZE
 from .inputs import Source
 from .widths import WIDTHS, resize
@@ -70,6 +71,7 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
     tensors = load_state_dict(source)
     model.load_state_dict(tensors | {name: tensors[other] for name, other in same.items()})
     model.float().eval()
+    setattr(model, ORIGIN, str(source.path))
     _require_sound(source, model.state_dict())
     return model, architecture
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DmmError, blamed_on, capped, printable
+from .errors import DmmError, blamed_on, capped, printable, summary
 from .examples import IMAGES, Examples, forward, hooked, on_input
 from .images import InputSpec
 from .spaces import JointSpec, Spec, TokenSpec
@@ -84,10 +84,8 @@ def vocabularies(model: nn.Module, examples: Examples) -> dict[str, int]:
         with hooked(on_input(layer, partial(look, layer)) for layer in layers):
             if tokens and layers:
                 forward(model, examples)
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise DmmError(
-            f"{type(model).__name__} does not take its {ATTRIBUTE}", evidence=[printable(str(error).splitlines()[0])]
-        ) from error
+    except Exception as error:  # whatever it is, it is the network's
+        raise DmmError(f"{type(model).__name__} does not take its {ATTRIBUTE}", evidence=[summary(error)]) from error
     if found.keys() != tokens.keys():
         raise DmmError(
             f"no nn.Embedding of {type(model).__name__} looks up {', '.join(sorted(tokens.keys() - found.keys()))}",

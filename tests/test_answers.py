@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from conftest import dmm
 from networks import lively
 from safetensors.numpy import load_file
@@ -54,7 +57,21 @@ class Pair(Plain):
         return super().forward(images), images
 
 
+class Failing(Plain):
+    """Answers a few images at once only."""
+
+    def __init__(self, end: type[BaseException] = ValueError) -> None:
+        super().__init__()
+        self._end = end
+
+    def forward(self, images):
+        if len(images) > 2:
+            raise self._end("too many\nat once")
+        return super().forward(images)
+
+
 plain, named, told, pair = Plain, Named, Told, Pair
+failing, exiting, starving = (partial(Failing, end) for end in (ValueError, SystemExit, MemoryError))
 
 
 def made(folder, kind: str):
@@ -90,3 +107,38 @@ def test_what_is_no_answer_is_refused(tmp_path):
     assert result.exit_code == 2 and "Pair answers with tuple, not with logits" in result.stderr
     assert "under the name logits" in result.stderr
     assert {path.name for path in (tmp_path / "pair").iterdir()} == {"0.safetensors", "1.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """What every stage that runs networks is called with, whose architecture is still to be said."""
+    folder = tmp_path_factory.mktemp("stages")
+    a, b, drawn, data = (folder / f"{name}.safetensors" for name in ("a", "b", "drawn", "data"))
+    for seed, path in enumerate((a, b)):
+        save_file(lively("test_answers:plain", seed).state_dict(), path, {"dmm.input": INPUT})
+    few = ["--count", 16, "--steps", 3, "--batch", 8]
+    assert dmm("synthesize", a, b, *few, "--arch", "test_answers:plain", "-o", drawn).exit_code == 0
+    pseudo = load_file(drawn)
+    arrays = {"images": pseudo["images"], "labels": pseudo["targets"]}
+    save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, data)
+    return {
+        "evaluate": ["evaluate", a, b, "--data", data, "--ensemble"],
+        "record": ["record", a, "--data", data],
+        "synthesize": ["synthesize", a, b, *few],
+        "distill": ["distill", a, a, b, "--data", drawn, "--steps", 2],
+    }
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "record", "synthesize", "distill"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("failing", "forward of {} fails: ValueError: too many\n"),
+        ("exiting", "forward of {} fails: RuntimeError: SystemExit: too many\n"),
+        ("starving", "out of memory\n"),
+    ],
+)
+def test_a_forward_that_fails_on_many_images_is_told_as_the_networks(stages, stage, kind, words, tmp_path):
+    result = dmm(*stages[stage], "--arch", f"test_answers:{kind}", "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and f"error: {words.format(stages[stage][1])}" in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
-from ..examples import Inputs, forward, hooked, on_input
+from ..examples import Inputs, hooked, on_input, run
 from ..inputs import Source
 from ..norms import NormInput
 from ..runtime import deterministic
@@ -83,7 +83,7 @@ def measure(
     handles = (on_input(layer.module, hook(name, layer)) for name, layer in layers.items())
     with hooked(handles), deterministic(device):
         for images in batches:
-            forward(model, images.to(device))
+            run(model, images.to(device))
             total |= {name: total[name].merge(new) if name in total else new for name, new in last.items()}
             last.clear()
     return {name: total[name] for name in layers if name in total}

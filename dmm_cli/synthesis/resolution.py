@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import summary
 from ..examples import Inputs, each, forward, joined, named
 from ..spaces import Spec
 from .teacher import Teacher
@@ -48,5 +49,5 @@ def why_whole(teachers: Sequence[Teacher], spec: Spec, device: torch.device, stu
         try:
             forward(model, halved(zeros))
         except Exception as error:  # whatever a network says to it
-            return f"{name} takes one size only: {str(error).splitlines()[0]}"
+            return f"{name} takes one size only: {summary(error)}"
     return ""
