@@ -20,7 +20,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
-from .examples import IMAGES, Inputs, answer, joined, named
+from .examples import IMAGES, Inputs, answer, joined, named, require_finite
 from .header import no_such_file
 from .images import InputSpec
 from .inputs import resolve_source
@@ -291,10 +291,16 @@ def predict(
     batch: int = 256,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> torch.Tensor:
-    """Logits, float32 (N, K), on the CPU."""
+    """Logits, float32 (N, K), on the CPU.
+
+    Raises:
+        DmmError: the model fails, or answers with NaN or infinity.
+    """
     place(model, device, example(spec, device))
     batches = data.batches(batch, spec, on_progress, "evaluate")
-    return torch.cat([answer(model, inputs.to(device)).float().cpu() for inputs in batches])
+    logits = torch.cat([answer(model, inputs.to(device)).float().cpu() for inputs in batches])
+    require_finite(model, logits)
+    return logits
 
 
 def score(label: str, answers: torch.Tensor, labels: torch.Tensor) -> EvaluationRow:

@@ -106,6 +106,16 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return found
 
 
+def require_finite(model: nn.Module, logits: torch.Tensor) -> None:
+    """Raise DmmError where logits (B, K) of a model are NaN or infinite: the largest of them names no class."""
+    lost = int((~logits.isfinite()).any(1).sum())
+    if lost:
+        raise DmmError(
+            f"{called(model)} answers with NaN or infinity on {lost} of {len(logits)} samples",
+            hint="its weights are finite: look for an overflow or a division by zero in its forward",
+        )
+
+
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """While these hooks are on a model; they are taken off again, whatever happens."""

@@ -64,6 +64,11 @@ def example(spec: Spec, device: torch.device | str = "cpu") -> Inputs:
     return joined(zeros)
 
 
+def noise(spec: Spec, count: int, stream: torch.Generator) -> Inputs:
+    """Free parameters of all inputs, standard normal numbers."""
+    return joined({name: torch.randn(count, *part.free, generator=stream) for name, part in named(spec).items()})
+
+
 class VectorSpace:
     """Maps values of an input that is no image, (B, ..., F), to what the network takes, and back."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import numpy as np
@@ -70,8 +71,21 @@ class Failing(Plain):
         return super().forward(images)
 
 
+class Lost(Plain):
+    """Answers with ``what`` on all images, or on some: those whose first pixel is darker than grey."""
+
+    def __init__(self, what: float, some: bool = False) -> None:
+        super().__init__()
+        self._what, self._some = what, some
+
+    def forward(self, images):
+        lost = (images[:, 0, 0, 0] < 0) | (not self._some)
+        return super().forward(images).masked_fill(lost[:, None], self._what)
+
+
 plain, named, told, pair = Plain, Named, Told, Pair
 failing, exiting, starving = (partial(Failing, end) for end in (ValueError, SystemExit, MemoryError))
+lost, endless, partly = partial(Lost, float("nan")), partial(Lost, float("inf")), partial(Lost, float("nan"), some=True)
 
 
 def made(folder, kind: str):
@@ -111,21 +125,22 @@ def test_what_is_no_answer_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """What every stage that runs networks is called with, whose architecture is still to be said."""
+    """What every stage that runs networks is called with; ``--arch`` is still to say what those of a and b are."""
     folder = tmp_path_factory.mktemp("stages")
-    a, b, drawn, data = (folder / f"{name}.safetensors" for name in ("a", "b", "drawn", "data"))
-    for seed, path in enumerate((a, b)):
-        save_file(lively("test_answers:plain", seed).state_dict(), path, {"dmm.input": INPUT})
+    a, b, c, drawn, data = (folder / f"{name}.safetensors" for name in ("a", "b", "c", "drawn", "data"))
+    for seed, (path, facts) in enumerate({a: {}, b: {}, c: {"dmm.arch": "test_answers:lost"}}.items()):
+        save_file(lively("test_answers:plain", seed).state_dict(), path, {"dmm.input": INPUT, **facts})
     few = ["--count", 16, "--steps", 3, "--batch", 8]
-    assert dmm("synthesize", a, b, *few, "--arch", "test_answers:plain", "-o", drawn).exit_code == 0
+    assert dmm("synthesize", a, c, *few, "--arch", "test_answers:plain", "-o", drawn).exit_code == 0
     pseudo = load_file(drawn)
     arrays = {"images": pseudo["images"], "labels": pseudo["targets"]}
     save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, data)
     return {
-        "evaluate": ["evaluate", a, b, "--data", data, "--ensemble"],
+        "evaluate": ["evaluate", a, "--fail-under", 0, "--data", data],
         "record": ["record", a, "--data", data],
         "synthesize": ["synthesize", a, b, *few],
-        "distill": ["distill", a, a, b, "--data", drawn, "--steps", 2],
+        "distill": ["distill", a, a, c, "--data", drawn, "--steps", 2],
+        "against": ["synthesize", a, b, *few, "--student", c],
     }
 
 
@@ -141,4 +156,25 @@ def stages(tmp_path_factory):
 def test_a_forward_that_fails_on_many_images_is_told_as_the_networks(stages, stage, kind, words, tmp_path):
     result = dmm(*stages[stage], "--arch", f"test_answers:{kind}", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and f"error: {words.format(stages[stage][1])}" in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "synthesize", "distill"])
+@pytest.mark.parametrize("kind", ["lost", "endless", "partly"])
+def test_an_answer_that_is_no_number_is_told(stages, stage, kind, tmp_path):
+    result = dmm(*stages[stage], "--arch", f"test_answers:{kind}", "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2, result.stderr
+    told = re.search(
+        rf"error: {stages[stage][1]} answers with NaN or infinity on (\d+) of (\d+) samples", result.stderr
+    )
+    assert told and 0 < int(told[1]) <= int(told[2]), result.stderr
+    assert kind == "partly" or told[1] == told[2]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["distill", "against"])
+def test_one_of_several_that_answers_with_no_number_is_told(stages, stage, tmp_path):
+    faulty = stages["evaluate"][1].with_name("c.safetensors")
+    result = dmm(*stages[stage], "--arch", "test_answers:plain", "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and f"error: {faulty} answers with NaN or infinity" in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..examples import Inputs, answer, hooked, on_input
+from ..examples import Inputs, answer, hooked, on_input, require_finite
 from .convex import minimise
 
 RIDGE = 200.0  # weight of the squared slopes beside the loss of all images; of 10,000, three times it measures alike
@@ -63,11 +63,15 @@ def _testimony(teacher: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Logits and what the last linear layer is given, mean over places if there are any: float32 (B, K + F).
 
     Of a network without a linear layer the logits alone, (B, K).
+
+    Raises:
+        DmmError: logits are NaN or infinite.
     """
     held: list[torch.Tensor] = []
     last = [module for module in teacher.modules() if isinstance(module, nn.Linear)][-1:]
     with hooked(on_input(layer, held.append) for layer in last):
         logits = answer(teacher, inputs)
+    require_finite(teacher, logits)
     rows = [part for part in held[-1:] if len(part) == len(logits)]  # not of one that works on places as rows
     features = [part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in rows]  # (B, F)
     return torch.cat([logits.float(), *[part.float() for part in features]], 1)

@@ -19,7 +19,7 @@ from ..layout import channels_last
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
-from ..spaces import Space, Spec
+from ..spaces import Space, noise
 from ..training import Replay, Trainer
 from .jitter import draw_moves, moved
 from .objective import Objective
@@ -110,7 +110,7 @@ class Batch:
         self._teacher = task.teachers[job.teacher].view()
         stream = random_stream(self._settings.seed, "pixels", job.name)
         self._targets = job.draw(stream)
-        start = _noise(task.spec, len(self._targets), stream)
+        start = noise(task.spec, len(self._targets), stream)
         if self._settings.coarse:
             start = each(start, blocks)
         start = each(start, channels_last).to(self._host.device)
@@ -165,8 +165,3 @@ class Batch:
             self._pixels.remember(total.detach())
         self._trainer.descend(total)
         return terms
-
-
-def _noise(spec: Spec, count: int, stream: torch.Generator) -> Inputs:
-    """Standard normal numbers in the shapes of all inputs."""
-    return joined({name: torch.randn(count, *part.free, generator=stream) for name, part in named(spec).items()})

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from ..errors import DmmError
-from ..examples import Inputs, joined, named
+from ..examples import Inputs, answer, joined, named, require_finite
 from ..manifest import History, Steps
 from ..runtime import Host, deterministic
+from ..runtime import generator as random_stream
 from ..savepoint import Savepoint
-from ..spaces import Spec, space_of
+from ..spaces import Spec, noise, space_of
 from . import ENGINES
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
@@ -51,10 +52,11 @@ def synthesize(
         teacher order), the curves of the loss terms, and how many steps it took. Every process gets the same.
 
     Raises:
-        DmmError: a teacher recognises none of its images.
+        DmmError: a network answers with NaN or infinity, or a teacher recognises none of its images.
     """
     host = replace(host, savepoint=host.savepoint or Savepoint())
     with deterministic(host.device):
+        _require_answers([*(teacher.model for teacher in teachers), *([student] if student else [])], spec, host)
         engine = ENGINES.load(settings.engine)(Task(teachers, spec, settings, host, student))
         ready = list(teachers)
         if any(teacher.prior is None for teacher in teachers):
@@ -64,6 +66,14 @@ def synthesize(
         for number, teacher in enumerate(ready):
             harvest.add(engine.candidates(number, teacher.prior))
         return Outcome(harvest.pseudo_data(history), history, engine.steps)
+
+
+@torch.no_grad()
+def _require_answers(models: Sequence[nn.Module], spec: Spec, host: Host) -> None:
+    """Raise DmmError for a network that answers noise with NaN or infinity, which would spoil what all are shown."""
+    seen = space_of(spec, host.device).draw(noise(spec, 2, random_stream(0, "answers")).to(host.device))
+    for model in models:
+        require_finite(model, answer(model, seen))
 
 
 def _with_prior(teacher: Teacher, logits: torch.Tensor) -> Teacher:
@@ -97,13 +107,14 @@ class Harvest:
             candidates: images, uint8 (B, C, H, W), or all inputs, and targets (B,).
 
         Raises:
-            DmmError: the teacher recognises none.
+            DmmError: the teacher recognises none, or answers with NaN or infinity.
         """
         teacher = self._teachers[len(self._records)]
         accepted = rejected = 0
         for pixels, targets in candidates:
             parts = pixels.split(JUDGED)
             logits = torch.cat([teacher.logits(self._space.from_bytes(p.to(self._device))).cpu() for p in parts])
+            require_finite(teacher.model, logits)
             hits = logits.argmax(1) == targets
             good = torch.nonzero(hits)[: self._count - accepted, 0]
             rejected += int((~hits).sum())
