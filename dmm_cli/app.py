@@ -20,6 +20,7 @@ from .config import DEFAULT, load_config
 from .errors import CheckFailed, DmmError, printable
 from .ranks import process_count
 from .registry import mistyped
+from .report.console import results_alone
 from .trust import grant
 
 COMMANDS = {
@@ -59,7 +60,10 @@ app = typer.Typer(
 
 
 class Command(TyperCommand):
-    """A command that tells where a wrong value was said, if not on its line; SIGTERM ends it in order."""
+    """A command that tells where a wrong value was said, if not on its line; SIGTERM ends it in order.
+
+    Its result alone goes to stdout.
+    """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         try:
@@ -72,7 +76,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
-            with ended_by_sigterm():
+            with ended_by_sigterm(), results_alone():
                 return super().invoke(ctx)
         except CheckFailed:
             raise

@@ -6,9 +6,12 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
+from typing import TextIO
 
 from ..errors import printable
 from ..files import write_files
@@ -16,6 +19,19 @@ from ..ranks import speaks_for_all
 
 INTERVAL = 30.0  # seconds between progress lines off a terminal
 PATIENCE = 0.5  # seconds
+
+_stdout: ContextVar[TextIO] = ContextVar("stdout")  # where results go while nothing else does
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Leave stdout to ``emit``: what others print meanwhile, as factories and networks may, goes to stderr."""
+    token = _stdout.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.reset(token)
 
 
 def status(text: str, *, quiet: bool = False) -> None:
@@ -35,7 +51,7 @@ def emit(
     text = text if text.endswith("\n") else text + "\n"
     write_files({**beside, **({output: text.encode()} if output else {})}, force=force)
     if output is None:
-        sys.stdout.write(text)
+        _stdout.get(sys.stdout).write(text)
 
 
 def emit_plan(words: str, *, as_json: bool) -> None:
