@@ -28,9 +28,16 @@ def option(*names: str, help: str, **details: Any) -> Any:
     return typer.Option(*names, help=help, show_envvar=False, **{"callback": _within_reason, **details})
 
 
-def gate(help: str) -> Any:
-    """``--fail-under``, in per cent."""
-    return option("--fail-under", help=help, min=0, max=100)
+def gate(help: str, low: int = 0, high: int = 100) -> Any:
+    """``--fail-under``, in per cent unless bounds are given; Typer's own tell NaN that it is too large."""
+
+    def within(value: float | None) -> float | None:
+        if _within_reason(value) is not None and not low <= value <= high:
+            raise typer.BadParameter(f"{value:g} is not in the range {low}<=x<={high}")
+        return value
+
+    shown = {"help": f"{help}  [{low}<=x<={high}]", "metavar": "<float range>"}
+    return option("--fail-under", callback=within, **shown)
 
 
 def _within_reason(value: Any) -> Any:

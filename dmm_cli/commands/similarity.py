@@ -35,10 +35,7 @@ def similarity(
         str | None, options.option("--against", help="Also compare every checkpoint with this one.")
     ] = None,
     fail_under: Annotated[
-        float | None,
-        options.option(
-            "--fail-under", help="Exit 1 when a cosine is below this, or cannot be taken (nan).", min=-1, max=1
-        ),
+        float | None, options.gate("Exit 1 when a cosine is below this, or cannot be taken (nan).", -1, 1)
     ] = None,
     measure: Annotated[
         list[str] | None,

@@ -183,8 +183,8 @@ def test_mistakes_exit_2_with_one_message_and_write_nothing(tmp_path, monkeypatc
     [
         ("--learning-rate", "inf", "inf is not a finite number"),
         ("--temperature", "nan", "nan is not a finite number"),
-        ("--fail-under", "nan", "Input should be"),
-        ("--fail-under", 200, "Input should be less than or equal to 100"),
+        ("--fail-under", "nan", "nan is not a finite number"),
+        ("--fail-under", 200, "200 is not in the range 0<=x<=100"),
         ("--seed", 10**20, "is larger than 9007199254740992"),
     ],
 )
@@ -219,10 +219,19 @@ def test_broken_checkpoints_are_named_by_merge(tmp_path, kind):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_no_accuracy_is_asked_for_that_cannot_be():
-    for bound in (-1, 100.5):
-        result = dmm("evaluate", SITES[0], "--data", DIGITS / "test.safetensors", "--fail-under", bound)
-        assert result.exit_code == 2 and "Invalid value for '--fail-under'" in result.stderr
+@pytest.mark.parametrize(
+    ("command", "bound", "words"),
+    [
+        (["evaluate", SITES[0], "--data", DIGITS / "test.safetensors"], -1, "-1 is not in the range 0<=x<=100"),
+        (["evaluate", SITES[0], "--data", DIGITS / "test.safetensors"], 100.5, "100.5 is not in the range 0<=x<=100"),
+        (["evaluate", SITES[0], "--data", DIGITS / "test.safetensors"], "nan", "nan is not a finite number"),
+        (["similarity", *SITES[:2]], -1.5, "-1.5 is not in the range -1<=x<=1"),
+        (["similarity", *SITES[:2]], "nan", "nan is not a finite number"),
+    ],
+)
+def test_nothing_is_asked_for_that_cannot_be(command, bound, words):
+    result = dmm(*command, "--fail-under", bound)
+    assert result.exit_code == 2 and f"Invalid value for '--fail-under': {words}" in result.stderr
 
 
 def test_a_gate_does_not_let_damaged_weights_pass(tmp_path):
