@@ -172,10 +172,10 @@ def _open_closed_streams() -> None:
 
 
 def main() -> None:
-    """Run the command line of this process."""
+    """Run the command line of this process, which goes by one name however it was started."""
     _open_closed_streams()
     try:
-        app()
+        app(prog_name="dmm")
     except OSError:  # the line is wrong, and stderr does not take the words that say so
         drop(sys.stderr)
         sys.exit(DmmError.exit_code)

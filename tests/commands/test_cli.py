@@ -21,6 +21,12 @@ def test_version_and_help():
     assert dmm("--help").exit_code == 0 and "Usage" in dmm().stdout + dmm().stderr
 
 
+def test_however_it_is_started_it_is_called_dmm():
+    assert shell("inspect").stderr.startswith("Usage: dmm inspect ")
+    told = {"_DMM_COMPLETE": "complete_bash", "COMP_WORDS": "dmm ins", "COMP_CWORD": "1"}
+    assert shell(env=told).stdout.split() == ["inspect"]
+
+
 @pytest.mark.parametrize(
     ("style", "start"), [("json", "{"), ("tsv", "\tsite-a"), ("md", "**cosine"), ("table", "cosine")]
 )
