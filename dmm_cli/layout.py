@@ -6,13 +6,14 @@ on a CPU. Not every network stands it.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import DmmError, is_out_of_memory, summary
-from .examples import Inputs, each, forward, named
+from .errors import DmmError, is_out_of_memory, printable, summary
+from .examples import Examples, Inputs, each, forward, named
 
 INPUT_HINT = "say what it takes with --input-size, or by dmm.input in its metadata"
 BLOCK = 16  # channels that oneDNN works on at once: 16 with AVX-512, 8 without
@@ -49,8 +50,18 @@ def require_fit(label: str, model: nn.Module, example: Inputs, hint: str = INPUT
         raise DmmError(
             f"{label} does not take inputs of {sizes}",
             evidence=[summary(error)],
-            hint=hint,
+            hint=hint if isinstance(example, Examples) else _hint_of_several(model) or hint,
         ) from error
+
+
+def _hint_of_several(model: nn.Module) -> str:
+    """What to do with a network that wants more than images, and does not tell; empty for others."""
+    taken = signature(model.forward).parameters.values()
+    wanted = [x.name for x in taken if x.default is x.empty and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
+    if len(wanted) < 2:
+        return ""
+    names = ", ".join(map(printable, wanted))
+    return f"it takes {names}: let it, or its factory's module, have example_inputs, a dict of a tensor for each"
 
 
 def _is_narrow(model: nn.Module) -> bool:

@@ -29,7 +29,14 @@ class Viewing(nn.Module):
         return self.head(self.look(images).view(len(images), -1))
 
 
-viewing = Viewing
+class Paired(Viewing):
+    """Takes two inputs, and does not tell what they are like."""
+
+    def forward(self, images: torch.Tensor, shift: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return super().forward(images + scale * shift)
+
+
+viewing, paired = Viewing, Paired
 
 
 def shown(size: int, channels: int = 3) -> torch.Tensor:
@@ -111,6 +118,16 @@ def test_an_input_that_does_not_fit_is_told(tmp_path, size):
         assert result.exit_code == 2, result.stderr
         assert f"{path} does not take inputs of [{size.replace(',', ', ')}]" in result.stderr
         assert "--input-size" in result.stderr and not out.exists()
+
+
+def test_a_network_of_several_inputs_that_does_not_tell_them_is_told_how(tmp_path):
+    path, data = tmp_path / "paired.safetensors", tmp_path / "data.safetensors"
+    save_file(lively("test_layout:paired").state_dict(), path, {"dmm.arch": "test_layout:paired"})
+    save_file({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "labels": torch.arange(4)}, data)
+    for words in (["synthesize", path], ["record", path, "--data", data], ["evaluate", path, "--data", data]):
+        result = dmm(*words, "--input-size", "3,8,8", "-o", tmp_path / "out.safetensors")
+        assert result.exit_code == 2 and "missing 1 required positional argument: 'shift'" in result.stderr
+        assert "hint: it takes images, shift: let it, or its factory's module, have example_inputs" in result.stderr
 
 
 def test_a_student_of_another_input_is_told(tmp_path):
