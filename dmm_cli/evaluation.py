@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+OTHERS = (np.int32, np.int64, np.uint8)  # integers that an input may hold until it is known what the model takes
 IMAGE_FOLDER = "an ImageFolder holds one directory per class, with the images in it"
 
 
@@ -95,14 +96,14 @@ def prepare(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str = IMAGE
 
 
 def _require_kind(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str) -> None:
-    if spec.is_image and values.dtype == torch.uint8:
+    if spec.is_image and values.dtype == torch.uint8 and values.dim() == 4:
         if values.shape[1] != spec.size[0]:
             raise DmmError(f"the data have {values.shape[1]} channels, the model takes {spec.size[0]}")
         return
     tokens = isinstance(spec, TokenSpec)
     held, shown = list(values.shape[1:]), printable(name)
     if spec.is_image or values.dtype == torch.uint8 or values.is_floating_point() == tokens:
-        kind = "images, uint8" if spec.is_image else "tokens, integers" if tokens else "numbers, float"
+        kind = "images, uint8 [N, C, H, W]" if spec.is_image else "tokens, int64" if tokens else "numbers, float"
         raise DmmError(f"{shown} of the data must be {kind}, not {values.dtype} {held}")
     if held != list(spec.size):
         raise DmmError(f"{shown} of the data are {held}, of the model {list(spec.size)}")
@@ -170,13 +171,13 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
             hint="write them anew, with no axis of length 0",
         )
     images = array.dtype == np.uint8 and array.ndim == 4
-    numbers = (array.dtype.kind == "f" or array.dtype in (np.int32, np.int64)) and array.ndim > 1 and name != IMAGES
-    if not images and not numbers:
+    others = (array.dtype.kind == "f" or array.dtype in OTHERS) and array.ndim > 1 and name != IMAGES
+    if not images and not others:
         raise DmmError(
             f"{printable(name)} of {path} must be uint8 [N, C, H, W], not {array.dtype} {list(array.shape)}",
             hint="" if name == IMAGES else "what is no image must be float [N, ...], and tokens int64",
         )
-    if numbers and not np.isfinite(array).all():
+    if others and not np.isfinite(array).all():
         raise DmmError(f"{printable(name)} of {path} hold NaN or infinity")
 
 

@@ -19,6 +19,7 @@ from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
 from dmm_cli.report import console
+from dmm_cli.spaces import TokenSpec
 
 SPEC = InputSpec((1, 2, 2), (0.0,), (1.0,))
 
@@ -202,6 +203,8 @@ def test_images_are_resized_and_normalised():
     assert got.shape == (1, 1, 8, 8) and torch.allclose(got, torch.full_like(got, 2.0))
     with pytest.raises(DmmError, match="the data have 1 channels, the model takes 3"):
         evaluation.prepare(images, InputSpec((3, 4, 4), (0.0,) * 3, (1.0,) * 3))
+    with pytest.raises(DmmError, match=r"words of the data must be tokens, int64, not torch.uint8 \[4\]"):
+        evaluation.prepare(torch.zeros(2, 4, dtype=torch.uint8), TokenSpec((4,), 3), "words")
 
 
 @pytest.mark.parametrize(
