@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import DmmError
+from .errors import DmmError, printable
 
 STRIDE = 32 << 20  # bytes handed to the disk at a time: enough to keep it busy, little enough to begin early
 TEMPORARY = ".dmm-*.tmp"  # names of what is not whole yet
@@ -44,6 +44,16 @@ def require_writable(directory: Path) -> None:
     """Raise DmmError where no file can be made in a directory; to be called before the work, not after it."""
     if not os.access(directory, os.W_OK | os.X_OK):
         raise DmmError(f"cannot write to the directory {directory}", hint="name another with -o, or change its mode")
+
+
+def refuse_dangling(directory: Path) -> None:
+    """Raise DmmError where a directory is to be made whose name a link to nothing has."""
+    if directory.is_symlink() and not directory.exists():
+        raise DmmError(
+            f"the output is a link to nothing: {directory}",
+            evidence=[f"it points to {printable(os.readlink(directory))}, which is not there"],
+            hint="make the directory that it points to, or name another with -o",
+        )
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DmmError
-from ..files import check_output, require_writable
+from ..files import check_output, refuse_dangling, require_writable
 
 
 def check_files(output: Path | None, picture: Path | None = None, *, inputs: Sequence[Path], force: bool) -> None:
@@ -55,6 +55,7 @@ def file_or_directory(
         return (output,)
     if output.suffix and len(names) == 1 and not more and not output.is_dir():
         raise DmmError(f"not the name of a .safetensors file: {output}", hint=f"name one, as in -o {example}")
+    refuse_dangling(output)
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
         raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
     require_writable(output if output.is_dir() else output.parent)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
 from ..errors import DmmError, printable
-from ..files import refuse_inputs, write_text
+from ..files import refuse_dangling, refuse_inputs, write_text
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe, require_base
@@ -370,6 +370,7 @@ def _data_hash(path: Path) -> str | None:
 def _check_outputs(files: Layout, sources: Sequence[Source], inputs: Sequence[Path], force: bool) -> None:
     """Refuse a directory that is somebody else's, or of a run of other checkpoints, and outputs over inputs."""
     output = files.root
+    refuse_dangling(output)
     if output.exists() and not output.is_dir():
         raise DmmError(f"the output is not a directory: {output}", hint="name a directory with -o")
     if output.is_dir() and any(output.iterdir()) and not (output / STATE).exists() and not force:

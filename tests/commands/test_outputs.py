@@ -65,6 +65,16 @@ def test_outputs_are_checked_before_anything_is_computed(tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and Path("old.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["run", "merge", "align"])
+def test_a_directory_whose_name_a_link_to_nothing_has_is_told(tmp_path, command):
+    link = tmp_path / "out"
+    link.symlink_to("gone")
+    for flags in ([], ["--force"]):
+        result = dmm(command, *SITES[:2], "-o", link, *flags)
+        assert result.exit_code == 2 and f"error: the output is a link to nothing: {link}" in result.stderr
+        assert "it points to gone" in result.stderr and list(tmp_path.iterdir()) == [link]
+
+
 def test_a_report_and_its_figure_are_two_files(tmp_path):
     result = dmm("similarity", *SITES[:2], "-o", tmp_path / "x.png", "--figure", tmp_path / "x.png")
     assert result.exit_code == 2 and "two outputs for one file" in result.stderr and not list(tmp_path.iterdir())
