@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import DmmError
+from ..errors import DmmError, is_out_of_memory, summary
 from ..inputs import Source
 
 if TYPE_CHECKING:
@@ -125,8 +125,10 @@ def readable_errors(data: Source, model: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise DmmError(
             f"pseudo-images of {data.path} do not go through {model}",
-            evidence=[str(error).splitlines()[0]],
+            evidence=[summary(error)],
             hint="use pseudo-data that were synthesized from these checkpoints",
         ) from error
