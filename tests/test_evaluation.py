@@ -321,6 +321,18 @@ def test_evaluate_tells_every_batch_of_all_checkpoints(monkeypatch, count, share
     assert [line[:13] for line in told] == [f"evaluate {share:3}%" for share in shares]
 
 
+def test_classes_of_which_none_has_the_same_name_are_taken_in_order_with_a_warning(tmp_path):
+    images = np.zeros((10, 1, 8, 8), np.uint8)
+    told = []
+    for classes in (list("abcdefghij"), list("0123456789")):
+        np.savez(tmp_path / "test.npz", images=images, labels=np.arange(10), classes=np.array(classes))
+        result = dmm("evaluate", DIGITS / "site-a.safetensors", "--data", tmp_path / "test.npz", "-q")
+        assert result.exit_code == 0, result.stderr
+        told.append(result.stderr)
+    assert "warning: data and checkpoints name no class alike" in told[0] and "a of the data as 0" in told[0]
+    assert not told[1]
+
+
 @pytest.mark.parametrize("kind", [np.uint16, np.int32])
 def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind):
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -49,6 +49,21 @@ def test_a_damaged_state_is_not_found(tmp_path, keep):
         assert states.load("part") is None
 
 
+def test_a_state_whose_bits_changed_is_not_found(tmp_path):
+    out = tmp_path / "out.safetensors"
+    saved(out)
+    (path,) = (tmp_path / "out.safetensors.partial").iterdir()
+    whole = path.read_bytes()
+    for place in (whole.index(b'"dmm.notes":"{') + 22, len(whole) - 1):  # of the notes' 2, and of an array
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(KeyboardInterrupt), savepoint(out) as states:
+            assert states.load("part") is None
+            raise KeyboardInterrupt
+    path.write_bytes(whole)
+    with savepoint(out) as states:
+        assert states.load("part").notes == {"done": 2}
+
+
 @pytest.mark.parametrize("looks", ["listdir", "scandir"])
 def test_another_process_may_have_removed_it_meanwhile(tmp_path, monkeypatch, looks):
     """Just before this one looks into the directory: those of torchrun end together."""

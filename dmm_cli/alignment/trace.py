@@ -49,7 +49,8 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
         raise DmmError(
             f"torch.export cannot trace {type(model).__name__}, so its units cannot be aligned",
             evidence=[printable(f"{type(error).__name__}: {error}".splitlines()[0])],
-            hint="control flow that depends on values, or another input size, is the usual cause",
+            hint="of another input size? dmm align --input-size tells it, or dmm.input in the file's metadata; "
+            "otherwise control flow that depends on values is the usual cause",
         ) from error
 
 

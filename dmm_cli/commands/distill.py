@@ -100,7 +100,7 @@ def distill(
     require_told(students, arch)
     for teacher in sources:
         require_told([teacher], untold(teacher, arch))
-    require_same_class_names([*students, *sources])
+    require_same_class_names([*sources, *students])  # pseudo-data know teachers by their files: a hint changes others
 
     from ..report.console import Progress, emit_plan, status
 

@@ -93,6 +93,7 @@ def evaluate_sources(
     from .. import evaluation
     from ..examples import named
     from ..manifest import Evaluation
+    from ..report.console import status
     from ..runtime import resolve_device
 
     where = resolve_device(device)
@@ -113,6 +114,9 @@ def evaluate_sources(
             raise _unlike(source, sources[0], own, names)
         predictions.append(answers)
         names = names or own
+    if names and labelled.classes and set(names).isdisjoint(labelled.classes):
+        taken = f"{printable(labelled.classes[0])} of the data as {printable(names[0])}"
+        status(f"warning: data and checkpoints name no class alike, so they are taken in order: {taken}, and so on")
     scored = [(source.label, *pair) for source, *pair in zip(sources, predictions, labels, strict=True)]
     if ensemble:
         scored += [(name, answers, labels[0]) for name, answers in evaluation.ensembles(predictions).items()]
@@ -127,7 +131,7 @@ def _unlike(source: Source, first: Source, own: Sequence[str], names: Sequence[s
     return DmmError(
         f"{source.label} and {first.label} do not have the same classes in the same order",
         evidence=[f"{label}: {', '.join(capped(map(printable, told))) or 'no names'}" for label, told in lists],
-        hint="where the data name the classes too, the order does not matter; otherwise evaluate them one by one",
+        hint="evaluate them one by one; the same classes in another order go together where the data name them too",
     )
 
 

@@ -106,7 +106,7 @@ def synthesize(
     if rival:
         require_other(rival, sources)
         require_told([rival], untold(rival, arch))
-        require_same_class_names([rival, *sources])
+        require_same_class_names([*sources, rival])
     if dry_run:
         _show_plan(sources, settings, output, json)
     else:

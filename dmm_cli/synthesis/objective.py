@@ -39,7 +39,7 @@ class Objective:
         if not self._losses:
             raise DmmError(
                 "no loss is left to minimise",
-                hint="give --loss norm a weight, or tell the class mix by --class-prior",
+                hint="give --loss norm a weight; cross_entropy alone does where --class-prior tells the class mix",
             )
         self._student = student
 

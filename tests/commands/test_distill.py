@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -92,6 +94,13 @@ def test_students_and_teachers_that_name_other_classes_are_refused(drawn, tmp_pa
     result = dmm("distill", student, *SITES, "--data", drawn, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and not (tmp_path / "out.safetensors").exists()
     assert "classes in another order" in result.stderr and "9, 8, 7" in result.stderr and str(SITES[1]) in result.stderr
+    # the student is to change: pseudo-data know a teacher by its file
+    words = shlex.split(
+        re.search(r"hint: .*: dmm (.*)", result.stderr)[1].replace("in-order", str(tmp_path / "in-order"))
+    )
+    assert dmm(*words).exit_code == 0
+    command = ["distill", tmp_path / "in-order.safetensors", *SITES, "--data", drawn, "--steps", 1]
+    assert dmm(*command, "-o", tmp_path / "out.safetensors").exit_code == 0
 
 
 def test_teachers_of_other_classes_are_refused(drawn, tmp_path):
