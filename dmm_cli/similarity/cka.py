@@ -85,7 +85,8 @@ def _hsic(grams: torch.Tensor) -> torch.Tensor:
     trace = flat @ flat.T
     mean = totals.outer(totals) / ((count - 1) * (count - 2))
     cross = 2.0 / (count - 2) * rows @ rows.T
-    return (trace + mean - cross) / (count * (count - 3))
+    hsic = (trace + mean - cross) / (count * (count - 3))
+    return (hsic + hsic.T) / 2.0  # products leave the two halves some bits apart
 
 
 def _normalised(hsic: np.ndarray, scale: np.ndarray) -> np.ndarray:
