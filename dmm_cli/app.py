@@ -83,7 +83,7 @@ class Command(TyperCommand):
         except DmmError as error:
             places = {max(param.opts, key=len): _place(ctx, param.name) for param in self.params}
             elsewhere = [f"{flag} is from {place}" for flag, place in places.items() if place]
-            error.evidence = (*error.evidence, *elsewhere)
+            error.evidence = (*elsewhere, *error.evidence)  # the rest is capped
             raise
 
 

@@ -18,7 +18,7 @@ from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .archspec import format_arch, parse_arch
-from .errors import DmmError, printable
+from .errors import DmmError, is_out_of_memory, printable
 from .examples import IMAGES
 from .inputs import CONFIG, Source
 from .metadata import NORMALISATION, is_by_name, stated_input
@@ -101,10 +101,9 @@ def build(spec: str, first_weights: bool = True) -> nn.Module:
         raise DmmError(f"timm cannot build {printable(spec)}: {printable(told)}", hint=hint) from error
     if "in_chans" in arguments:
         model.in_chans = arguments["in_chans"]  # its pretrained_cfg tells of three channels all the same
-    usual = getattr(model, "pretrained_cfg", None)
-    if "img_size" in arguments and usual:  # and of the usual size
-        sides = arguments["img_size"]
-        sides = (sides, sides) if isinstance(sides, int) else sides
+    sides, usual = arguments.get("img_size"), getattr(model, "pretrained_cfg", None) or {}
+    sides = (sides, sides) if isinstance(sides, int) else sides
+    if isinstance(sides, tuple | list) and "input_size" in usual:  # and of the usual size
         model.pretrained_cfg = {**usual, "input_size": (usual["input_size"][0], *sides)}
     return model
 
@@ -123,6 +122,8 @@ def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         made = factory(**arguments)
     except (Exception, SystemExit) as error:  # whatever it is, it is the factory's
+        if is_out_of_memory(error):
+            raise
         told = f"{type(error).__name__}: {error}"
         hint = _near_argument(error, lambda: factory)
         raise DmmError(f"{printable(name)} fails: {printable(told)}", hint=hint) from error

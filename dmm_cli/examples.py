@@ -107,8 +107,11 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 
 def require_finite(model: nn.Module, logits: torch.Tensor) -> None:
-    """Raise DmmError where logits (B, K) of a model are NaN or infinite: the largest of them names no class."""
-    lost = int((~logits.isfinite()).any(1).sum())
+    """Raise DmmError where the largest of a model's logits (B, K) is NaN or infinite, and so names no class.
+
+    Minus infinity among others is no fault: networks rule classes out by it.
+    """
+    lost = int((~logits.amax(1).isfinite()).sum())
     if lost:
         raise DmmError(
             f"{called(model)} answers with NaN or infinity on {lost} of {len(logits)} samples",

@@ -18,8 +18,8 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     flat = "architecture" in config and "pretrained_cfg" not in config
     cfg = config if flat else _section(config, "pretrained_cfg")
     if "architecture" in config:
-        classes = next(({"num_classes": part["num_classes"]} for part in (config, cfg) if "num_classes" in part), {})
-        told["dmm.arch"] = format_arch(str(config["architecture"]), {**_section(config, "model_args"), **classes})
+        arguments = {**_classes(cfg), **_section(config, "model_args"), **_classes(config)}
+        told["dmm.arch"] = format_arch(str(config["architecture"]), arguments)
     given = {own: cfg[key] for key, own in INPUT_KEYS.items() if key in cfg}
     if given:
         told["dmm.input"] = json.dumps(given)
@@ -27,6 +27,10 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(names, list) and len(set(map(str, names))) == len(names) > 0:
         told["dmm.classes"] = json.dumps(names)
     return told
+
+
+def _classes(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {"num_classes": part["num_classes"]} if "num_classes" in part else {}
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

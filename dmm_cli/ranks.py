@@ -91,7 +91,7 @@ def process_count() -> int:
 
 def speaks_for_all() -> bool:
     """Whether this process is the only one, or the first that torchrun started."""
-    return process_count() == 1 or os.environ["RANK"] == "0"
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -114,8 +114,8 @@ def joined() -> Iterator[Ranks]:
     signal.signal(signal.SIGTERM, previous)
     try:
         yield Ranks(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except RuntimeError as error:
-        if LOST.search(str(error)):
+    except (RuntimeError, DmmError) as error:
+        if LOST.search(str(error.__cause__ or error)):  # in a forward too, which is told as the network's
             raise DmmError("another process of torchrun failed", hint="see its message") from error
         raise
     finally:

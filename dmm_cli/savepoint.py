@@ -102,7 +102,7 @@ def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
     try:
         yield Savepoint(directory, key)
     except BaseException as error:
-        if isinstance(error, DmmError) and not isinstance(error.__cause__, OSError):
+        if isinstance(error, DmmError) and error.__cause__ is None:
             _clear(directory)
         with suppress(OSError):
             directory.rmdir()  # nothing was saved in it

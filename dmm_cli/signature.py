@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DmmError, blamed_on, capped, printable, summary
+from .errors import DmmError, blamed_on, capped, is_out_of_memory, printable, summary
 from .examples import IMAGES, Examples, forward, hooked, on_input
 from .images import InputSpec
 from .spaces import JointSpec, Spec, TokenSpec
@@ -36,7 +36,8 @@ def examples_of(model: nn.Module) -> Examples | None:
     Raises:
         DmmError: the example inputs are not tensors of numbers or tokens by name, or there is an error in them.
     """
-    given = getattr(model, ATTRIBUTE, None)
+    with blamed_on(f"{ATTRIBUTE} of {type(model).__name__}"):
+        given = getattr(model, ATTRIBUTE, None)
     with blamed_on(f"{ATTRIBUTE} of {printable(str(getattr(given, '__module__', type(model).__name__)))}"):
         found = given() if callable(given) else given
     if found is None:
@@ -85,6 +86,8 @@ def vocabularies(model: nn.Module, examples: Examples) -> dict[str, int]:
             if tokens and layers:
                 forward(model, examples)
     except Exception as error:  # whatever it is, it is the network's
+        if is_out_of_memory(error):
+            raise
         raise DmmError(f"{type(model).__name__} does not take its {ATTRIBUTE}", evidence=[summary(error)]) from error
     if found.keys() != tokens.keys():
         raise DmmError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 
@@ -69,6 +70,13 @@ class Failing(Plain):
         if len(images) > 2:
             raise self._end("too many\nat once")
         return super().forward(images)
+
+
+class Masked(Plain):
+    """Rules the last class out."""
+
+    def forward(self, images):
+        return torch.cat([super().forward(images)[:, :3], images.new_full((len(images), 1), -torch.inf)], 1)
 
 
 class Lost(Plain):
@@ -170,6 +178,13 @@ def test_an_answer_that_is_no_number_is_told(stages, stage, kind, tmp_path):
     assert told and 0 < int(told[1]) <= int(told[2]), result.stderr
     assert kind == "partly" or told[1] == told[2]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_class_may_be_ruled_out_by_minus_infinity(stages, tmp_path):
+    result = dmm(*stages["evaluate"], "--arch", "test_answers:Masked", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["rows"][0]["recall"][3] in (0.0, None)
+    made = dmm(*stages["synthesize"], "--arch", "test_answers:Masked", "-o", tmp_path / "out.safetensors")
+    assert made.exit_code == 0 and set(load_file(tmp_path / "out.safetensors")["targets"]) <= {0, 1, 2}, made.stderr
 
 
 @pytest.mark.parametrize("stage", ["distill", "against"])

@@ -159,7 +159,7 @@ def test_the_flag_beats_metadata_beats_config(tmp_path):
     assert arch.input_spec(hub, model, size=(3, 8, 8), mean=[0.5], std=[1.0]).mean == (0.5,) * 3
 
 
-@pytest.mark.parametrize(("told", "size"), [(24, (3, 24, 24)), ("(16,24)", (3, 16, 24))])
+@pytest.mark.parametrize(("told", "size"), [(24, (3, 24, 24)), ("(16,24)", (3, 16, 24)), ("None", (3, 224, 224))])
 def test_the_size_that_a_network_is_built_for_is_that_of_its_images(tmp_path, told, size):
     spec = f"vit_tiny_patch16_224,img_size={told},patch_size=8,embed_dim=24,depth=1,num_heads=2,num_classes=3"
     _, source = saved(tmp_path, spec, {"dmm.arch": spec})

@@ -89,6 +89,13 @@ def test_a_config_is_read_as_timm_reads_it(tmp_path, config):
     assert json.loads(told["dmm.input"]) == {"size": [1, 8, 8], "mean": [0.1]}
 
 
+def test_the_number_of_classes_that_weights_were_trained_for_is_the_arguments(tmp_path):
+    save_file({"w": W}, tmp_path / "model.safetensors")
+    told = {"architecture": "resnet18", "model_args": {"num_classes": 5}, "pretrained_cfg": {"num_classes": 1000}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert resolve_source(str(tmp_path)).metadata["dmm.arch"] == "resnet18,num_classes=5"
+
+
 def sharded(tmp_path, weight_map):
     save_file({"a": W}, tmp_path / "s1.safetensors")
     save_file({"b": W + 1}, tmp_path / "s2.safetensors")

@@ -105,7 +105,9 @@ def test_the_longest_name_has_room_beside_it(tmp_path):
     assert [len(path.name) for path in tmp_path.iterdir()] == [72]
 
 
-@pytest.mark.parametrize(("cause", "stays"), [(None, False), (OSError("no space left"), True)])
+@pytest.mark.parametrize(
+    ("cause", "stays"), [(None, False), (OSError("no space left"), True), (RuntimeError("CUDA error"), True)]
+)
 def test_errors_that_would_come_again_leave_nothing(tmp_path, cause, stays):
     with pytest.raises(DmmError), savepoint(tmp_path / "out.safetensors") as states:
         states.save("part", {"x": np.ones(1)})

@@ -121,14 +121,15 @@ def retention(
 
 @contextmanager
 def readable_errors(data: Source, model: str) -> Iterator[None]:
-    """Turn what torch says of images that do not fit a model into a message that names both."""
+    """Turn what a model says of images that do not fit it into a message that names both."""
     try:
         yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
+    except Exception as error:  # whatever it is, it is the network's
+        ours = isinstance(error, DmmError) and error.__cause__ is None
+        if ours or is_out_of_memory(error):
             raise
         raise DmmError(
             f"pseudo-images of {data.path} do not go through {model}",
-            evidence=[summary(error)],
+            evidence=[summary(error.__cause__ or error)],
             hint="use pseudo-data that were synthesized from these checkpoints",
         ) from error

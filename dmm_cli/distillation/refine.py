@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curves import Recorder
 from ..errors import DmmError
-from ..examples import Inputs, answer
+from ..examples import ORIGIN, Inputs, answer, called
 from ..manifest import ClassRetention, History, Retention
 from ..recalibration import reset_statistics
 from ..runtime import Host, deterministic, mixed_precision, seeded
@@ -164,7 +164,9 @@ class Pupil:
 def _shared(student: nn.Module) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(student, static_graph=True)  # which may leave parameters unused
+    shared = DistributedDataParallel(student, static_graph=True)  # which may leave parameters unused
+    setattr(shared, ORIGIN, called(student))
+    return shared
 
 
 def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, settings: Settings, when: str) -> None:

@@ -171,6 +171,8 @@ class FusedNorm(SelfMeasuring, nn.BatchNorm2d):
     rectifies = ends_block = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if isinstance(input, Unsummed):
+            input = input.settled()
         return Unsummed.of(input, self) if self.ends_block else self.normalised(input)
 
     def normalised(self, features: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
@@ -218,6 +220,18 @@ def _is_sum(features: torch.Tensor) -> bool:
     return node.next_functions[0][0] is features.made_in and node._saved_alpha == 1
 
 
+class _Waiting(torch.autograd.Function):
+    """Features as they are; no gradient goes this way, past the layer that waits with them."""
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor) -> torch.Tensor:
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        raise RuntimeError("a gradient went past a normalisation that waited for a sum: what follows it changed")
+
+
 class Unsummed(torch.Tensor):
     """Features (B, C, H, W) whose ``FusedNorm`` waits for a shortcut, and then for the ReLU.
 
@@ -227,23 +241,33 @@ class Unsummed(torch.Tensor):
     @classmethod
     def of(cls, features: torch.Tensor, norm: FusedNorm) -> Unsummed:
         """Features that are not normalised yet."""
-        waiting = features.as_subclass(cls)
+        waiting = _Waiting.apply(features).as_subclass(cls)
         waiting.features, waiting.norm, waiting.shortcut, waiting.done = features, norm, None, None
+        waiting.versions, waiting.learns = [features._version], torch.is_grad_enabled()
         return waiting
 
     def rectified(self) -> torch.Tensor:
         """The ReLU of the sum, which stays what this is."""
         if self.shortcut is None or self.done is not None:
             return F.relu_(self.settled())
+        self._require_unchanged()
         self.done = self.norm.normalised(self.features, self.shortcut)
         return self.done
 
     def settled(self) -> torch.Tensor:
-        """What this is by now, made once."""
+        """What this is by now, made once, with gradients if they were wanted where it came from."""
         if self.done is None:
-            self.done = self.norm.normalised(self.features)
-            self.done = self.done if self.shortcut is None else self.done.add_(self.shortcut)
+            self._require_unchanged()
+            with torch.set_grad_enabled(self.learns):
+                self.done = self.norm.normalised(self.features)
+                self.done = self.done if self.shortcut is None else self.done.add_(self.shortcut)
         return self.done
+
+    def _require_unchanged(self) -> None:
+        """Raise RuntimeError where what is read only now was written to since it was given."""
+        given = [self.features] if self.shortcut is None else [self.features, self.shortcut]
+        if [part._version for part in given] != self.versions:
+            raise RuntimeError("features of a residual block were changed in place before its ReLU")
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -252,6 +276,7 @@ class Unsummed(torch.Tensor):
             adds = func in (torch.Tensor.__iadd__, torch.Tensor.add_) and len(args) == 2 and not kwargs
             if adds and isinstance(args[0], cls) and args[0]._takes(args[1]):
                 args[0].shortcut = args[1]
+                args[0].versions.append(args[1]._version)
                 return args[0]
             return func(*tree_map_only(cls, cls.settled, args), **tree_map_only(cls, cls.settled, kwargs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from conftest import DIGITS, dmm
 
@@ -78,6 +79,17 @@ def test_what_is_refused_tells_which_options_were_not_on_the_line(tmp_path, monk
     assert result.exit_code == 2 and "--weights is from DMM_MERGE_WEIGHTS in the environment" in result.stderr
     assert "--method is from" not in result.stderr
     assert dmm(*command, "--method", "slerp", "--weights", "1,2").exit_code == 0
+
+
+def test_however_much_is_refused_what_was_not_on_the_line_is_told(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("DMM_MERGE_SEED", "3")
+    paths = [
+        write(name, **{f"{prefix}{i}": np.ones(1, np.float32) for i in range(30)})
+        for name, prefix in (("a", "x"), ("b", "y"))
+    ]
+    result = dmm("merge", *paths, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "more\n" in result.stderr
+    assert "--seed is from DMM_MERGE_SEED in the environment" in result.stderr
 
 
 def test_a_misspelt_variable_of_the_environment_is_refused(tmp_path, monkeypatch):

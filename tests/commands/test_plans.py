@@ -96,4 +96,6 @@ def test_of_several_processes_the_first_tells_the_plan(tmp_path, monkeypatch):
         result = dmm("merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run", "--json")
         assert result.exit_code == 0, result.stderr
         told.append(result.stdout)
+    monkeypatch.delenv("RANK")
+    assert dmm("merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run", "--json").stdout == told[0]
     assert json.loads(told[0])["schema"] == "dmm.plan/1" and not told[1]

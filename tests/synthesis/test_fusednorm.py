@@ -88,6 +88,7 @@ def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, to
 def check_waiting() -> None:
     """A layer that waits for its sum is the normalised features to whatever comes instead."""
     from dmm_cli.synthesis.fusednorm import FusedReLU, Unsummed, fuse_norms
+    from dmm_cli.synthesis.statistics import ShiftedMoments
 
     plain = network(4).norms[0]
     norm, relu = fuse_norms(nn.Sequential(copy.deepcopy(plain), nn.ReLU(inplace=True)), DEVICE).to(DEVICE)
@@ -124,12 +125,41 @@ def check_waiting() -> None:
         waits += other[:1, :, :1, :1]
         return summed(waits, other)
 
+    def normalised_again(waits, other):
+        waits = summed(waits, other)
+        return (norm if type(waits) is Unsummed else plain)(waits)
+
+    def looked_at_without_gradients(waits, other):
+        with torch.no_grad():
+            assert waits.shape == other.shape
+        return summed(waits, other)
+
     relu(summed(norm(features.to(DEVICE).requires_grad_(True)), shortcut.to(DEVICE)))
     assert norm.ends_block
-    others = [only_half, to_all_alike, without_a_sum, lambda waits, other: torch.cat([other, waits]) + waits.mean()]
+    others = [
+        only_half,
+        to_all_alike,
+        without_a_sum,
+        normalised_again,
+        looked_at_without_gradients,
+        lambda waits, other: torch.cat([other, waits]) + waits.mean(),
+    ]
     for then in (rectified_in_place, summed, *others):
         for mine, theirs in zip(follow(norm, then), follow(plain.to(DEVICE), then), strict=True):
             assert torch.allclose(mine, theirs, atol=1e-5), then
+
+    def past_the_layer(waits, other):
+        return ShiftedMoments.apply(waits, torch.zeros(4, device=DEVICE))[1] + 0 * other.sum()
+
+    def changed_before_its_relu(waits, other):
+        other = other * 1
+        waits += other
+        other.mul_(2)
+        return relu(waits)
+
+    for then, words in ((past_the_layer, "a gradient went past"), (changed_before_its_relu, "changed in place")):
+        with pytest.raises(RuntimeError, match=words):
+            follow(norm, then)
 
 
 def in_interpreter(call: str) -> None:
