@@ -78,8 +78,7 @@ def run(
         Path | None, options.option("--output", "-o", help=f"Directory for everything.{options.NEEDED}")
     ] = None,
     data: Annotated[
-        Path | None,
-        options.option("--data", help="Labelled data to judge the result by; nothing is tuned on it."),
+        Path | None, options.option("--data", help="Labelled data to judge the result by; nothing is tuned on it.")
     ] = None,
     base: Annotated[
         str | None, options.option("--base", help="Common start of the checkpoints, if there is one.")
