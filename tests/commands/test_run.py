@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from conftest import DIGITS, dmm, shell
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -142,20 +141,10 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
 
 
-def changed_twin(path, change):
-    """Site a with a few of its tensors changed."""
-    tensors = load_file(SITES[0])
-    with safe_open(SITES[0], "pt") as file:
-        save_file({**tensors, **change(tensors)}, path, file.metadata())
-    return path
-
-
 def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
-    """A twin of site a whose last layer differs a little: the merge recognises what either does."""
+    """Of images of so many steps the merge recognises 95 % and more; of half of them 88 to 98, and 90 are wanted."""
     out = tmp_path / "out"
-    nearly = 1 + 0.01 * torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
-    twin = changed_twin(tmp_path / "twin.safetensors", lambda own: {"fc.weight": own["fc.weight"] * nearly})
-    command = ["run", SITES[0], twin, "-o", out, "--synthesize-steps", 80, "--count", 64]
+    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 160, "--count", 64]
 
     def changed() -> set[str]:
         merged = load_file(out / "merged" / "group-0.safetensors")
@@ -183,8 +172,11 @@ def test_another_seed_drops_others_at_random(tmp_path):
 def test_where_a_merge_of_one_group_forgets_it_is_distilled(tmp_path, monkeypatch):
     """A twin of site a for negatives: its first layer is negated, and the mean of the two sees nothing."""
     monkeypatch.setattr("dmm_cli.commands.run.DistillSettings", partial(Settings, steps=20))
-    out = tmp_path / "out"
-    twin = changed_twin(tmp_path / "negatives.safetensors", lambda own: {"conv1.weight": -own["conv1.weight"]})
+    tensors = load_file(SITES[0])
+    with safe_open(SITES[0], "pt") as file:
+        metadata = file.metadata()
+    twin, out = tmp_path / "negatives.safetensors", tmp_path / "out"
+    save_file({**tensors, "conv1.weight": -tensors["conv1.weight"]}, twin, metadata)
     result = dmm("run", SITES[0], twin, "-o", out, "--synthesize-steps", 12, "--count", 64)
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in (out / "merged").glob("*.safetensors")] == ["group-0.safetensors"]
@@ -231,12 +223,11 @@ def test_mistakes_are_found_before_anything_is_computed(tmp_path, flags, words):
 
 
 def test_rare_knowledge_survives(tmp_path):
-    """A tenth of the default effort must already beat the ensemble, and know the digits of the lone sites."""
+    """A quarter of the default effort must already beat the ensemble, and know the digits of the lone sites."""
     out = tmp_path / "out"
-    little = ["--synthesize-steps", 60, "--distill-steps", 150, "--count", 256]
-    result = dmm("run", *SITES, "-o", out, "--data", DATA, *little)
+    result = dmm("run", *SITES, "-o", out, "--data", DATA, "--synthesize-steps", 100, "--distill-steps", 200)
     assert result.exit_code == 0, result.stderr
     rows = accuracies(out)
     assert rows["dmm run"] > rows["ensemble"] + 15 and rows["dmm run"] > rows["linear merge of all"] + 40
     result = json.loads((out / "evaluation.json").read_text())["rows"][-1]
-    assert min(result["recall"][7:]) > 15  # of the ensemble 0, 9 and 0
+    assert min(result["recall"][7:]) > 40
