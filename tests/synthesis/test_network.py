@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,22 @@ def test_fine_detail_of_red_green_and_blue_is_grey(channels, grey):
     assert (image - blocks).abs().max() > 1e-2
     apart = (image - blocks) - (image - blocks).mean(1, keepdim=True)  # (B, C, H, W)
     assert (apart.abs().max() < 1e-5) == (grey or channels == 1)
+
+
+def test_images_that_are_alike_but_for_their_contrast_have_it_drawn():
+    """Where nothing else reads the latent's first number, its exponential scales all but the one colour."""
+    network = Generator((3, 16, 16), CONDITIONS, Style()).eval()
+    for layer in (network.project, network.colour):
+        layer.weight.data[:, 0] = 0.0
+    latent = torch.randn(LATENT, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+    latent[:, 0] = torch.tensor([0.0, 1.0, -2.0])
+    with torch.no_grad():
+        images = network(latent, torch.zeros(3, dtype=torch.int64))
+        plain = network.colour(torch.cat([latent, network.embedding.weight[[0, 0, 0]]], 1))[:, :, None, None]
+    usual, strong, weak = images - plain
+    assert usual.std() > 1e-2
+    assert torch.allclose(strong, usual * math.exp(0.4), atol=1e-5)
+    assert torch.allclose(weak, usual * math.exp(-0.8), atol=1e-5)
 
 
 def test_a_mixture_lets_its_generators_draw_in_turn():
