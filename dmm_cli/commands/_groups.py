@@ -194,12 +194,18 @@ def _merge_each(
 ) -> tuple[list[Outcome], dict[str, Recalibrated]]:
     """What every merge found out, and by group what recalibration did."""
     outcomes, recalibrated = [], {}
-    for group in grouping.groups:
-        if recalibration and len(group.members) > 1:
-            outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
-        else:
-            outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
-        outcomes.append(outcome)
+    try:
+        for group in grouping.groups:
+            if recalibration and len(group.members) > 1:
+                outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
+            else:
+                outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
+            outcomes.append(outcome)
+    except BaseException:  # a part of the groups is no result, and merge.json would tell of files that are gone
+        record = [to.record] if outcomes and to.record else []
+        for path in (*record, *(path for outcome in outcomes for path in _files(outcome))):
+            path.unlink(missing_ok=True)
+        raise
     return outcomes, recalibrated
 
 
