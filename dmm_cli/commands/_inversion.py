@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from ..errors import DmmError, printable
@@ -45,7 +44,6 @@ NormAverage = Annotated[
 ClassPrior = Annotated[
     str | None, option("--class-prior", help="Class mix of every teacher: 10,10,1. Else it is estimated.")
 ]
-Grid = Annotated[Path | None, option("--grid", help="Draw the images to a .png or .svg file, a row per class.")]
 
 
 def loss_weights(pairs: list[str]) -> dict[str, float]:

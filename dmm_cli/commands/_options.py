@@ -120,6 +120,7 @@ Preset = Annotated[
         "draws as many images as of four.",
     ),
 ]
+Grid = Annotated[Path | None, option("--grid", help="Draw the pseudo-images to a .png or .svg file, a row per class.")]
 Seed = Annotated[int, option("--seed", help="Seed of every random draw.", min=0)]
 
 

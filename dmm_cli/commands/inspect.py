@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -29,6 +30,7 @@ def inspect(
     tensors: Annotated[
         bool, options.option("--tensors", help="List name, dtype and shape of every tensor; with -q, the names.")
     ] = False,
+    grid: options.Grid = None,
     arch: options.Arch = None,
     format: options.Format = "table",
     json: options.Json = False,
@@ -42,7 +44,9 @@ def inspect(
 
     style = options.chosen_format(format, json)
     source = resolve_source(checkpoint)
-    check_files(output, inputs=files_of([source]), force=force)
+    check_files(output, grid, inputs=files_of([source]), force=force)
+    if grid:
+        _draw(source, grid, force)
 
     from ..report.console import emit
     from ..report.tables import inspection_tables, render
@@ -55,6 +59,13 @@ def inspect(
         emit("\n".join(map(printable, essential)), output, force=force)
     else:
         emit(render(inspection_tables(record), style), output, force=force)
+
+
+def _draw(source: Source, grid: Path, force: bool) -> None:
+    from ..report.figures import image_grid
+    from ..synthesis.pseudodata import load_pseudo_data
+
+    image_grid(load_pseudo_data(source), grid, force=force)
 
 
 def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = False) -> Inspection:

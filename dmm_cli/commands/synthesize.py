@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -60,7 +61,7 @@ def synthesize(
     coarse: inversion.Coarse = 0.0,
     norm_average: inversion.NormAverage = 0.0,
     class_prior: inversion.ClassPrior = None,
-    grid: inversion.Grid = None,
+    grid: options.Grid = None,
     statistics: options.Statistics = None,
     arch: options.Arch = None,
     input_size: options.InputSize = None,
@@ -157,7 +158,7 @@ def _execute(
         fewer = f", {manifest.steps.taken} of {manifest.steps.planned} steps" if settings.plateau else ""
         status(f"computed on {manifest.device} in {manifest.seconds:.0f} s{fewer}", quiet=quiet)
         if grid:
-            _draw(data, grid, force, quiet)
+            _draw(data, output, grid, force, quiet)
         _report(manifest, quiet, json)
 
 
@@ -188,12 +189,16 @@ def _require_witnesses(settings: Settings, recorded: Collection[Pair]) -> None:
         )
 
 
-def _draw(data: PseudoData, path: Path, force: bool, quiet: bool) -> None:
+def _draw(data: PseudoData, output: Path, grid: Path, force: bool, quiet: bool) -> None:
     from ..report.console import status
     from ..report.figures import image_grid
 
-    image_grid(data, path, force=force)
-    status(f"wrote {path}", quiet=quiet)
+    try:
+        image_grid(data, grid, force=force)
+    except DmmError as error:
+        again = f"dmm inspect {shlex.quote(str(output))} --grid FILE draws them"
+        raise DmmError(error.what, evidence=[f"the pseudo-data are written: {output}"], hint=again) from error
+    status(f"wrote {grid}", quiet=quiet)
 
 
 def synthesize_sources(

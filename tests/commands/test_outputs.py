@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import resource
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DIGITS, dmm, shell
+from safetensors.numpy import save_file
 
 from dmm_cli.report import console
 
@@ -91,6 +95,46 @@ def test_without_room_for_a_report_or_its_figure_neither_is_written(tmp_path, ro
     assert result.returncode == 2 and f"cannot write {figure}" in result.stderr, result.stderr
     assert list(tmp_path.iterdir()) == [report] and report.read_text() == "of before"
     assert dmm(*command, "--force").exit_code == 0 and report.stat().st_size < 12_000 < figure.stat().st_size
+
+
+def test_where_one_group_cannot_be_written_none_is(tmp_path):
+    sound, broken, groups = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "groups.json"
+    save_file({"w": np.ones((4, 2), np.float32)}, sound)
+    save_file({"w": np.full((4, 2), np.nan, np.float32)}, broken)
+    groups.write_text('{"groups": [["a"], ["b"]]}')
+    command, out = ["merge", sound, broken, "--group", groups, "-o", tmp_path / "out"], tmp_path / "out"
+    for flags in ([], ["--force"]):
+        refused = dmm(*command, *flags)
+        assert refused.exit_code == 2 and "NaN" in refused.stderr and not (out.exists() and list(out.iterdir()))
+    save_file({"w": np.zeros((4, 2), np.float32)}, broken)
+    assert dmm(*command).exit_code == 0 and len(list(out.iterdir())) == 3
+    save_file({"w": np.full((4, 2), np.nan, np.float32)}, broken)
+    assert dmm(*command, "--force").exit_code == 2  # the first group was replaced, so that merge.json would not fit
+    assert [path.name for path in out.iterdir()] == ["group-1.safetensors"]
+
+
+def test_pseudo_data_whose_grid_cannot_be_written_are_kept_and_can_be_drawn(tmp_path):
+    pseudo, folder, again = tmp_path / "p.safetensors", tmp_path / "grids", tmp_path / "again.png"
+    command = ["synthesize", SITES[0], "--engine", "pixels", "--count", 8, "--steps", 2, "-o", pseudo, "--grid"]
+    assert dmm(*command, tmp_path / "g.png").exit_code == 0
+    pseudo.unlink()
+    folder.mkdir()
+
+    def remove_folder() -> None:
+        while not pseudo.with_name("p.safetensors.partial").exists():
+            time.sleep(0.001)
+        folder.rmdir()
+
+    remover = threading.Thread(target=remove_folder)
+    remover.start()
+    result = dmm(*command, folder / "g.png")
+    remover.join()
+    assert result.exit_code == 2 and f"the pseudo-data are written: {pseudo}" in result.stderr, result.stderr
+    assert f"dmm inspect {pseudo} --grid" in result.stderr
+    assert dmm("inspect", pseudo, "--grid", again).exit_code == 0
+    assert again.read_bytes() == (tmp_path / "g.png").read_bytes()
+    other = dmm("inspect", SITES[0], "--grid", tmp_path / "other.png")
+    assert other.exit_code == 2 and "not a pseudo-data file" in other.stderr and not (tmp_path / "other.png").exists()
 
 
 def test_an_index_of_shards_is_an_input_too(tmp_path):
