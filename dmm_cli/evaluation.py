@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from .checkpoint import Checkpoint
 from .errors import DmmError, capped, printable
 from .examples import IMAGES, Inputs, answer, joined, named, require_finite
 from .header import no_such_file
+from .imagefolder import IMAGE_FOLDER, decode, image_folder
 from .images import InputSpec
 from .inputs import resolve_source
 from .layout import place
@@ -29,12 +29,7 @@ from .manifest import EvaluationRow
 from .metadata import class_names
 from .spaces import Spec, TokenSpec, example, space_of
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
 OTHERS = (np.int32, np.int64, np.uint8)  # integers that an input may hold until it is known what the model takes
-IMAGE_FOLDER = "an ImageFolder holds one directory per class, with the images in it"
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,8 @@ class LabelledData:
             DmmError: the data are not what the model takes.
         """
         if isinstance(self.images, tuple):
-            return torch.cat([prepare(_decode(path, spec.size[0]), spec) for path in self.images[start:stop]])
+            decoded = (torch.from_numpy(decode(path, spec.size[0])) for path in self.images[start:stop])
+            return torch.cat([prepare(image, spec) for image in decoded])
         held = named(self.images[start:stop])
         return joined({name: prepare(held[name], part, name) for name, part in named(spec).items()})
 
@@ -220,67 +216,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...
 
 
 def _folder(path: Path, names: Sequence[str]) -> LabelledData:
-    """The images in the class folders of a directory, or the loose ones where no folder holds any.
+    """The images of a directory, see ``image_folder``.
 
     Raises:
-        DmmError: there are both, or none, or the model takes more than images.
+        DmmError: the model takes more than images, or see there.
     """
     if tuple(names) != (IMAGES,):
         raise DmmError(
             f"{path} holds images alone, the model takes {', '.join(map(printable, names))}",
             hint="give a .safetensors or .npz file with an array for each, and labels",
         )
-    visible = [entry for entry in sorted(path.iterdir()) if not _is_hidden(entry.name)]
-    folders = [entry for entry in visible if entry.is_dir()]
-    loose = [entry for entry in visible if entry.suffix.lower() in IMAGE_SUFFIXES and entry not in folders]
-    files = [(file, label) for label, folder in enumerate(folders) for file in _images_below(folder)]
-    if files and loose:
-        raise DmmError(
-            f"{path} holds class folders, and images beside them",
-            evidence=[f"in a folder: {files[0][0]}", f"beside the folders: {loose[0]}"],
-            hint="move the images beside the folders elsewhere, or the folders",
-        )
-    if loose:
-        return LabelledData(tuple(loose), None)
-    if not files:
-        raise DmmError(f"no images in {path}", hint=IMAGE_FOLDER)
-    labels = torch.tensor([label for _, label in files])
-    return LabelledData(tuple(file for file, _ in files), labels, tuple(folder.name for folder in folders))
-
-
-def _images_below(folder: Path) -> list[Path]:
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
-    return [file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts))]
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _decode(path: Path, channels: int) -> torch.Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(_in_bytes(image, path).convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow calls a broken PNG a syntax error
-        raise DmmError(f"cannot read image {path}: {printable(str(error))}") from None
-    return torch.from_numpy(pixels).reshape(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2)  # (1, C, H, W)
-
-
-def _in_bytes(image: Image.Image, path: Path) -> Image.Image:
-    """An image of 16 bits in 8, which Pillow would clip instead of scaling; others as they are."""
-    from PIL import Image
-
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise DmmError(
-            f"the values of image {path} are not in 0..65535, or not integers",
-            hint="save it in 8 or 16 bits",
-        )
-    return Image.fromarray((values.astype(np.int64) / 257).round().astype(np.uint8))
+    found = image_folder(path)
+    return LabelledData(found.files, None if found.labels is None else torch.tensor(found.labels), found.classes)
 
 
 @torch.inference_mode()
@@ -357,6 +304,14 @@ def labels_for(data: LabelledData, names: Sequence[str], classes: int, label: st
         )
     numbers = [names.index(name) if name in names else -1 for name in data.classes]
     return torch.tensor(numbers)[data.labels]
+
+
+def taken_in_order(data: LabelledData, names: Sequence[str]) -> str | None:
+    """What to warn of where ``labels_for`` has taken named classes in order, since no name agrees."""
+    if not names or not data.classes or not set(names).isdisjoint(data.classes):
+        return None
+    taken = f"{printable(data.classes[0])} of the data as {printable(names[0])}"
+    return f"data and checkpoints name no class alike, so they are taken in order: {taken}, and so on"
 
 
 def _listed(names: Sequence[str]) -> str:

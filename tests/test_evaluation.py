@@ -328,9 +328,14 @@ def test_classes_of_which_none_has_the_same_name_are_taken_in_order_with_a_warni
         np.savez(tmp_path / "test.npz", images=images, labels=np.arange(10), classes=np.array(classes))
         result = dmm("evaluate", DIGITS / "site-a.safetensors", "--data", tmp_path / "test.npz", "-q")
         assert result.exit_code == 0, result.stderr
-        told.append(result.stderr)
-    assert "warning: data and checkpoints name no class alike" in told[0] and "a of the data as 0" in told[0]
-    assert not told[1]
+        recorded = dmm(
+            "record", DIGITS / "site-a.safetensors", "--data", tmp_path / "test.npz", "-o", tmp_path / "s.safetensors",
+            "--force", "-q",
+        )  # fmt: skip
+        told += [result.stderr, recorded.stderr]
+    for words in told[:2]:
+        assert "data and checkpoints name no class alike" in words and "a of the data as 0" in words
+    assert not told[2] and not told[3]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32])
@@ -342,11 +347,17 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind):
     assert (found[0, 0] * 255).round().numpy().astype(np.uint8).tolist() == pixels.tolist()
 
 
-@pytest.mark.parametrize("pixels", [np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)])
-def test_images_of_other_numbers_are_refused(tmp_path, pixels):
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.full((2, 2), 0.5, np.float32), "are floating-point numbers, whose white is not known"),
+        (np.full((2, 2), 70000, np.int32), r"are not in 0\.\.65535"),
+    ],
+)
+def test_images_of_other_numbers_are_refused(tmp_path, pixels, words):
     (tmp_path / "a").mkdir()
     Image.fromarray(pixels).save(tmp_path / "a" / "x.tif")
-    with pytest.raises(DmmError, match=r"x\.tif are not in 0\.\.65535"):
+    with pytest.raises(DmmError, match=rf"x\.tif {words}"):
         evaluation.load_labelled(tmp_path).batch(0, 1, SPEC)
 
 

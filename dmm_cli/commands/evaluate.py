@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from ..errors import CheckFailed, DmmError, capped, printable
 from ..inputs import Source, files_of, named_files, resolve_sources
@@ -16,8 +16,10 @@ from ._outputs import check_files
 from ._run import epilog, standard_input
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from ..evaluation import LabelledData
     from ..manifest import Evaluation
     from ..spaces import Spec
 
@@ -88,22 +90,60 @@ def evaluate_sources(
     on_progress: Callable[..., None],
 ) -> Evaluation:
     """Accuracy of every checkpoint and, if asked, of their ensembles."""
-    import torch
-
     from .. import evaluation
     from ..examples import named
     from ..manifest import Evaluation
     from ..report.console import status
     from ..runtime import resolve_device
 
-    where = resolve_device(device)
     load = cache(evaluation.load_labelled)
+    answered = _answered(
+        sources, lambda spec: load(data, tuple(named(spec))), arch, flags, resolve_device(device), on_progress
+    )
+    warning = evaluation.taken_in_order(answered.data, answered.classes)
+    if warning:
+        status(f"warning: {warning}")
+    rows = [(source.label, *pair) for source, *pair in zip(sources, answered.logits, answered.labels, strict=True)]
+    if ensemble:
+        together = evaluation.ensembles(answered.logits)
+        rows += [(name, answers, answered.labels[0]) for name, answers in together.items()]
+    names = answered.classes or answered.data.classes or tuple(map(str, range(answered.logits[0].shape[1])))
+    return Evaluation(str(data), len(answered.data), names, tuple(evaluation.score(*row) for row in rows))
+
+
+class _Answered(NamedTuple):
+    """What checkpoints say to labelled data.
+
+    Attributes:
+        logits: of each, (N, K), their classes in one order. labels: (N,) in that order, once for each.
+        classes: names in that order, empty where no checkpoint has any.
+    """
+
+    data: LabelledData
+    logits: list[torch.Tensor]
+    labels: list[torch.Tensor]
+    classes: tuple[str, ...]
+
+
+def _answered(
+    sources: Sequence[Source],
+    load: Callable[[Spec], LabelledData],
+    arch: str | None,
+    flags: options.InputFlags,
+    device: torch.device,
+    on_progress: Callable[..., None] | None = None,
+) -> _Answered:
+    """Raise DmmError where checkpoints cannot be judged by the data, or not in one table."""
+    import torch
+
+    from .. import evaluation
+
     predictions, labels, names = [], [], ()
     for number, source in enumerate(sources):
         model, spec = _network(source, arch, flags)
-        labelled = load(data, tuple(named(spec)))
-        told = _as_part(on_progress, number, len(sources))
-        answers = evaluation.predict(model, labelled, spec, where, on_progress=told)  # (N, K)
+        labelled = load(spec)
+        told = _as_part(on_progress, number, len(sources)) if on_progress else None
+        answers = evaluation.predict(model, labelled, spec, device, on_progress=told)  # (N, K)
         own = class_names(source) or ()
         by_name = not set(own).isdisjoint(labelled.classes) and len(own) == answers.shape[1]
         if by_name and sorted(own) == sorted(names):  # as the first that names them has them
@@ -112,17 +152,10 @@ def evaluate_sources(
         unlike = predictions and (answers.shape != predictions[0].shape or (own and names and own != names))
         if unlike or not torch.equal(labels[-1], labels[0]):  # by name for one, in order for another
             raise _unlike(source, sources[0], own, names)
+        evaluation.class_counts(labels[-1], answers.shape[1], source.label)
         predictions.append(answers)
         names = names or own
-    if names and labelled.classes and set(names).isdisjoint(labelled.classes):
-        taken = f"{printable(labelled.classes[0])} of the data as {printable(names[0])}"
-        status(f"warning: data and checkpoints name no class alike, so they are taken in order: {taken}, and so on")
-    scored = [(source.label, *pair) for source, *pair in zip(sources, predictions, labels, strict=True)]
-    if ensemble:
-        scored += [(name, answers, labels[0]) for name, answers in evaluation.ensembles(predictions).items()]
-    rows = tuple(evaluation.score(*item) for item in scored)
-    names = names or labelled.classes or tuple(map(str, range(predictions[0].shape[1])))
-    return Evaluation(str(data), len(labelled), names, rows)
+    return _Answered(labelled, predictions, labels, names)
 
 
 def _unlike(source: Source, first: Source, own: Sequence[str], names: Sequence[str]) -> DmmError:
@@ -131,7 +164,7 @@ def _unlike(source: Source, first: Source, own: Sequence[str], names: Sequence[s
     return DmmError(
         f"{source.label} and {first.label} do not have the same classes in the same order",
         evidence=[f"{label}: {', '.join(capped(map(printable, told))) or 'no names'}" for label, told in lists],
-        hint="evaluate them one by one; the same classes in another order go together where the data name them too",
+        hint="dmm evaluate judges them one by one; classes in another order go together where the data name them too",
     )
 
 
@@ -140,19 +173,19 @@ def _as_part(on_progress: Callable[..., None], number: int, count: int) -> Calla
     return lambda stage, done, total: on_progress(stage, number * total + done, count * total)
 
 
-def require_data_fit(source: Source, data: Path, arch: str | None, flags: options.InputFlags) -> None:
-    """Raise DmmError unless a checkpoint can be judged by the data; of the images the first is looked at."""
+def require_data_fit(sources: Sequence[Source], data: Path, arch: str | None, flags: options.InputFlags) -> None:
+    """Raise DmmError unless checkpoints can be judged by the data, together; of the images the first is looked at."""
     import torch
 
     from .. import evaluation
     from ..examples import named
 
-    model, spec = _network(source, arch, flags)
-    labelled = evaluation.load_labelled(data, tuple(named(spec)))
-    first = replace(labelled, images=labelled.images[:1], labels=labelled.labels[:1])
-    classes = evaluation.predict(model, first, spec, torch.device("cpu")).shape[1]
-    labels = evaluation.labels_for(labelled, class_names(source) or (), classes, source.label)
-    evaluation.class_counts(labels, classes, source.label)
+    @cache
+    def load(names: tuple[str, ...]) -> LabelledData:
+        labelled = evaluation.load_labelled(data, names)
+        return replace(labelled, images=labelled.images[:1])
+
+    _answered(sources, lambda spec: load(tuple(named(spec))), arch, flags, torch.device("cpu"))
 
 
 def _network(source: Source, arch: str | None, flags: options.InputFlags) -> tuple[nn.Module, Spec]:

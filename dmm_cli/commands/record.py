@@ -163,6 +163,7 @@ def _measured(
     from ..layout import require_fit
     from ..manifest import RecordedLayer, RecordedNetwork
     from ..norms import norm_inputs
+    from ..report.console import status
     from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
 
@@ -177,6 +178,9 @@ def _measured(
     if images.labels is not None:
         own, width = class_names(source) or (), architectures.num_classes(module)
         labels = evaluation.labels_for(images, own, width, source.label)
+        warning = evaluation.taken_in_order(images, own)
+        if warning:
+            status(f"warning: {source.label}: {warning}")
         counts = evaluation.class_counts(labels, width, source.label)
     found = measure(module, layers, images.batches(BATCH, spec, on_progress, source.label), device)
     network = RecordedNetwork(

@@ -12,6 +12,7 @@ from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
 from ..errors import DmmError, printable
 from ..files import refuse_dangling, refuse_inputs, write_text
+from ..imagefolder import files_below
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe, require_base
@@ -124,7 +125,7 @@ def run(
     _check_outputs(files, sources, [*read, *([data] if data else [])], force)
     require_teachers(sources, arch, recorded=recorded)
     if data is not None:
-        require_data_fit(sources[0], data, arch, flags)
+        require_data_fit(sources, data, arch, flags)
 
     from ..report.console import emit_plan
 
@@ -362,7 +363,7 @@ def _record(path: Path) -> dict:
 
 def _data_hash(path: Path) -> str | None:
     if path.is_dir():
-        return str(sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*")))
+        return str([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_below(path) if p.exists()])
     return file_hash(path)
 
 

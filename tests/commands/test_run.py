@@ -125,6 +125,21 @@ def test_data_that_cannot_judge_are_refused_before_anything_is_computed(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_data_that_cannot_judge_all_checkpoints_together_are_refused_before_anything_is_computed(tmp_path):
+    """One that names no classes takes those of the data in order, another by name."""
+    silent = tmp_path / "silent.safetensors"
+    with safe_open(SITES[1], "np") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "dmm.classes"}
+    save_file(load_file(SITES[1]), silent, metadata)
+    labels = np.arange(10)
+    data = {"images": np.zeros((10, 1, 8, 8), np.uint8), "labels": labels, "classes": labels[::-1].astype("U1")}
+    np.savez(tmp_path / "data.npz", **data)
+    for last in ([], ["--dry-run"]):
+        result = dmm("run", SITES[0], silent, "-o", tmp_path / "out", "--data", tmp_path / "data.npz", *last)
+        assert result.exit_code == 2 and "do not have the same classes in the same order" in result.stderr
+        assert "silent: no names" in result.stderr and not (tmp_path / "out").exists()
+
+
 def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
     out, _ = done
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,97 @@
+"""Image files in directories: which are found, which are told apart, and what their values mean."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DIGITS, dmm
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dmm_cli.errors import DmmError
+from dmm_cli.evaluation import load_labelled
+from dmm_cli.imagefolder import decode
+
+SITE, TEST = DIGITS / "site-d.safetensors", load_file(DIGITS / "test.safetensors")
+
+
+def folder_of_digits(root: Path, *digits: int, suffix: str = ".png") -> Path:
+    """The test images of some digits, a folder for each."""
+    for number in np.flatnonzero(np.isin(TEST["labels"], digits)):
+        path = root / str(TEST["labels"][number]) / f"{number}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(TEST["images"][number, 0]).save(path)
+    return root
+
+
+def recall(folder: Path) -> list[float | None]:
+    result = dmm("evaluate", SITE, "--data", folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["rows"][0]["recall"]
+
+
+def test_links_are_followed_wherever_they_are_but_not_in_circles(tmp_path):
+    plain = folder_of_digits(tmp_path / "plain", 7, 8, 9)
+    linked = folder_of_digits(tmp_path / "linked", 7)
+    away = folder_of_digits(tmp_path / "away", 8, 9)
+    (linked / "8").symlink_to(away / "8")  # a class, and a folder within a class
+    (linked / "9").mkdir()
+    (linked / "9" / "more").symlink_to(away / "9")
+    (linked / "9" / "again").symlink_to(linked)
+    (away / "9" / "above").symlink_to(linked / "9")
+    assert recall(linked) == recall(plain) and recall(plain)[7] > 90
+
+
+def test_images_of_every_kind_count(tmp_path):
+    expected = recall(folder_of_digits(tmp_path / "png", 7, 9))
+    assert recall(folder_of_digits(tmp_path / "pgm", 7, 9, suffix=".pgm")) == expected
+    assert recall(folder_of_digits(tmp_path / "TIF", 7, 9, suffix=".TIF")) == expected
+
+
+def test_a_class_folder_of_other_files_is_told(tmp_path):
+    folder = folder_of_digits(tmp_path / "data", 7, 9)
+    (folder / "9" / "notes.txt").write_text("beside images it is passed over")
+    assert len(load_labelled(folder)) == int(np.isin(TEST["labels"], [7, 9]).sum())
+    for path in list((folder / "9").iterdir()):
+        path.rename(path.with_suffix(".xyz"))
+    for command in (["evaluate", SITE], ["record", SITE, "-o", tmp_path / "statistics.safetensors"]):
+        result = dmm(*command, "--data", folder)
+        assert result.exit_code == 2 and f"no images in {folder / '9'}" in result.stderr
+        assert f"{int((TEST['labels'] == 9).sum()) + 1} files of .xyz" in result.stderr and ".png" in result.stderr
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = folder_of_digits(tmp_path / "data", 7)
+    os.mkfifo(folder / "7" / "a.png")
+    result = dmm("evaluate", SITE, "--data", folder)
+    assert result.exit_code == 2 and "not a regular file" in result.stderr
+
+
+def test_wide_integers_that_may_be_of_eight_bits_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.zeros((4, 4), np.int32)).save(path)  # black, whatever white is
+    assert not decode(path, 3).any()
+    Image.fromarray(np.full((4, 4), 255, np.int32)).save(path)
+    with pytest.raises(DmmError, match="white or nearly black"):
+        decode(path, 3)
+
+
+def test_what_changes_behind_a_link_is_judged_anew(tmp_path):
+    away, data = folder_of_digits(tmp_path / "away", 7), folder_of_digits(tmp_path / "data", 8)
+    (data / "7").symlink_to(away / "7")
+    few = ["--count", 8, "--synthesize-steps", 2, "--distill-steps", 1]
+    command = ["run", DIGITS / "site-a.safetensors", SITE, "-o", tmp_path / "out", "--data", data, *few]
+    first, again = dmm(*command), dmm(*command)
+    assert first.exit_code == 0, first.stderr
+    assert "evaluate: up to date" in again.stderr
+    eight = next((data / "8").iterdir()).read_bytes()
+    for path in (away / "7").iterdir():
+        path.write_bytes(eight)
+    changed = dmm(*command, "--json")
+    assert "distill: up to date" in changed.stderr and "evaluate: up to date" not in changed.stderr
+    rows = {row["label"]: row["recall"] for row in json.loads(changed.stdout)["evaluation"]["rows"]}
+    assert rows["site-d"][7] == 0
