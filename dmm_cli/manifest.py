@@ -247,6 +247,7 @@ class AlignManifest(Record):
     parameters: dict[str, Any]
     seconds: float
     outputs: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

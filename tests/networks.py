@@ -137,6 +137,27 @@ def only_normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
 
 
+class Auxiliary(nn.Module):
+    """One head for training alone, and one whose answer nobody hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3), nn.Linear(8, 3)
+        self.training_conv, self.training_fc = nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
+        self.unheard = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).relu_()
+        if self.training:
+            self.told = self.training_fc(self.training_conv(h).mean((2, 3)))
+        pooled = h.mean((2, 3))
+        self.unheard(pooled)
+        return self.second(pooled)
+
+
+auxiliary = Auxiliary
+
+
 class Branching(nn.Module):
     """Control flow that torch.export cannot trace."""
 

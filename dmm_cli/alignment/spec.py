@@ -66,11 +66,13 @@ class Spec:
         count: K, the number of ids.
         tensors: of the state dict, those with units that may move, and their axes.
         groups: which units may change places; ids in no group stay.
+        unread: parameters that the network holds and does not use, at least not outside training.
     """
 
     count: int
     tensors: dict[str, tuple[TensorAxis, ...]]
     groups: tuple[Group, ...]
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def movable(self) -> np.ndarray:

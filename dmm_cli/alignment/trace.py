@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ def _silent() -> Iterator[None]:
 def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec:
     """Carry labels through the graph and gather what it tells about them.
 
+    What leads nowhere stays as it is: parameters that nothing reads, as of a head for training alone, and the units of
+    results that nothing uses.
+
     Args:
         state: the state dict, not detached, so that tied tensors are one object.
 
@@ -82,7 +86,7 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
     for node in program.graph.nodes:
         if node.op == "placeholder":
             tensor = state.get(targets.get(node.name, ""))
-            if tensor is None or not tensor.is_floating_point():
+            if tensor is None or not tensor.is_floating_point() or not node.users:
                 values[node] = Value.fixed(_shape(node) or ())
                 continue
             if id(tensor) not in labelled:
@@ -90,12 +94,20 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
             values[node] = labelled[id(tensor)]
         elif node.op == "call_function":
             values[node] = _apply(units, node, values)
+            if not node.users and not _is_in_place(node):
+                unknown(units, (), values[node])
         elif node.op == "output":
             unknown(units, (), *(values[item] for item in node.all_input_nodes))
         else:  # a constant, or the body of a control flow operator
             values[node] = Value.fixed(_shape(node) or ())
     parameters = {name: labelled[id(tensor)] for name, tensor in state.items() if id(tensor) in labelled}
-    return build_spec(units, parameters)
+    unread = (name for name, tensor in state.items() if id(tensor) not in labelled and _is_parameter(tensor))
+    return replace(build_spec(units, parameters), unread=tuple(unread))
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether it holds several weights that are trained, unlike statistics and counters."""
+    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.numel() > 1
 
 
 def _convolution_weights(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
@@ -172,9 +184,17 @@ def _checked(rule: Rule, node: fx.Node) -> Rule:
 
 def _name(node: fx.Node) -> str:
     """The operation's name without its overload; in-place ones are called as the others."""
+    return _own_name(node).removesuffix("_")
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether the operation changes its argument, so that its result may be used under another name."""
+    return _own_name(node).endswith("_")
+
+
+def _own_name(node: fx.Node) -> str:
     target = node.target
-    name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
-    return name.removesuffix("_")
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

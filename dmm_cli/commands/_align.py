@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DmmError, printable
+from ..errors import DmmError, capped, printable
 from ..inputs import Source, resolve_source
 from ..merging.method import require_share
 from ..registry import mistyped
@@ -142,6 +142,7 @@ def aligned_copies(
                 ordered,
                 sources=[copies.get(source.label, source) for source in ordered.sources],
                 aligned=(*ordered.aligned, *map(aligned_record, found)),
+                warnings=(*ordered.warnings, *left_alone(found)),
             )
             if settings.widens:
                 ordered = _widened(ordered, found[0], settings, place)
@@ -207,6 +208,20 @@ def write_aligned(
         source = alignment.source
         own = {"dmm.sources": lineage(records([source])), "dmm.reference": to, **inherited([source])}
         alignment.write(paths[source.label], {**metadata, **own}, inputs=inputs, force=force)
+
+
+def left_alone(found: Sequence[Alignment]) -> tuple[str, ...]:
+    """Warnings of parameters that did not move with the units that they may have been trained with."""
+    return tuple(
+        f"{alignment.source.label} does not use {_listed(alignment.spec.unread)} outside training: left as it is, "
+        "in the order that units had before"
+        for alignment in found
+        if alignment.spec.unread and alignment.moved(alignment.spec.movable.nonzero()[0])
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(capped(map(printable, names), 4))
 
 
 def aligned_record(alignment: Alignment) -> AlignedSource:

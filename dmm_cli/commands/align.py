@@ -11,7 +11,7 @@ import typer
 from ..inputs import files_of, named_files, require_same_tensors, resolve_sources
 from ..merging.heads import unlike_heads
 from . import _options as options
-from ._align import RESTARTS, aligned_record, alignment_metadata, write_aligned
+from ._align import RESTARTS, aligned_record, alignment_metadata, left_alone, write_aligned
 from ._outputs import file_or_directory
 from ._provenance import records
 from ._run import epilog, standard_input
@@ -83,7 +83,10 @@ def align(
         parameters={"restarts": restarts, "seed": seed},
         seconds=time.monotonic() - started,
         outputs=tuple(str(paths[source.label]) for source in in_turn),
+        warnings=left_alone(found),
     )
+    for warning in manifest.warnings:
+        status(f"warning: {warning}")
     status(f"aligned in {manifest.seconds:.0f} s", quiet=quiet)
     if style == "json":
         emit(dump(manifest))

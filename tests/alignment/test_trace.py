@@ -107,6 +107,19 @@ def test_an_unknown_operation_fixes_the_units_it_touches_and_no_others():
     assert [(group.name, group.size) for group in spec.groups] == [("second.weight[0]", 9)]
 
 
+def test_what_leads_nowhere_stays_as_it_is():
+    model = lively("networks:auxiliary")
+    spec, before = trace(model, (1, 6, 6)), arrays(model)
+    assert [group.size for group in spec.groups] == [8]
+    assert spec.unread == tuple(f"training_{part}" for part in ("conv.weight", "conv.bias", "fc.weight", "fc.bias"))
+    after = permute(before, spec, random_image(spec, np.random.default_rng(0)))
+    assert {name for name in before if (after[name] != before[name]).any()} == {
+        "first.weight", "first.bias", "second.weight", "unheard.weight",
+    }  # fmt: skip
+    order = [int(np.flatnonzero(before["first.bias"] == value)[0]) for value in after["first.bias"]]
+    assert (after["unheard.weight"] == before["unheard.weight"][:, order]).all()  # it hears what it heard
+
+
 def test_a_module_that_cannot_be_traced_is_named():
     with pytest.raises(DmmError, match=r"torch.export cannot trace Branching") as error:
         trace(networks.branching().eval(), (6,))

@@ -175,3 +175,25 @@ def test_groups_are_aligned_each_on_its_own(scrambled, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "group-0.safetensors", "group-1.safetensors", "merge.json",
     ]  # fmt: skip
+
+
+def test_a_head_for_training_alone_is_left_as_it_is_and_told(tmp_path):
+    model = lively("networks:auxiliary")
+    first, other = arrays(model), arrays(lively("networks:auxiliary", 1))
+    spec = trace(model, (1, 6, 6))
+    other = {**permute(first, spec, random_image(spec, np.random.default_rng(1))), **{n: other[n] for n in spec.unread}}
+    told = {"dmm.arch": "networks:auxiliary", "dmm.input": '{"size": [1, 6, 6], "mean": [0], "std": [1]}'}
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, tensors in zip(paths, (first, other), strict=True):
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, told)
+    aligned = dmm("--trust", "networks", "align", *paths, "-o", tmp_path / "out.safetensors", "--json")
+    assert aligned.exit_code == 0, aligned.stderr
+    record, got = json.loads(aligned.stdout), load_file(tmp_path / "out.safetensors")
+    assert [group["units"] for group in record["aligned"][0]["groups"]] == [8]
+    assert all((got[name] == (other if name in spec.unread else first)[name]).all() for name in got)
+    words = "b does not use training_conv.weight, training_conv.bias, training_fc.weight, training_fc.bias outside"
+    assert words in aligned.stderr and words in record["warnings"][0]
+    merged = dmm(
+        "--trust", "networks", "merge", *paths, "--align", "always", "-o", tmp_path / "m.safetensors", "--json"
+    )
+    assert merged.exit_code == 0 and any(words in text for text in json.loads(merged.stdout)["warnings"])
