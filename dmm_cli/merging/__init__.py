@@ -8,8 +8,8 @@ from ..registry import Registry
 # or "features", which needs pseudo-data.
 # The others: "base" needs a common start, "gram" the inner products of whole tensors, "trim" the
 # magnitude that a share ``density`` of each tensor exceeds, "outputs" what layers give in the checkpoints themselves,
-# "pair" merges two checkpoints only. Then come the
-# parameters, "name: kind" in the order of the function's, see ``method.KINDS``.
+# "pair" merges two checkpoints only, "noise" how large the rounding of stored weights can be. Then come the parameters,
+# "name: kind" in the order of the function's, see ``method.KINDS``.
 METHODS = Registry(
     "merge method",
     {
@@ -52,17 +52,17 @@ METHODS = Registry(
         "tsv": (
             "dmm_cli.merging.tsv:tsv",
             "leading singular vectors of every task, decorrelated",
-            "matrices", "base", "scale: number",
+            "matrices", "base", "noise", "scale: number",
         ),
         "iso_c": (
             "dmm_cli.merging.iso_c:iso_c",
             "sum of task matrices with a flat spectrum",
-            "matrices", "base", "scale: number",
+            "matrices", "base", "noise", "scale: number",
         ),
         "iso_cts": (
             "dmm_cli.merging.iso_cts:iso_cts",
             "common and task directions with a flat spectrum",
-            "matrices", "base", "scale: number", "common: share",
+            "matrices", "base", "noise", "scale: number", "common: share",
         ),
         "wudi": (
             "dmm_cli.merging.wudi:wudi",

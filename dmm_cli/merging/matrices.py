@@ -5,7 +5,8 @@ Legend: N checkpoints, R x S a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from ..runtime import deterministic
 
 Method = Callable[..., torch.Tensor]
+
+EPSILONS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}  # from 1 to the next larger number
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -33,17 +36,42 @@ def load_linear_algebra(device: torch.device) -> None:
         torch.linalg.eigvalsh(torch.eye(2, device=device))
 
 
+def rounding_noise(base: np.ndarray, shape: tuple[int, int], dtypes: Sequence[str]) -> np.ndarray:
+    """The largest singular value that a task vector has because weights are stored rounded, float64 (N,).
+
+    Errors of at most half a unit in the last place, as likely to be anywhere in it, have a standard deviation of at
+    most eps |w| / sqrt(12). A matrix of independent entries of these deviations has its largest singular value near the
+    largest norm of a row of deviations plus that of a column (Bandeira & van Handel, Ann. Probab. 2016).
+
+    Args:
+        base: the weights, (R * S,). dtypes: those of the base and of every checkpoint.
+    """
+    squares = np.square(base, dtype=np.float64).reshape(shape)
+    edge = np.sqrt(squares.sum(0).max()) + np.sqrt(squares.sum(1).max())
+    own, *others = (EPSILONS[dtype] for dtype in dtypes)
+    return edge * np.hypot(own, others) / math.sqrt(12.0)
+
+
 def merge_matrices(
-    tasks: np.ndarray, shape: tuple[int, int], device: torch.device, method: Method, parameters: dict[str, Any]
+    tasks: np.ndarray,
+    shape: tuple[int, int],
+    device: torch.device,
+    method: Method,
+    parameters: dict[str, Any],
+    noise: np.ndarray | None,
 ) -> np.ndarray:
     """Give task vectors (N, R * S) to a method as matrices (N, R, S); the merged task vector, (R * S,).
+
+    Args:
+        noise: the largest singular value that rounding gives each task, (N,), for methods with the trait "noise".
 
     Raises:
         DmmError: a parameter is out of its range.
     """
     with deterministic(device), torch.no_grad():
         stacked = torch.from_numpy(tasks).to(device).view(len(tasks), *shape)  # (N, R, S)
-        return method(stacked, **parameters).cpu().numpy().reshape(-1)
+        given = () if noise is None else (torch.from_numpy(noise),)
+        return method(stacked, *given, **parameters).cpu().numpy().reshape(-1)
 
 
 def calibrate_matrix(

@@ -228,7 +228,7 @@ class Tensors:
             for _, part in _blocks(piece):
                 _blend(rows[:, part], known, out=merged[part])
         else:
-            self._merge_tasks(info, piece, rows, known, out=merged)
+            self._merge_tasks(info, piece, rows, base, known, out=merged)
             merged += base
         length = float(np.dot(merged, merged))
         if not np.isfinite(length) and not np.isfinite(merged).all():
@@ -236,13 +236,20 @@ class Tensors:
         return Part(self._encode(info, merged), length, squares)
 
     def _merge_tasks(
-        self, info: TensorInfo, piece: Piece, tasks: np.ndarray, known: np.ndarray | None, *, out: np.ndarray
+        self,
+        info: TensorInfo,
+        piece: Piece,
+        tasks: np.ndarray,
+        base: np.ndarray,
+        known: np.ndarray | None,
+        *,
+        out: np.ndarray,
     ) -> None:
         """Fill ``out`` (n,) with the merged task vector, calibrated if asked for; overwrites the tasks (N, n)."""
         shape = self._matrix_shape(info.name) if self.on_matrices else None
         calibrated = shape and self._recipe.calibrate
         if shape and "matrices" in self._traits:
-            out[:] = self._merged_matrix(info, tasks, shape)
+            out[:] = self._merged_matrix(info, tasks, base, shape)
         else:
             spent = tasks.copy() if calibrated else tasks
             for block, part in _blocks(piece):
@@ -262,11 +269,17 @@ class Tensors:
             return fact
         return self._method(Facts(self._weights[name], fact), **self._parameters[name])
 
-    def _merged_matrix(self, info: TensorInfo, tasks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        from .matrices import merge_matrices
+    def _merged_matrix(
+        self, info: TensorInfo, tasks: np.ndarray, base: np.ndarray, shape: tuple[int, int]
+    ) -> np.ndarray:
+        from .matrices import merge_matrices, rounding_noise
 
-        weighted = tasks * self._weights[info.name].astype(tasks.dtype)[:, None]
-        return merge_matrices(weighted, shape, self.device, self._method, self._parameters[info.name])
+        weights, noise = self._weights[info.name], None
+        if "noise" in self._traits:
+            files = self._used(self._all, info.name)
+            noise = weights * rounding_noise(base, shape, [file.source.tensors[info.name].dtype for file in files])
+        weighted = tasks * weights.astype(tasks.dtype)[:, None]
+        return merge_matrices(weighted, shape, self.device, self._method, self._parameters[info.name], noise)
 
     def _merged_block(self, info: TensorInfo, block: Piece, tasks: np.ndarray, known: np.ndarray | None) -> np.ndarray:
         """The merged task vector (n,) of a block; what is no matrix takes the mean from methods on matrices."""

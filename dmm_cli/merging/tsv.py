@@ -7,17 +7,20 @@ import torch
 from .spectrum import polar_factor, thin_svd
 
 
-def tsv(tasks: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+def tsv(tasks: torch.Tensor, noise: torch.Tensor | None = None, *, scale: float = 1.0) -> torch.Tensor:
     """TSV-M (Gargiulo et al., CVPR 2025): keep r/N components of every task, make them orthogonal, add them.
 
     The singular vectors of all tasks side by side are replaced by their polar factors, so that no task
-    reads or writes another one's directions; singular values stay.
+    reads or writes another one's directions; singular values stay. Directions that a task lacks, up to rounding, stay
+    out: the others would make room for them.
 
     Args:
         tasks: (N, R, S).
+        noise: the largest singular value that rounding gives each task, (N,), 0 if None.
     """
     kept = max(1, min(tasks.shape[1:]) // len(tasks))
-    parts = [thin_svd(task) for task in tasks]
+    floors = [0.0] * len(tasks) if noise is None else noise.tolist()
+    parts = [thin_svd(task, floor) for task, floor in zip(tasks, floors, strict=True)]
     left = polar_factor(torch.cat([u[:, :kept] for u, _, _ in parts], 1))  # (R, N kept)
     right = polar_factor(torch.cat([v[:kept] for _, _, v in parts], 0).T)  # (S, N kept)
     values = torch.cat([s[:kept] for _, s, _ in parts])

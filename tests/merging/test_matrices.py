@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, merged, normal, rotation
+from safetensors.torch import load_file, save_file
 
 from dmm_cli.errors import DmmError
-from dmm_cli.merging import METHODS
+from dmm_cli.inputs import resolve_source
+from dmm_cli.merging import METHODS, engine
 from dmm_cli.merging.iso_cts import iso_cts
-from dmm_cli.merging.matrices import matrix_shape
+from dmm_cli.merging.matrices import matrix_shape, rounding_noise
+from dmm_cli.merging.recipe import Recipe
 from dmm_cli.merging.svc import svc
 from dmm_cli.merging.wudi import wudi
 
@@ -104,6 +107,45 @@ def test_iso_cts_without_common_directions_is_flat_too(count, rank):
     got = iso_cts(torch.from_numpy(normal(count, rank, rank + 1)), common=0.0)
     values = np.linalg.svd(got.numpy(), compute_uv=False)
     assert values[0] > 0 and np.allclose(values, values[0], rtol=1e-6)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_noise_of_rounding_is_what_rounding_adds(dtype, spread):
+    """Also where some rows hold much larger weights than others."""
+    weights = normal(200, 300) * np.exp(spread * normal(200, 1))
+    stored = torch.from_numpy(weights).to(DTYPES[dtype]).double().numpy()
+    noise = np.linalg.norm(stored - weights, 2)
+    bound, double, none = rounding_noise(weights.ravel(), (200, 300), ["F64", dtype, "BF16", "F64"])
+    assert noise < bound < 3 * noise and double > bound / 2 and none < 1e-12 * np.linalg.norm(weights, 2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts", "tsv"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_of_stored_weights_is_no_direction_of_a_task(tmp_path, dtype, name, count):
+    """Tasks of rank 4, as LoRA's are: what the merge changes lies in their directions, and they in it."""
+    weights, kind = 0.05 * normal(96, 128), DTYPES[dtype]
+    size = 5e-4 if dtype == "F32" else 1e-2
+    low = [size * normal(96, 4, seed=n) @ normal(4, 128, seed=10 + n) for n in range(count)]
+    stored = [torch.from_numpy(array).to(kind) for array in (weights, *(weights + task for task in low))]
+    for number, tensor in enumerate(stored):
+        save_file({"l.weight": tensor}, tmp_path / f"m{number}.safetensors")
+    base, *others = (resolve_source(str(tmp_path / f"m{number}.safetensors")) for number in range(len(stored)))
+    recipe = Recipe(name, base=base, dtype="float64", device="cpu")
+    engine.merge(others, tmp_path / "out.safetensors", recipe, {})
+    task = load_file(tmp_path / "out.safetensors")["l.weight"].numpy() - stored[0].double().numpy()
+    values = np.linalg.svd(task, compute_uv=False)
+    spaces = [svd(np.hstack(low))[0][:, : 4 * count], svd(np.vstack(low))[2][: 4 * count]]
+    outside = task - spaces[0] @ (spaces[0].T @ task @ spaces[1].T) @ spaces[1]
+    # rounding turns the directions, by its share of them
+    assert np.linalg.norm(outside) < {"F64": 1e-9, "F32": 1e-4, "F16": 0.02, "BF16": 0.15}[dtype] * np.linalg.norm(task)
+    assert (values > 1e-4 * values[0]).sum() == 4 * count  # the output is rounded too
+    if name != "tsv":
+        assert np.allclose(values[: 4 * count], values[0], rtol=1e-5)
 
 
 def interference(merged: np.ndarray, tasks: np.ndarray) -> float:
