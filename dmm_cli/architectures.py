@@ -151,6 +151,8 @@ def identify(source: Source, arch: str | None = None) -> Architecture:
     """
     if arch:
         return Architecture(arch, "given with --arch")
+    if source.metadata.get("dmm.arch") == "":
+        raise DmmError(f"dmm.arch in the metadata of {source.path} is empty", hint="name the architecture with --arch")
     if "dmm.arch" in source.metadata:
         require_trust(source)
         own = "dmm.arch" in source.headers[0].metadata

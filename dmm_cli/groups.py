@@ -6,12 +6,14 @@ Loads no array library: ``grouping`` finds groups, by similarity.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from .errors import DmmError, printable
 from .manifest import Group, Grouping, Matrix, PairReason, SimilarityReport
 
+ROUNDING = 1e-6  # of a cosine
 HINT = 'write {"groups": [["a", "b"], ["c"]]}'
 
 
@@ -62,7 +64,8 @@ def _whole_report(record: dict, origin: str) -> SimilarityReport:
         report = SimilarityReport.from_json(record)
     except DmmError as error:
         raise DmmError(f"{origin}: {error.what}") from None
-    matrices = [report.measures.get("cosine", ()), *report.measures.values(), *(x.cosine for x in report.layers)]
+    cosines = [report.measures.get("cosine", ()), *(layer.cosine for layer in report.layers)]
+    matrices = [*cosines, *report.measures.values()]
     matrices += [matrix for matrix in (report.raw_cosine, report.unrelated) if matrix]
     sizes = [len(part) for matrix in matrices for part in (matrix, *matrix)]
     sizes += [len(layer.norms) for layer in report.layers if layer.norms]
@@ -70,7 +73,28 @@ def _whole_report(record: dict, origin: str) -> SimilarityReport:
         raise DmmError(
             f"{origin} does not compare every checkpoint with every other", hint="make it with dmm similarity --json"
         )
+    for matrix in matrices:
+        bound = 1.0 if matrix in (*cosines, report.raw_cosine) else math.inf
+        _require_similarities(matrix, bound, report.labels, origin)
     return report
+
+
+def _require_similarities(matrix: Matrix, largest: float, labels: Sequence[str], origin: str) -> None:
+    """Raise DmmError unless a matrix holds numbers up to ``largest``, or nothing, and the same both ways."""
+    for a, row in enumerate(matrix):
+        for b, value in enumerate(row[: a + 1]):
+            mirrored = matrix[b][a]
+            if not _is_similarity(value, largest) or not _is_similarity(mirrored, largest):
+                fault = f"{value} and {mirrored} for {labels[a]} and {labels[b]}: no similarity"
+            elif (value is None) != (mirrored is None) or (value is not None and abs(value - mirrored) > ROUNDING):
+                fault = f"{value} one way and {mirrored} the other for {labels[a]} and {labels[b]}"
+            else:
+                continue
+            raise DmmError(f"{origin} holds {printable(fault)}", hint="make it with dmm similarity --json")
+
+
+def _is_similarity(value: object, largest: float) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value) and abs(value) <= largest + ROUNDING)
 
 
 def _listed(record: dict, labels: Sequence[str], origin: str) -> list[list[str]]:
@@ -88,12 +112,14 @@ def _listed(record: dict, labels: Sequence[str], origin: str) -> list[list[str]]
             listed.append(members)
         else:
             raise DmmError(f"{origin} holds what is not a group: {printable(json.dumps(group))}", hint=HINT)
+    if not any(listed):
+        raise DmmError(f"{origin} holds no groups", hint=HINT)
     return listed
 
 
 def _are(kind: type, values: object) -> bool:
     """Whether this is a list of such values."""
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def in_order(report: SimilarityReport, labels: Sequence[str]) -> SimilarityReport:

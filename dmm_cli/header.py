@@ -11,12 +11,14 @@ import json
 import os
 import stat
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from . import strictjson
 from .errors import DmmError, capped, printable
 from .registry import did_you_mean
 
@@ -29,6 +31,8 @@ FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})  # which networks are loaded from, and is not merged
 UNOPENED = "dmm never opens pickles"
 CONVERSION = "convert it once, on a machine that trusts it: safetensors.torch.save_file(torch.load(...), ...)"
+
+ARRAYS = "save its arrays with safetensors.numpy.save_file"
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name to dtype and shape
 Fingerprint = tuple[int, int, int, int, int]
@@ -175,34 +179,37 @@ def _broken(path: Path, fact: str, hint: str = "copy or download the file again"
 def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> DmmError:
     if start.startswith(b"version https://git-lfs"):
         return _broken(path, "it is a Git LFS pointer, not the file itself", "run: git lfs pull")
+    if start.startswith(b"PK\x03\x04") and not _holds_pickle(path):
+        return _broken(path, "it is a zip archive, an .npz for example, and none that torch.save makes", ARRAYS)
     if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
         return _broken(path, f"it is a pickle (a torch.save file); {UNOPENED}", CONVERSION)
+    if start.startswith(b"GGUF"):
+        return _broken(path, "it is a GGUF file", "dmm reads safetensors: take the checkpoint that it was made from")
     if start.lstrip()[:1] == b"<":
         return _broken(path, "it is an HTML or XML page, likely a failed download")
     return _broken(path, f"it announces a header of {length} bytes, the file has {size}: truncated or another format")
+
+
+def _holds_pickle(path: Path) -> bool:
+    """Whether a zip archive is one of torch.save; of a torn one, which lists nothing, that is to be expected."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return True
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     if text[:1] != b"{":
         raise _broken(path, "its header does not start with '{'")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 2000 else ["a name"]
-            raise _broken(path, f"its header holds {', '.join(map(printable, twice[:3]))} twice")
-        return record
-
     try:
-        record = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        record = strictjson.parse(text.decode())
+    except strictjson.Repeated as error:
+        raise _broken(path, f"its header {error}") from None
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not valid JSON: {printable(str(error))}") from None
     return record
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _metadata(path: Path, entry: Any) -> dict[str, str]:

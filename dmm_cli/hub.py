@@ -17,7 +17,7 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     # files of older versions of timm have no such section: all of it stands beside the architecture
     flat = "architecture" in config and "pretrained_cfg" not in config
     cfg = config if flat else _section(config, "pretrained_cfg")
-    if "architecture" in config:
+    if isinstance(config.get("architecture"), str):
         arguments = {**_classes(cfg), **_section(config, "model_args"), **_classes(config)}
         told["dmm.arch"] = format_arch(str(config["architecture"]), arguments)
     given = {own: cfg[key] for key, own in INPUT_KEYS.items() if key in cfg}
@@ -30,7 +30,8 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _classes(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {"num_classes": part["num_classes"]} if "num_classes" in part else {}
+    count = part.get("num_classes")
+    return {"num_classes": count} if type(count) is int else {}
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -6,13 +6,14 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import strictjson
 from .errors import DmmError, capped, printable
 from .header import CONVERSION, UNOPENED, Header, TensorInfo, read_header
 from .hub import in_metadata
@@ -22,6 +23,7 @@ from .recall import recall, remember
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+MARK = "\ufeff"  # which some editors put in front of a text (BOM)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what torch.save writes is called
 
 
@@ -241,14 +243,16 @@ def paths_in_record(record: dict[str, Any], origin: str) -> list[str]:
     return paths
 
 
-def read_record(text: str, origin: str) -> dict[str, Any]:
+def read_record(text: str, origin: str, parse: Callable[[str], Any] = strictjson.parse) -> dict[str, Any]:
     """Parse a JSON record.
 
     Raises:
         DmmError: it is not a JSON object.
     """
     try:
-        record = json.loads(text)
+        record = parse(text)
+    except strictjson.Repeated as error:
+        raise DmmError(f"{origin} {error}") from None
     except (ValueError, RecursionError) as error:  # the latter: of what is nested a thousand deep
         raise DmmError(f"{origin} is not valid JSON: {printable(str(error))}") from None
     if not isinstance(record, dict):
@@ -267,7 +271,7 @@ def read_standard_input(stdin: TextIO | None) -> str:
             "standard input cannot be read: it is closed, or shared by the processes of torchrun",
             hint="write it to a file, and name that: @list.txt, or report.json",
         )
-    return stdin.read()
+    return stdin.read().removeprefix(MARK)
 
 
 def read_text(path: Path) -> str:
@@ -277,7 +281,7 @@ def read_text(path: Path) -> str:
         DmmError: it is missing or not text.
     """
     try:
-        return path.read_text()
+        return path.read_text().removeprefix(MARK)
     except (OSError, UnicodeDecodeError) as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}") from None
 
@@ -343,7 +347,8 @@ def _last(directory: Path, depth: int) -> tuple[str, ...]:
 
 def _config(directory: Path) -> dict[str, Any] | None:
     path = directory / CONFIG
-    return read_record(read_text(path), str(path)) if path.is_file() else None
+    # others write NaN and Infinity into theirs, which are no JSON
+    return read_record(read_text(path), str(path), json.loads) if path.is_file() else None
 
 
 def _shards(index: Path) -> tuple[Header, ...]:

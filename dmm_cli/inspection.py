@@ -36,6 +36,7 @@ class Inspection(Record):
         provenance: the ``dmm.*`` metadata as stored.
         inputs: of a model of several inputs what ``dmm.input`` states of each, by name.
         tensors: all, by name; empty where they were not asked for.
+        warnings: what metadata state and cannot be read.
     """
 
     SCHEMA: ClassVar[str] = "dmm.inspection/1"
@@ -53,3 +54,4 @@ class Inspection(Record):
     provenance: dict[str, str]
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: tuple[TensorRecord, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -151,6 +151,10 @@ def test_the_flag_beats_metadata_beats_config(tmp_path):
         "num_classes": 3,
         "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.1] * 3, "std": [0.2] * 3},
     }
+    (directory / "config.json").write_text(json.dumps({**config, "num_classes": float("nan")}))  # as others write it
+    assert arch.identify(resolve_source(str(directory))).spec == "resnet18"
+    (directory / "config.json").write_text(json.dumps({**config, "architecture": 5}))
+    assert "dmm.arch" not in resolve_source(str(directory)).metadata
     (directory / "config.json").write_text(json.dumps(config))
     hub = resolve_source(str(directory))
     assert arch.identify(hub).spec == "resnet18,num_classes=3"

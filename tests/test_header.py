@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load
 
@@ -89,6 +90,7 @@ def test_header_bytes_do_not_depend_on_the_order_given():
         (b"abc", "only 3 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "git lfs pull"),
         (b"PK\x03\x04" + bytes(60), "pickle"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(60), "a GGUF file"),
         (b"\x80\x02ctorch\n" + bytes(60), "pickle"),
         (b"<!DOCTYPE html><html></html>", "failed download"),
         (struct.pack("<Q", 10**12) + b"{}", "truncated or another format"),
@@ -99,6 +101,19 @@ def test_files_that_are_something_else(tmp_path, content, words):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     assert words in message(path)
+
+
+def test_archives_of_numpy_are_not_taken_for_those_of_torch(tmp_path):
+    path = tmp_path / "x.safetensors"
+    torch.save({"w": torch.ones(3)}, path)
+    with pytest.raises(DmmError) as of_torch:
+        read_header(path)
+    with path.open("wb") as file:
+        np.savez(file, w=np.ones(3))
+    with pytest.raises(DmmError) as of_numpy:
+        read_header(path)
+    assert "a pickle" in of_torch.value.evidence[0] and "torch.load" in of_torch.value.hint
+    assert "none that torch.save makes" in of_numpy.value.evidence[0] and "torch" not in of_numpy.value.hint
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,11 @@ def test_files_lists_globs_and_standard_input(write, tmp_path):
     assert labels("-", stdin=f"{tmp_path}/b.safetensors\n") == ["b"]
     record = {"schema": "dmm.merge/1", "sources": [{"label": "x", "path": f"{tmp_path}/b.safetensors"}]}
     assert labels("-", stdin=json.dumps(record)) == ["b"]
+    for text in (f"{tmp_path}/b.safetensors\n", json.dumps(record)):  # as some editors save it
+        assert labels("-", stdin=f"\ufeff{text}") == ["b"]
+        (tmp_path / "list").write_text(text, encoding="utf-8-sig")
+        (tmp_path / "list.json").write_text(text, encoding="utf-8-sig")
+    assert labels(f"{tmp_path}/list.json") == ["b"]
     (tmp_path / "merge.json").write_text(json.dumps(record))
     assert labels(tmp_path / "merge.json") == ["b"]
 

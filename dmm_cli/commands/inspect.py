@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -48,10 +47,12 @@ def inspect(
     if grid:
         _draw(source, grid, force)
 
-    from ..report.console import emit
+    from ..report.console import emit, status
     from ..report.tables import inspection_tables, render
 
     record = inspect_source(source, arch, tensors=tensors)
+    for warning in record.warnings:
+        status(f"warning: {warning}")
     if style == "json":
         emit(dump(record), output, force=force)
     elif quiet:
@@ -79,7 +80,9 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
         entry = kinds.setdefault(info.name.rpartition(".")[2], [0, 0])
         entry[0], entry[1] = entry[0] + 1, entry[1] + info.numel
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
-    inputs = _undamaged(stated_input, source) or {}
+    warnings: list[str] = []
+    inputs = _undamaged(stated_input, source, warnings) or {}
+    classes = _undamaged(class_names, source, warnings) or ()
     own = {name: text for name, text in sorted(source.metadata.items()) if name.startswith("dmm.")}
     return Inspection(
         label=source.label,
@@ -91,10 +94,11 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
         kinds={name: tuple(entry) for name, entry in kinds.items()},
         dtypes=dtypes,
         norm_layers=kinds.get("running_var", [0])[0],
-        classes=_undamaged(class_names, source) or (),
+        classes=classes,
         provenance=own,
         inputs=inputs if is_by_name(inputs) else {},
         tensors=tuple(TensorRecord(i.name, i.dtype, i.shape) for i in source.tensors.values()) if tensors else (),
+        warnings=tuple(warnings),
     )
 
 
@@ -102,11 +106,13 @@ def _is_parameter(info: TensorInfo) -> bool:
     return (info.is_float or info.dtype in FLOAT8) and not is_statistic(info.name)
 
 
-def _undamaged(read: Callable[[Source], Stated], source: Source) -> Stated | None:
-    """What metadata state; a damaged entry is shown as it is, among the provenance."""
-    with suppress(DmmError):
+def _undamaged(read: Callable[[Source], Stated], source: Source, warnings: list[str]) -> Stated | None:
+    """What metadata state; a damaged entry is shown as it is, among the provenance, and warned of."""
+    try:
         return read(source)
-    return None
+    except DmmError as error:
+        warnings.append(error.what)
+        return None
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:

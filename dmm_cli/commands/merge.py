@@ -190,7 +190,7 @@ def merge(
     known = known_groups([source.label for source in sources], group, record)
     _check_plan(sources, recipe, to, aligning, group, known)
     if dry_run:
-        _show_plan(sources, recipe, to, aligning, json)
+        _show_plan(sources, recipe, to, aligning, known, json)
     else:
         _execute(sources, recipe, to, after, aligning, group, known, quiet, json)
 
@@ -254,13 +254,23 @@ def _execute(
         _report(manifest, quiet, json)
 
 
-def _show_plan(sources: Sequence[Source], recipe: Recipe, to: Destination, aligning: Aligning, json: bool) -> None:
+def _show_plan(
+    sources: Sequence[Source],
+    recipe: Recipe,
+    to: Destination,
+    aligning: Aligning,
+    known: Grouping | SimilarityReport | None,
+    json: bool,
+) -> None:
+    from ..manifest import Grouping
     from ..report.console import emit_plan
 
+    sizes = [str(len(group.members)) for group in known.groups] if isinstance(known, Grouping) else []
+    apart = f", in groups of {', '.join(sizes)}" if len(sizes) > 1 else ""
     tensors = sources[0].tensors.values()
     wider = f", {100 * (1 - aligning.overlap):g} % of the units side by side in more" if aligning.widens else ""
     emit_plan(
-        f"merge {len(sources)} checkpoints with {recipe.method}, {len(tensors)} tensors, "
+        f"merge {len(sources)} checkpoints with {recipe.method}{apart}, {len(tensors)} tensors, "
         f"{sum(info.nbytes for info in tensors)} bytes a group{wider} -> {to.path}",
         as_json=json,
     )

@@ -66,6 +66,12 @@ def similarity(
     style = options.chosen_format(format, json)
     require_device_name(device)
     measures = _chosen(measure, data)
+    told = measure[0] if measure and len(measure) == 1 else "cosine"
+    if against and quiet and told != "cosine" and style != "json":
+        raise DmmError(
+            f"--against is told as a cosine, and -q --measure {told} asks for another measure",
+            hint=f"dmm similarity CKPT REFERENCE -q --measure {told} prints that of every two",
+        )
     sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=1 if against else 2)
     origin, reference, pseudo = (resolve_source(path) if path else None for path in (base, against, data))
     read = files_of([*sources, *filter(None, (origin, reference, pseudo))])
@@ -91,7 +97,6 @@ def similarity(
         report = with_cka(report, sources, pseudo, arch=arch, device=device, seed=seed, on_progress=progress)
     if "aligned" in measures:
         report = with_aligned(report, sources, arch=arch, seed=seed, on_progress=progress)
-    told = measure[0] if measure and len(measure) == 1 else "cosine"
     shown = _values(report, told) if quiet and style != "json" else _shown(report, style, per_layer)
     emit(shown, output, beside={figure: _drawn(report, figure)} if figure else {}, force=force)
     if figure:

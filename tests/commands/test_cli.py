@@ -49,6 +49,13 @@ def test_quiet_prints_one_number_a_line():
     assert len(values) == 3 and all(0.9 < value < 1 for value in values)
 
 
+def test_another_measure_against_a_reference_is_not_told_as_a_cosine():
+    command = ["similarity", *SITES[:2], "--against", SITES[2], "-q"]
+    refused = dmm(*command, "--measure", "bn")
+    assert refused.exit_code == 2 and "--against is told as a cosine" in refused.stderr and not refused.stdout
+    assert dmm(*command, "--measure", "cosine").stdout == dmm(*command).stdout != ""
+
+
 def test_a_gate_exits_1_and_prints_both_numbers():
     passed = dmm("similarity", SITES[1], "--against", SITES[0], "--fail-under", 0.9)
     assert passed.exit_code == 0

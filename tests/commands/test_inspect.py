@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import DIGITS, dmm
+from safetensors.numpy import save_file
 
 from dmm_cli.inputs import resolve_source
 
@@ -44,3 +45,15 @@ def test_hints_name_the_command_that_lists_tensors(write, tmp_path):
     assert result.exit_code == 2 and "hint: dmm inspect --tensors lists those of one" in result.stderr
     other = ["merge", paths[0], paths[0], "--param", "zz*:weights=1,2", "-o", tmp_path / "out.safetensors"]
     assert f"hint: dmm inspect --tensors {paths[0]} lists the tensors" in dmm(*other).stderr
+
+
+def test_damaged_metadata_are_warned_of(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"w": np.ones((2, 2), np.float32)}, path, {"dmm.classes": "[1,", "dmm.arch": ""})
+    result = dmm("inspect", path, "--json")
+    assert result.exit_code == 0 and f"warning: {path}: dmm.classes is not" in result.stderr, result.stderr
+    record = json.loads(result.stdout)
+    assert record["warnings"] and record["architecture"]["spec"] is None
+    assert record["architecture"]["evidence"] == f"dmm.arch in the metadata of {path} is empty"
+    assert record["provenance"]["dmm.classes"] == "[1,"
+    assert not json.loads(dmm("inspect", SITE, "--json").stdout)["warnings"]

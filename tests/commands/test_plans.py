@@ -99,3 +99,16 @@ def test_of_several_processes_the_first_tells_the_plan(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK")
     assert dmm("merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run", "--json").stdout == told[0]
     assert json.loads(told[0])["schema"] == "dmm.plan/1" and not told[1]
+
+
+def test_the_plan_of_stated_groups_tells_their_sizes(tmp_path):
+    command = ["merge", *SITES, "-o", tmp_path / "out", "--dry-run", "--group", "-"]
+    names = [path.stem for path in SITES]
+    split = dmm(*command, text=json.dumps({"groups": [names[:-1]]}))
+    assert split.exit_code == 0 and f"in groups of {len(names) - 1}, 1" in split.stdout + split.stderr
+    whole = dmm(*command, text=json.dumps({"groups": [names]}))
+    assert whole.exit_code == 0 and "in groups" not in whole.stdout + whole.stderr
+    twice = dmm(*command, text='{"groups": [["a"]], "groups": [["b"]]}')
+    assert twice.exit_code == 2 and "standard input holds groups twice" in twice.stderr
+    nothing = dmm(*command, text='{"groups": NaN}')
+    assert nothing.exit_code == 2 and "NaN is not JSON" in nothing.stderr
