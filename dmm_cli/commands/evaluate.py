@@ -115,6 +115,7 @@ class _Answered(NamedTuple):
     """What checkpoints say to labelled data.
 
     Attributes:
+        data: as they were shown.
         logits: of each, (N, K), their classes in one order. labels: (N,) in that order, once for each.
         classes: names in that order, empty where no checkpoint has any.
     """
@@ -133,7 +134,11 @@ def _answered(
     device: torch.device,
     on_progress: Callable[..., None] | None = None,
 ) -> _Answered:
-    """Raise DmmError where checkpoints cannot be judged by the data, or not in one table."""
+    """What checkpoints say to labelled data, which ``load`` gives as a network takes them.
+
+    Raises:
+        DmmError: they cannot be judged by the data, or not in one table.
+    """
     import torch
 
     from .. import evaluation
