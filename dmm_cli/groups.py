@@ -65,17 +65,17 @@ def _whole_report(record: dict, origin: str) -> SimilarityReport:
     except DmmError as error:
         raise DmmError(f"{origin}: {error.what}") from None
     cosines = [report.measures.get("cosine", ()), *(layer.cosine for layer in report.layers)]
-    matrices = [*cosines, *report.measures.values()]
-    matrices += [matrix for matrix in (report.raw_cosine, report.unrelated) if matrix]
-    sizes = [len(part) for matrix in matrices for part in (matrix, *matrix)]
+    cosines += [report.raw_cosine] if report.raw_cosine else []
+    others = [*report.measures.values(), *([report.unrelated] if report.unrelated else [])]
+    sizes = [len(part) for matrix in (*cosines, *others) for part in (matrix, *matrix)]
     sizes += [len(layer.norms) for layer in report.layers if layer.norms]
     if any(size != len(report.sources) for size in sizes):
         raise DmmError(
             f"{origin} does not compare every checkpoint with every other", hint="make it with dmm similarity --json"
         )
-    for matrix in matrices:
-        bound = 1.0 if matrix in (*cosines, report.raw_cosine) else math.inf
-        _require_similarities(matrix, bound, report.labels, origin)
+    for matrices, largest in ((cosines, 1.0), (others, math.inf)):
+        for matrix in matrices:
+            _require_similarities(matrix, largest, report.labels, origin)
     return report
 
 

@@ -19,7 +19,7 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     cfg = config if flat else _section(config, "pretrained_cfg")
     if isinstance(config.get("architecture"), str):
         arguments = {**_classes(cfg), **_section(config, "model_args"), **_classes(config)}
-        told["dmm.arch"] = format_arch(str(config["architecture"]), arguments)
+        told["dmm.arch"] = format_arch(config["architecture"], arguments)
     given = {own: cfg[key] for key, own in INPUT_KEYS.items() if key in cfg}
     if given:
         told["dmm.input"] = json.dumps(given)

@@ -46,7 +46,7 @@ def image_folder(path: Path) -> ImageFolder:
     visible = [entry for entry in sorted(path.iterdir()) if not _is_hidden(entry)]
     folders = [entry for entry in visible if entry.is_dir()]
     loose = [entry for entry in visible if _is_image(entry) and entry not in folders]
-    inside = [list(files_below(folder)) for folder in folders]
+    inside = [list(files_below(folder, (path.resolve(),))) for folder in folders]
     files = [(file, label) for label, found in enumerate(inside) for file in found if _is_image(file)]
     if files and loose:
         raise DmmError(
@@ -57,13 +57,12 @@ def image_folder(path: Path) -> ImageFolder:
     if loose:
         return ImageFolder(tuple(loose), None, ())
     held = {label for _, label in files}
-    strange = [number for number, found in enumerate(inside) if found and number not in held]
-    if strange or not files:
-        where = folders[strange[0]] if files else path
-        others = Counter(file.suffix or "no suffix" for number in strange for file in inside[number])
+    strange = next((number for number, found in enumerate(inside) if found and number not in held), None)
+    if strange is not None or not files:
+        others = Counter(file.suffix or "no suffix" for file in (inside[strange] if strange is not None else ()))
         raise DmmError(
-            f"no images in {where}",
-            evidence=capped(f"{count} files of {printable(suffix)}" for suffix, count in others.most_common()),
+            f"no images in {path if strange is None else folders[strange]}",
+            evidence=capped(f"{printable(suffix)}: {count}" for suffix, count in others.most_common()),
             hint=f"{IMAGE_FOLDER}; images are {' '.join(sorted(SUFFIXES))}",
         )
     return ImageFolder(
@@ -126,7 +125,7 @@ def _in_bytes(image: Image.Image, path: Path) -> Image.Image:
         wrong = "are floating-point numbers, whose white is not known"
     elif values.min() < 0 or values.max() > 65535:
         wrong = "are not in 0..65535"
-    elif image.mode == "I" and 0 < values.max() < 256:  # 32 bits that hold 16, or 8
+    elif image.mode == "I" and image.format != "PPM" and 0 < values.max() < 256:  # 32 bits that hold 16, or 8
         wrong = "are 32-bit integers up to 255, which may be white or nearly black"
     else:
         return Image.fromarray((values.astype(np.int64) / 257).round().astype(np.uint8))

@@ -138,7 +138,7 @@ def only_normalised() -> nn.Module:
 
 
 class Auxiliary(nn.Module):
-    """One head for training alone, and one whose answer nobody hears."""
+    """One head for training alone, one whose answer nobody hears, and a result that nobody uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,6 +152,7 @@ class Auxiliary(nn.Module):
             self.told = self.training_fc(self.training_conv(h).mean((2, 3)))
         pooled = h.mean((2, 3))
         self.unheard(pooled)
+        h.abs()
         return self.second(pooled)
 
 

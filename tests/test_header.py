@@ -108,6 +108,12 @@ def test_archives_of_numpy_are_not_taken_for_those_of_torch(tmp_path):
     torch.save({"w": torch.ones(3)}, path)
     with pytest.raises(DmmError) as of_torch:
         read_header(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99  # the version of the format, which nobody reads
+    path.write_bytes(content)
+    with pytest.raises(DmmError) as of_the_future:
+        read_header(path)
+    assert of_the_future.value.evidence == of_torch.value.evidence
     with path.open("wb") as file:
         np.savez(file, w=np.ones(3))
     with pytest.raises(DmmError) as of_numpy:

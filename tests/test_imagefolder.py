@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from dmm_cli.errors import DmmError
 from dmm_cli.evaluation import load_labelled
-from dmm_cli.imagefolder import decode
+from dmm_cli.imagefolder import decode, image_folder
 
 SITE, TEST = DIGITS / "site-d.safetensors", load_file(DIGITS / "test.safetensors")
 
@@ -44,6 +44,8 @@ def test_links_are_followed_wherever_they_are_but_not_in_circles(tmp_path):
     (linked / "9" / "again").symlink_to(linked)
     (away / "9" / "above").symlink_to(linked / "9")
     assert recall(linked) == recall(plain) and recall(plain)[7] > 90
+    held = [(path.name, label) for path, label in zip(*image_folder(linked)[:2], strict=True)]
+    assert held == [(path.name, label) for path, label in zip(*image_folder(plain)[:2], strict=True)]
 
 
 def test_images_of_every_kind_count(tmp_path):
@@ -61,7 +63,7 @@ def test_a_class_folder_of_other_files_is_told(tmp_path):
     for command in (["evaluate", SITE], ["record", SITE, "-o", tmp_path / "statistics.safetensors"]):
         result = dmm(*command, "--data", folder)
         assert result.exit_code == 2 and f"no images in {folder / '9'}" in result.stderr
-        assert f"{int((TEST['labels'] == 9).sum()) + 1} files of .xyz" in result.stderr and ".png" in result.stderr
+        assert f".xyz: {int((TEST['labels'] == 9).sum()) + 1}\n" in result.stderr and ".png" in result.stderr
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -72,6 +74,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_wide_integers_that_may_be_of_eight_bits_are_refused(tmp_path):
+    (tmp_path / "dark.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0, 200, 255, 255]))  # which tells its white
+    assert decode(tmp_path / "dark.pgm", 1).ravel().tolist() == [1, 255]
     path = tmp_path / "a.tif"
     Image.fromarray(np.zeros((4, 4), np.int32)).save(path)  # black, whatever white is
     assert not decode(path, 3).any()
@@ -95,3 +99,5 @@ def test_what_changes_behind_a_link_is_judged_anew(tmp_path):
     assert "distill: up to date" in changed.stderr and "evaluate: up to date" not in changed.stderr
     rows = {row["label"]: row["recall"] for row in json.loads(changed.stdout)["evaluation"]["rows"]}
     assert rows["site-d"][7] == 0
+    (data / "6").mkdir()  # a class of no images
+    assert "evaluate: up to date" not in dmm(*command).stderr

@@ -66,7 +66,7 @@ class Spec:
         count: K, the number of ids.
         tensors: of the state dict, those with units that may move, and their axes.
         groups: which units may change places; ids in no group stay.
-        unread: parameters that the network holds and does not use, at least not outside training.
+        unread: parameters on which no output depends, at least not outside training.
     """
 
     count: int

@@ -69,8 +69,8 @@ def _silent() -> Iterator[None]:
 def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec:
     """Carry labels through the graph and gather what it tells about them.
 
-    What leads nowhere stays as it is: parameters that nothing reads, as of a head for training alone, and the units of
-    results that nothing uses.
+    What leads to no output counts for nothing, and parameters that are read there alone, or by nobody, stay as they
+    are: those of a head for training alone, for example.
 
     Args:
         state: the state dict, not detached, so that tied tensors are one object.
@@ -83,10 +83,13 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target}
     labelled: dict[int, Value] = {}  # by tensor: tied ones have the same labels
     values: dict[fx.Node, Any] = {}
+    heard = _heard(program.graph)
     for node in program.graph.nodes:
-        if node.op == "placeholder":
+        if node not in heard:
+            values[node] = Value.fixed(_shape(node) or ())
+        elif node.op == "placeholder":
             tensor = state.get(targets.get(node.name, ""))
-            if tensor is None or not tensor.is_floating_point() or not node.users:
+            if tensor is None or not tensor.is_floating_point():
                 values[node] = Value.fixed(_shape(node) or ())
                 continue
             if id(tensor) not in labelled:
@@ -94,8 +97,6 @@ def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec
             values[node] = labelled[id(tensor)]
         elif node.op == "call_function":
             values[node] = _apply(units, node, values)
-            if not node.users and not _is_in_place(node):
-                unknown(units, (), values[node])
         elif node.op == "output":
             unknown(units, (), *(values[item] for item in node.all_input_nodes))
         else:  # a constant, or the body of a control flow operator
@@ -120,13 +121,27 @@ def _convolution_weights(graph: fx.Graph) -> Iterator[tuple[fx.Node, int]]:
                     yield source, x[1] // w[1]
 
 
+def _heard(graph: fx.Graph) -> set[fx.Node]:
+    """What the output depends on; in-place operations may change it under another name."""
+    ends = [
+        node
+        for node in graph.nodes
+        if node.op == "output" or (node.op == "call_function" and _own_name(node).endswith("_"))
+    ]
+    return {*ends, *(before for node in ends for before in _before(node))}
+
+
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
     """The inputs of the graph that a node depends on."""
+    return (before for before in _before(node) if before.op == "placeholder")
+
+
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and all that it depends on."""
     left, met = [node], {node}
     while left:
         node = left.pop()
-        if node.op == "placeholder":
-            yield node
+        yield node
         new = [before for before in node.all_input_nodes if before not in met]
         met.update(new)
         left += new
@@ -185,11 +200,6 @@ def _checked(rule: Rule, node: fx.Node) -> Rule:
 def _name(node: fx.Node) -> str:
     """The operation's name without its overload; in-place ones are called as the others."""
     return _own_name(node).removesuffix("_")
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    """Whether the operation changes its argument, so that its result may be used under another name."""
-    return _own_name(node).endswith("_")
 
 
 def _own_name(node: fx.Node) -> str:

@@ -194,19 +194,34 @@ def _merge_each(
 ) -> tuple[list[Outcome], dict[str, Recalibrated]]:
     """What every merge found out, and by group what recalibration did."""
     outcomes, recalibrated = [], {}
-    try:
+    with _all_or_no_new(to, grouping):
         for group in grouping.groups:
             if recalibration and len(group.members) > 1:
                 outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
             else:
                 outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
             outcomes.append(outcome)
-    except BaseException:  # a part of the groups is no result, and merge.json would tell of files that are gone
-        record = [to.record] if outcomes and to.record else []
-        for path in (*record, *(path for outcome in outcomes for path in _files(outcome))):
-            path.unlink(missing_ok=True)
-        raise
     return outcomes, recalibrated
+
+
+@contextmanager
+def _all_or_no_new(to: Destination, grouping: Grouping) -> Iterator[None]:
+    """Where the block fails, the groups that it has written go, but for those in the place of an earlier one."""
+    if to.is_file:
+        yield
+        return
+
+    def there() -> set[Path]:
+        return {path for group in grouping.groups for path in to.directory.glob(f"{group.name}[-.]*")}
+
+    before = there()
+    try:
+        yield
+    except BaseException:
+        for path in there() - before:
+            with suppress(OSError):
+                path.unlink()
+        raise
 
 
 def check_each(

@@ -157,7 +157,7 @@ def _answered(
         unlike = predictions and (answers.shape != predictions[0].shape or (own and names and own != names))
         if unlike or not torch.equal(labels[-1], labels[0]):  # by name for one, in order for another
             raise _unlike(source, sources[0], own, names)
-        evaluation.class_counts(labels[-1], answers.shape[1], source.label)
+        evaluation.class_counts(labels[-1], answers.shape[1], source.label)  # refuses labels of no class
         predictions.append(answers)
         names = names or own
     return _Answered(labelled, predictions, labels, names)

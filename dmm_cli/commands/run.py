@@ -363,7 +363,9 @@ def _record(path: Path) -> dict:
 
 def _data_hash(path: Path) -> str | None:
     if path.is_dir():
-        return str([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_below(path) if p.exists()])
+        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())  # one may hold nothing
+        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_below(path) if p.exists()]
+        return str((classes, files))
     return file_hash(path)
 
 

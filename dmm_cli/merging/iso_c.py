@@ -14,7 +14,7 @@ def iso_c(tasks: torch.Tensor, noise: torch.Tensor | None = None, *, scale: floa
 
     Args:
         tasks: (N, R, S).
-        noise: the largest singular value that rounding gives each task, (N,), 0 if None.
+        noise: of rounding, (2, N), see ``rounding_noise``; none if None.
     """
     left, values, right = thin_svd(tasks.sum(0, dtype=torch.float64), of_sum(noise))
     return scale * values.mean() * (left @ right)

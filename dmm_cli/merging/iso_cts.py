@@ -19,7 +19,7 @@ def iso_cts(
 
     Args:
         tasks: (N, R, S).
-        noise: the largest singular value that rounding gives each task, (N,), 0 if None.
+        noise: of rounding, (2, N), see ``rounding_noise``; none if None.
 
     Raises:
         DmmError: common is not a share.
@@ -28,12 +28,13 @@ def iso_cts(
     rank = min(tasks.shape[1:])
     own = min(round(rank * (1.0 - common) / len(tasks)), rank // len(tasks))
     shared = rank - own * len(tasks)
-    parts = [_leading(tasks.sum(0, dtype=torch.float64), shared, of_sum(noise))]
+    of_all = of_sum(noise)
+    parts = [_leading(tasks.sum(0, dtype=torch.float64), shared, of_all)]
     column_space = parts[0][0]  # (R, shared)
-    floors = [0.0] * len(tasks) if noise is None else noise.tolist()
-    for task, floor in zip(tasks, floors, strict=True) if own else ():
+    for task in tasks if own else ():
         task = task.double()
-        floor = max(floor, CUTOFF * float(task.norm()))  # of the task, not of what is left of it
+        # of the task, not of what is left of it; and the column space turns by the noise of the sum
+        floor = max(of_all, CUTOFF * float(task.norm()))
         parts.append(_leading(task - column_space @ (column_space.T @ task), own, floor))
     left = polar_factor(torch.cat([u for u, _, _ in parts], 1))  # (R, rank)
     right = polar_factor(torch.cat([v for _, _, v in parts], 0).T)  # (S, rank)

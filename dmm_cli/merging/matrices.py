@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +16,30 @@ from ..runtime import deterministic
 
 Method = Callable[..., torch.Tensor]
 
-EPSILONS = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}  # from 1 to the next larger number
+
+class Float(NamedTuple):
+    """How finely weights are stored.
+
+    Attributes:
+        eps: from 1 to the next larger number. normal: the least magnitude that is stored as finely as its size allows.
+    """
+
+    eps: float
+    normal: float
+
+    def edge(self, magnitudes: np.ndarray, task: np.ndarray, shape: tuple[int, int]) -> float:
+        """The largest singular value of the rounding of weights (R * S,) where a task is not 0."""
+        deviations = np.maximum(magnitudes, self.normal, dtype=np.float64) * (self.eps / math.sqrt(12.0))
+        squares = np.where(task != 0, np.square(deviations), 0.0).reshape(shape)
+        return float(np.sqrt(squares.sum(0).max()) + np.sqrt(squares.sum(1).max()))
+
+
+FLOATS = {
+    "BF16": Float(2.0**-7, 2.0**-126),
+    "F16": Float(2.0**-10, 2.0**-14),
+    "F32": Float(2.0**-23, 2.0**-126),
+    "F64": Float(2.0**-52, 2.0**-1022),
+}
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -27,7 +49,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """
     while shape and shape[0] == 1:
         shape = shape[1:]
-    return (shape[0], prod(shape[1:])) if len(shape) > 1 and prod(shape[1:]) > 1 else None
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 and math.prod(shape[1:]) > 1 else None
 
 
 def load_linear_algebra(device: torch.device) -> None:
@@ -36,20 +58,24 @@ def load_linear_algebra(device: torch.device) -> None:
         torch.linalg.eigvalsh(torch.eye(2, device=device))
 
 
-def rounding_noise(base: np.ndarray, shape: tuple[int, int], dtypes: Sequence[str]) -> np.ndarray:
-    """The largest singular value that a task vector has because weights are stored rounded, float64 (N,).
+def rounding_noise(tasks: np.ndarray, base: np.ndarray, shape: tuple[int, int], dtypes: Sequence[str]) -> np.ndarray:
+    """The largest singular value that task vectors have because weights are stored rounded, float64 (2, N).
 
+    The first row is of the rounding of the checkpoints, each by itself, the second of the base's, which all share.
     Errors of at most half a unit in the last place, as likely to be anywhere in it, have a standard deviation of at
-    most eps |w| / sqrt(12). A matrix of independent entries of these deviations has its largest singular value near the
-    largest norm of a row of deviations plus that of a column (Bandeira & van Handel, Ann. Probab. 2016).
+    most eps |w| / sqrt(12); where a task is 0, nothing was rounded. A matrix of independent entries of these deviations
+    has its largest singular value near the largest norm of a row of deviations plus that of a column (Bandeira & van
+    Handel, Ann. Probab. 2016).
 
     Args:
-        base: the weights, (R * S,). dtypes: those of the base and of every checkpoint.
+        tasks: (N, R * S). base: the weights, (R * S,). dtypes: those of the base and of every checkpoint.
     """
-    squares = np.square(base, dtype=np.float64).reshape(shape)
-    edge = np.sqrt(squares.sum(0).max()) + np.sqrt(squares.sum(1).max())
-    own, *others = (EPSILONS[dtype] for dtype in dtypes)
-    return edge * np.hypot(own, others) / math.sqrt(12.0)
+    own, *others = (FLOATS[dtype] for dtype in dtypes)
+    noise = [
+        (other.edge(np.maximum(np.abs(base), np.abs(base + task)), task, shape), own.edge(np.abs(base), task, shape))
+        for task, other in zip(tasks, others, strict=True)
+    ]
+    return np.array(noise).T
 
 
 def merge_matrices(
@@ -63,7 +89,7 @@ def merge_matrices(
     """Give task vectors (N, R * S) to a method as matrices (N, R, S); the merged task vector, (R * S,).
 
     Args:
-        noise: the largest singular value that rounding gives each task, (N,), for methods with the trait "noise".
+        noise: see ``rounding_noise``, for methods with the trait "noise".
 
     Raises:
         DmmError: a parameter is out of its range.

@@ -5,6 +5,8 @@ Legend: R x S a matrix, r = min(R, S).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 CUTOFF = 1e-7  # of the largest singular value; below, the square root of float64 rounding hides the direction
@@ -30,9 +32,14 @@ def thin_svd(matrix: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, to
     return left * kept, values, right
 
 
+def of_each(noise: torch.Tensor | None, count: int) -> list[float]:
+    """The largest singular value that rounding gives each task; for ``noise``, (2, N), see ``rounding_noise``."""
+    return [0.0] * count if noise is None else noise.square().sum(0).sqrt().tolist()
+
+
 def of_sum(noise: torch.Tensor | None) -> float:
-    """The largest singular value of a sum of independent noises that have these, (N,)."""
-    return 0.0 if noise is None else float(noise.square().sum().sqrt())
+    """The largest singular value that rounding gives the sum of tasks, which share that of the base."""
+    return 0.0 if noise is None else math.hypot(float(noise[0].norm()), float(noise[1].sum()))
 
 
 def polar_factor(columns: torch.Tensor) -> torch.Tensor:

@@ -277,7 +277,8 @@ class Tensors:
         weights, noise = self._weights[info.name], None
         if "noise" in self._traits:
             files = self._used(self._all, info.name)
-            noise = weights * rounding_noise(base, shape, [file.source.tensors[info.name].dtype for file in files])
+            dtypes = [file.source.tensors[info.name].dtype for file in files]
+            noise = weights * rounding_noise(tasks, base, shape, dtypes)
         weighted = tasks * weights.astype(tasks.dtype)[:, None]
         return merge_matrices(weighted, shape, self.device, self._method, self._parameters[info.name], noise)
 

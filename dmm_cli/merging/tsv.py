@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .spectrum import polar_factor, thin_svd
+from .spectrum import of_each, polar_factor, thin_svd
 
 
 def tsv(tasks: torch.Tensor, noise: torch.Tensor | None = None, *, scale: float = 1.0) -> torch.Tensor:
@@ -16,11 +16,10 @@ def tsv(tasks: torch.Tensor, noise: torch.Tensor | None = None, *, scale: float 
 
     Args:
         tasks: (N, R, S).
-        noise: the largest singular value that rounding gives each task, (N,), 0 if None.
+        noise: of rounding, (2, N), see ``rounding_noise``; none if None.
     """
     kept = max(1, min(tasks.shape[1:]) // len(tasks))
-    floors = [0.0] * len(tasks) if noise is None else noise.tolist()
-    parts = [thin_svd(task, floor) for task, floor in zip(tasks, floors, strict=True)]
+    parts = [thin_svd(task, floor) for task, floor in zip(tasks, of_each(noise, len(tasks)), strict=True)]
     left = polar_factor(torch.cat([u[:, :kept] for u, _, _ in parts], 1))  # (R, N kept)
     right = polar_factor(torch.cat([v[:kept] for _, _, v in parts], 0).T)  # (S, N kept)
     values = torch.cat([s[:kept] for _, s, _ in parts])

@@ -107,17 +107,15 @@ def test_an_unknown_operation_fixes_the_units_it_touches_and_no_others():
     assert [(group.name, group.size) for group in spec.groups] == [("second.weight[0]", 9)]
 
 
-def test_what_leads_nowhere_stays_as_it_is():
+def test_what_leads_nowhere_stays_as_it_is_and_fixes_nothing():
     model = lively("networks:auxiliary")
     spec, before = trace(model, (1, 6, 6)), arrays(model)
     assert [group.size for group in spec.groups] == [8]
-    assert spec.unread == tuple(f"training_{part}" for part in ("conv.weight", "conv.bias", "fc.weight", "fc.bias"))
+    heads = ("training_conv", "training_fc", "unheard")
+    assert spec.unread == tuple(f"{head}.{part}" for head in heads for part in ("weight", "bias"))
     after = permute(before, spec, random_image(spec, np.random.default_rng(0)))
-    assert {name for name in before if (after[name] != before[name]).any()} == {
-        "first.weight", "first.bias", "second.weight", "unheard.weight",
-    }  # fmt: skip
-    order = [int(np.flatnonzero(before["first.bias"] == value)[0]) for value in after["first.bias"]]
-    assert (after["unheard.weight"] == before["unheard.weight"][:, order]).all()  # it hears what it heard
+    moved = {name for name in before if (after[name] != before[name]).any()}
+    assert moved == {"first.weight", "first.bias", "second.weight"}
 
 
 def test_a_module_that_cannot_be_traced_is_named():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source
-from dmm_cli.merging import METHODS, engine
+from dmm_cli.merging import METHODS, engine, spectrum
 from dmm_cli.merging.iso_cts import iso_cts
 from dmm_cli.merging.matrices import matrix_shape, rounding_noise
 from dmm_cli.merging.recipe import Recipe
@@ -112,18 +112,32 @@ def test_iso_cts_without_common_directions_is_flat_too(count, rank):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("spread", [0.0, 2.0])
+@pytest.mark.parametrize(("size", "spread"), [(1.0, 0.0), (1.0, 2.0), (1e-6, 0.0)])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_the_noise_of_rounding_is_what_rounding_adds(dtype, spread):
-    """Also where some rows hold much larger weights than others."""
-    weights = normal(200, 300) * np.exp(spread * normal(200, 1))
-    stored = torch.from_numpy(weights).to(DTYPES[dtype]).double().numpy()
-    noise = np.linalg.norm(stored - weights, 2)
-    bound, double, none = rounding_noise(weights.ravel(), (200, 300), ["F64", dtype, "BF16", "F64"])
-    assert noise < bound < 3 * noise and double > bound / 2 and none < 1e-12 * np.linalg.norm(weights, 2)
+def test_the_noise_of_rounding_is_what_rounding_adds(dtype, size, spread):
+    """Also where some rows hold much larger weights than others, and below the least normal number."""
+    weights, shape = size * normal(200, 300) * np.exp(spread * normal(200, 1)), (200, 300)
+    error = torch.from_numpy(weights).to(DTYPES[dtype]).double().numpy() - weights
+    noise = np.linalg.norm(error, 2)
+    alone = rounding_noise(error.reshape(1, -1), weights.ravel(), shape, ["F64", dtype])
+    assert noise < alone[0, 0] < 3 * noise and alone[1, 0] < 1e-8 * noise
+    stored = weights + error  # the base's rounding, which two tasks share
+    shared = rounding_noise(-np.stack([error, error]).reshape(2, -1), stored.ravel(), shape, [dtype, "F64", "F64"])
+    assert np.allclose(shared[1], alone[0, 0], rtol=0.05) and shared[0].max() < 1e-8 * noise
+    assert spectrum.of_sum(torch.from_numpy(shared)) > np.linalg.norm(2 * error, 2)
+    zero = rounding_noise(stored.reshape(1, -1), np.zeros(stored.size), shape, ["F64", dtype])
+    assert noise < zero[0, 0] < 3 * noise  # it is of the checkpoint's weights, where the base has none
 
 
-@pytest.mark.parametrize("count", [1, 2])
+def test_what_no_task_changes_has_no_noise():
+    weights, task = normal(40, 50), 1e-3 * normal(40, 50)
+    task[:5] = 0.0
+    expected = rounding_noise(task[5:].reshape(1, -1), weights[5:].ravel(), (35, 50), ["F16", "F16"])
+    weights[:5] = 1e4
+    assert np.allclose(rounding_noise(task.reshape(1, -1), weights.ravel(), (40, 50), ["F16", "F16"]), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("name", ["iso_c", "iso_cts", "tsv"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_of_stored_weights_is_no_direction_of_a_task(tmp_path, dtype, name, count):
