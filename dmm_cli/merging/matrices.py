@@ -27,11 +27,14 @@ class Float(NamedTuple):
     eps: float
     normal: float
 
-    def edge(self, magnitudes: np.ndarray, task: np.ndarray, shape: tuple[int, int]) -> float:
-        """The largest singular value of the rounding of weights (R * S,) where a task is not 0."""
-        deviations = np.maximum(magnitudes, self.normal, dtype=np.float64) * (self.eps / math.sqrt(12.0))
-        squares = np.where(task != 0, np.square(deviations), 0.0).reshape(shape)
-        return float(np.sqrt(squares.sum(0).max()) + np.sqrt(squares.sum(1).max()))
+    def edge(self, magnitudes: np.ndarray, shape: tuple[int, int]) -> float:
+        """The largest singular value of the rounding of weights (R * S,); 0 stands for what was not rounded."""
+        largest = float(magnitudes.max(initial=0.0))
+        if largest == 0.0:
+            return 0.0
+        scaled = (magnitudes / magnitudes.dtype.type(largest)).reshape(shape)  # whose squares do not underflow
+        rows, columns = (np.einsum(f"ij,ij->{axis}", scaled, scaled).max() for axis in "ij")
+        return self.eps / math.sqrt(12.0) * largest * float(np.sqrt(rows) + np.sqrt(columns))
 
 
 FLOATS = {
@@ -71,10 +74,14 @@ def rounding_noise(tasks: np.ndarray, base: np.ndarray, shape: tuple[int, int], 
         tasks: (N, R * S). base: the weights, (R * S,). dtypes: those of the base and of every checkpoint.
     """
     own, *others = (FLOATS[dtype] for dtype in dtypes)
-    noise = [
-        (other.edge(np.maximum(np.abs(base), np.abs(base + task)), task, shape), own.edge(np.abs(base), task, shape))
-        for task, other in zip(tasks, others, strict=True)
-    ]
+    size, noise = np.abs(base), []
+    least = np.maximum(size, size.dtype.type(own.normal))
+    whole = own.edge(least, shape)
+    for task, other in zip(tasks, others, strict=True):
+        changed = task != 0
+        stored = np.maximum(np.maximum(size, np.abs(base + task)), size.dtype.type(other.normal))
+        shared = whole if changed.all() else own.edge(least * changed, shape)
+        noise.append((other.edge(stored * changed, shape), shared))
     return np.array(noise).T
 
 

@@ -177,8 +177,9 @@ def from_scratch(place: Place) -> None:
     student = place.folder / "student.safetensors"
     metadata = {name: like.metadata[name] for name in ("dmm.arch", "dmm.input", "dmm.classes")}
     save_arrays(student, {name: tensor.numpy() for name, tensor in model.state_dict().items()}, metadata, force=True)
-    flags = ["--data", place.data, "--steps", distilled(place)["parameters"]["steps"], "-o", place.model]
-    place.dmm("distill", student, *place.cell.clients, *flags)
+    steps = distilled(place)["parameters"]["steps"]
+    flags = ["--steps", steps] if steps else []  # where dmm only resets statistics, this one has all to learn
+    place.dmm("distill", student, *place.cell.clients, "--data", place.data, *flags, "-o", place.model)
 
 
 def oracle(place: Place) -> None:
