@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import write_text
+from ..imagefolder import files_below
 from ..inputs import Source, file_digest, read_record, read_text
 
 STATE = "run.json"
@@ -117,3 +118,11 @@ class Stages:
 def file_hash(path: Path) -> str | None:
     """SHA-256 of a file, None when it is not there."""
     return file_digest(path) if path.is_file() else None
+
+
+def data_hash(path: Path) -> str | None:
+    """The same of labelled data; of an ImageFolder its classes, and name, size and time of every file."""
+    if not path.is_dir():
+        return file_hash(path)
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())  # one may hold nothing
+    return str((classes, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_below(path) if p.exists()]))

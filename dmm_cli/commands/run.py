@@ -12,7 +12,6 @@ from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
 from ..errors import DmmError, printable
 from ..files import refuse_dangling, refuse_inputs, write_text
-from ..imagefolder import files_below
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe, require_base
@@ -23,7 +22,7 @@ from . import distill as distillation
 from . import synthesize as synthesis
 from ._groups import Destination, Team, merge_groups, metadata_of
 from ._run import epilog, standard_input
-from ._stages import STATE, Layout, Stages, checkpoints_of, file_hash
+from ._stages import STATE, Layout, Stages, checkpoints_of, data_hash, file_hash
 from ._statistics import Pair, statistics_of
 from ._teachers import require_teachers
 from ._veto import FORGOTTEN
@@ -238,7 +237,7 @@ def execute(plan: Plan, files: Layout, stages: Stages) -> None:
                 "model": file_hash(files.model),
                 "sources": hashes,
                 "names": names,
-                "data": _data_hash(plan.data),
+                "data": data_hash(plan.data),
             },
             [files.evaluation],
             lambda: _evaluate(plan, files),
@@ -359,14 +358,6 @@ def _read(path: Path, kind: type):
 
 def _record(path: Path) -> dict:
     return read_record(read_text(path), str(path))
-
-
-def _data_hash(path: Path) -> str | None:
-    if path.is_dir():
-        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())  # one may hold nothing
-        files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files_below(path) if p.exists()]
-        return str((classes, files))
-    return file_hash(path)
 
 
 def _check_outputs(files: Layout, sources: Sequence[Source], inputs: Sequence[Path], force: bool) -> None:
