@@ -1,4 +1,4 @@
-"""Image files in a directory, as a rule one directory for each class.
+"""Image files in a directory, as a rule one directory for each class. Importing this loads no array library.
 
 Legend: C channels, H height, W width.
 """
@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from .errors import DmmError, capped, printable
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -102,6 +101,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
     Raises:
         DmmError: it cannot be read, or does not tell how light its values are.
     """
+    import numpy as np
     from PIL import Image
 
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
@@ -116,6 +116,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
 
 def _in_bytes(image: Image.Image, path: Path) -> Image.Image:
     """An image of 16 bits in 8, which Pillow would clip instead of scaling; others as they are."""
+    import numpy as np
     from PIL import Image
 
     if image.mode != "F" and not image.mode.startswith("I"):

@@ -16,11 +16,13 @@ from dmm_cli.synthesis.kind import KIND, REQUIRED
 FLOOR = {
     "errors", "registry", "header", "files", "inputs", "serialization", "manifest", "inspection", "config", "names",
     "shards", "digest", "recall", "devices", "metadata", "groups", "hub", "trust", "archspec",
+    "strictjson",
 }  # fmt: skip
 LIBRARY = {
     "similarity", "grouping", "merging", "alignment", "synthesis", "distillation", "architectures", "checkpoint",
     "runtime", "evaluation", "recalibration", "images", "curves", "ranks", "streaming", "savepoint", "training",
     "examples", "spaces", "signature", "chance", "widths", "layout", "norms", "loading",
+    "imagefolder",
 }  # fmt: skip
 PACKAGES = {"similarity", "merging", "alignment", "synthesis", "distillation"}  # they meet in commands, or in a file
 ALLOWED = {"merging": {"alignment"}}  # the one arrow between packages

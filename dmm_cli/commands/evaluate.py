@@ -145,11 +145,11 @@ def _answered(
 
     predictions, labels, names = [], [], ()
     for number, source in enumerate(sources):
+        own = class_names(source) or ()
         model, spec = _network(source, arch, flags)
         labelled = load(spec)
         told = _as_part(on_progress, number, len(sources)) if on_progress else None
         answers = evaluation.predict(model, labelled, spec, device, on_progress=told)  # (N, K)
-        own = class_names(source) or ()
         by_name = not set(own).isdisjoint(labelled.classes) and len(own) == answers.shape[1]
         if by_name and sorted(own) == sorted(names):  # as the first that names them has them
             answers, own = answers[:, [own.index(name) for name in names]], names
