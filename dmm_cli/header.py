@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import struct
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -179,8 +178,8 @@ def _broken(path: Path, fact: str, hint: str = "copy or download the file again"
 def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> DmmError:
     if start.startswith(b"version https://git-lfs"):
         return _broken(path, "it is a Git LFS pointer, not the file itself", "run: git lfs pull")
-    if start.startswith(b"PK\x03\x04") and not _holds_pickle(path):
-        return _broken(path, "it is a zip archive, an .npz for example, and none that torch.save makes", ARRAYS)
+    if start.startswith(b"PK\x03\x04") and _first_entry(start).endswith(b".npy"):
+        return _broken(path, "it is an .npz archive of numpy", ARRAYS)
     if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80":
         return _broken(path, f"it is a pickle (a torch.save file); {UNOPENED}", CONVERSION)
     if start.startswith(b"GGUF"):
@@ -190,13 +189,9 @@ def _not_safetensors(path: Path, start: bytes, length: int, size: int) -> DmmErr
     return _broken(path, f"it announces a header of {length} bytes, the file has {size}: truncated or another format")
 
 
-def _holds_pickle(path: Path) -> bool:
-    """Whether a zip archive is one of torch.save; of a torn one, which lists nothing, that is to be expected."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return True
+def _first_entry(start: bytes) -> bytes:
+    """The name of the first file in a zip archive."""
+    return start[30 : 30 + int.from_bytes(start[26:28], "little")]
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
