@@ -79,6 +79,11 @@ def capped(items: Iterable[str], limit: int = 10) -> list[str]:
     return [*items[:limit], f"... and {len(items) - limit} more"]
 
 
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """Names from files in one line, safe for a terminal; beyond ``limit`` they are counted."""
+    return ", ".join(capped(map(printable, names), limit))
+
+
 def printable(text: str, limit: int | None = 200) -> str:
     """Untrusted text made safe for a terminal: control, format and bidi characters escaped, length capped."""
     safe = "".join(map(_escape, text[:limit]))

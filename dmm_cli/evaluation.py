@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .errors import DmmError, capped, printable
+from .errors import DmmError, capped, listed, printable
 from .examples import IMAGES, Inputs, answer, joined, named, require_finite
 from .header import no_such_file
 from .imagefolder import IMAGE_FOLDER, decode, image_folder
@@ -291,7 +291,7 @@ def labels_for(data: LabelledData, names: Sequence[str], classes: int, label: st
         if len(data.classes) != classes:
             raise DmmError(
                 f"the data have {len(data.classes)} classes, {printable(label)} has {classes}, and no name agrees",
-                evidence=[f"the data: {_listed(data.classes)}", f"{printable(label)}: {_listed(names) or 'no names'}"],
+                evidence=[f"the data: {listed(data.classes)}", f"{printable(label)}: {listed(names) or 'no names'}"],
                 hint="name the classes of the data, or the folders of their images, as the model does: dmm inspect",
             )
         return data.labels
@@ -300,7 +300,7 @@ def labels_for(data: LabelledData, names: Sequence[str], classes: int, label: st
         raise DmmError(
             f"the data have classes that {printable(label)} cannot name",
             evidence=capped(map(printable, absent)),
-            hint=f"it names {_listed(names)}",
+            hint=f"it names {listed(names)}",
         )
     numbers = [names.index(name) if name in names else -1 for name in data.classes]
     return torch.tensor(numbers)[data.labels]
@@ -312,10 +312,6 @@ def taken_in_order(data: LabelledData, names: Sequence[str]) -> str | None:
         return None
     taken = f"{printable(data.classes[0])} of the data as {printable(names[0])}"
     return f"data and checkpoints name no class alike, so they are taken in order: {taken}, and so on"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(capped(map(printable, names)))
 
 
 def class_counts(labels: torch.Tensor, classes: int, label: str) -> tuple[int, ...]:

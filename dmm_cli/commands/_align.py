@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DmmError, capped, printable
+from ..errors import DmmError, listed, printable
 from ..inputs import Source, resolve_source
 from ..merging.method import require_share
 from ..registry import mistyped
@@ -213,15 +213,11 @@ def write_aligned(
 def left_alone(found: Sequence[Alignment]) -> tuple[str, ...]:
     """Warnings of parameters that did not move with the units that they may have been trained with."""
     return tuple(
-        f"{alignment.source.label} does not use {_listed(alignment.spec.unread)} outside training: left as it is, "
+        f"{alignment.source.label} does not use {listed(alignment.spec.unread, 4)} outside training: left as it is, "
         "in the order that units had before"
         for alignment in found
         if alignment.spec.unread and alignment.moved(alignment.spec.movable.nonzero()[0])
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(capped(map(printable, names), 4))
 
 
 def aligned_record(alignment: Alignment) -> AlignedSource:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from ..errors import CheckFailed, DmmError, capped, printable
+from ..errors import CheckFailed, DmmError, listed
 from ..inputs import Source, files_of, named_files, resolve_sources
 from ..metadata import class_names
 from . import _options as options
@@ -168,7 +168,7 @@ def _unlike(source: Source, first: Source, own: Sequence[str], names: Sequence[s
     lists = ((source.label, own), (first.label, names))
     return DmmError(
         f"{source.label} and {first.label} do not have the same classes in the same order",
-        evidence=[f"{label}: {', '.join(capped(map(printable, told))) or 'no names'}" for label, told in lists],
+        evidence=[f"{label}: {listed(told) or 'no names'}" for label, told in lists],
         hint="dmm evaluate judges them one by one; classes in another order go together where the data name them too",
     )
 

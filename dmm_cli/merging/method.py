@@ -7,7 +7,7 @@ checkpoints times coefficients; with the trait "base", the base plus the sum of 
 
 *matrices* maps whole task matrices times their weights, a float32 or float64 torch tensor (N, R, S), to the
 merged task matrix, (R, S); with the trait "noise" also, float64 (2, N), how large the rounding of stored weights can be
-in them, see ``matrices.rounding_noise``. A convolution is the matrix out x in * height * width. Tensors of fewer than
+in them, see ``rounding``. A convolution is the matrix out x in * height * width. Tensors of fewer than
 two dimensions are not matrices: they take the weighted mean of the task vectors.
 
 *features* maps a ``Layer``, a weight in all checkpoints and what it is multiplied with, to the merged weight, (R, S).

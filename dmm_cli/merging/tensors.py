@@ -272,7 +272,8 @@ class Tensors:
     def _merged_matrix(
         self, info: TensorInfo, tasks: np.ndarray, base: np.ndarray, shape: tuple[int, int]
     ) -> np.ndarray:
-        from .matrices import merge_matrices, rounding_noise
+        from .matrices import merge_matrices
+        from .rounding import rounding_noise
 
         weights, noise = self._weights[info.name], None
         if "noise" in self._traits:

@@ -15,8 +15,9 @@ from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source
 from dmm_cli.merging import METHODS, engine, spectrum
 from dmm_cli.merging.iso_cts import iso_cts
-from dmm_cli.merging.matrices import matrix_shape, rounding_noise
+from dmm_cli.merging.matrices import matrix_shape
 from dmm_cli.merging.recipe import Recipe
+from dmm_cli.merging.rounding import rounding_noise
 from dmm_cli.merging.svc import svc
 from dmm_cli.merging.wudi import wudi
 
