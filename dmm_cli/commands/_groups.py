@@ -147,7 +147,7 @@ def merge_groups(
         outputs=tuple(str(outcome.path) for outcome in outcomes),
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
-        warnings=(*_twins(sources), *ordered.warnings, *odd, *_idle(recalibration, several)),
+        warnings=(*_twins(sources), *ordered.warnings, *odd, *_drowned(outcomes), *_idle(recalibration, several)),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
@@ -385,6 +385,16 @@ def _twins(sources: Sequence[Source]) -> list[str]:
 
 def _idle(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:
     return ["--recalibrate sets nothing right: no group has two checkpoints"] if recalibration and not merges else []
+
+
+def _drowned(outcomes: Sequence[Outcome]) -> list[str]:
+    return [
+        f"{outcome.path}: {len(outcome.drowned)} of {len(outcome.lengths)} weights stay as in the base, "
+        f"{printable(outcome.drowned[0])} among them: what was trained there is no larger than the rounding of stored "
+        "weights; merge checkpoints of a finer dtype, or with --method task_arithmetic"
+        for outcome in outcomes
+        if outcome.drowned
+    ]
 
 
 def _odd_lengths(outcome: Outcome) -> list[str]:

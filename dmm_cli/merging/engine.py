@@ -40,6 +40,7 @@ class Outcome:
         index: the text of that index, to be written now that every process has its shards; None for one file.
         paired, unpaired: normalisation layers whose filters are known, or not.
         lengths: of every matrix or kernel in file order, its norm over the weighted mean of the parents' norms.
+        drowned: those that stay as in the base, since their tasks are no larger than rounding.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Outcome:
     paired: int
     unpaired: int
     lengths: dict[str, float]
+    drowned: tuple[str, ...] = ()
 
 
 def merge(
@@ -94,9 +96,12 @@ def merge(
     measured = {name: ratio for part in ranks.gather(work.lengths()) for name, ratio in part.items()}
     order = (name for layout in shards.values() for name in file_order(layout))
     lengths = {name: measured[name] for name in order if name in measured}
+    drowned = [name for part in ranks.gather(work.drowned) for name in part]
     found = sum(weight is not None for weight in tensors.pairs.values())
     text = index_text(shards) if index else None
-    return Outcome(index or output, text, found, len(tensors.pairs) - found, lengths)
+    return Outcome(
+        index or output, text, found, len(tensors.pairs) - found, lengths, tuple(filter(drowned.__contains__, lengths))
+    )
 
 
 def _write(
@@ -139,7 +144,11 @@ class _Job(NamedTuple):
 
 
 class _Work:
-    """Measures and merges the pieces of all tensors, ahead of the writer."""
+    """Measures and merges the pieces of all tensors, ahead of the writer.
+
+    Attributes:
+        drowned: tensors that stay as in the base, see ``Outcome``.
+    """
 
     def __init__(
         self, tensors: Tensors, shards: Mapping[Path, Layout], hashes: Hashes | None, on_progress: Progress | None
@@ -155,6 +164,7 @@ class _Work:
             tensors.feed(hashes, self.names)
         self._merged: dict[str, float] = {}
         self._parents: dict[str, np.ndarray] = {}
+        self.drowned: list[str] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -218,6 +228,8 @@ class _Work:
         if part.parents is not None and len(self._shapes[name]) > 1:
             self._merged[name] = self._merged.get(name, 0.0) + part.merged
             self._parents[name] = self._parents.get(name, 0.0) + part.parents
+        if part.drowned:
+            self.drowned.append(name)
 
     def lengths(self) -> dict[str, float]:
         """Merged norm over the weighted mean of the parents' norms, 1 where all are zero."""

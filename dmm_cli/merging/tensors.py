@@ -34,11 +34,15 @@ BLOCK = 1 << 18  # elements of one checkpoint held at a time; which elements sha
 
 
 class Part(NamedTuple):
-    """Merged bytes, and for weights the squared lengths of the merged piece and of its parents (N,)."""
+    """Merged bytes, and for weights the squared lengths of the merged piece and of its parents (N,).
+
+    ``drowned``: nothing of the tasks is larger than rounding, so that the piece is the base's.
+    """
 
     data: np.ndarray
     merged: float = 0.0
     parents: np.ndarray | None = None
+    drowned: bool = False
 
 
 class Tensors:
@@ -223,17 +227,19 @@ class Tensors:
     def _merge(self, info: TensorInfo, piece: Piece) -> Part:
         rows, base, squares = self._read(piece, self._reading)
         known = self._learn(info.name)
-        merged = np.empty(rows.shape[1], rows.dtype)
+        merged, drowned = np.empty(rows.shape[1], rows.dtype), False
         if base is None:
             for _, part in _blocks(piece):
                 _blend(rows[:, part], known, out=merged[part])
         else:
             self._merge_tasks(info, piece, rows, base, known, out=merged)
+            measured = "noise" in self._traits and self._matrix_shape(info.name)
+            drowned = bool(measured and not merged.any() and rows.any())
             merged += base
         length = float(np.dot(merged, merged))
         if not np.isfinite(length) and not np.isfinite(merged).all():
             raise DmmError(f"merging tensor {printable(info.name)} overflows", hint="lower the scale or the weights")
-        return Part(self._encode(info, merged), length, squares)
+        return Part(self._encode(info, merged), length, squares, drowned)
 
     def _merge_tasks(
         self,

@@ -12,6 +12,7 @@ import torch
 from conftest import DIGITS, digits_as_pseudo_data, dmm, in_two_processes, small_net
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from dmm_cli.inputs import resolve_source
@@ -41,6 +42,27 @@ def test_the_same_file_twice_is_told(tmp_path, three):
     result = dmm("merge", three[0], copy, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 0
     assert f"warning: {copy} has the same bytes as {three[0]}: it counts twice" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv"])
+def test_tasks_that_drown_in_rounding_are_told(tmp_path, method):
+    """Two checkpoints in bfloat16, of which ``lost`` differs from the float32 base by that alone, ``kept`` by more."""
+    random, paths = torch.Generator().manual_seed(0), [tmp_path / f"m{number}.safetensors" for number in range(3)]
+    base = {name: torch.randn(48, 64, generator=random) for name in ("kept.weight", "lost.weight")}
+    save_torch(base, paths[0])
+    changed = {**base, "kept.weight": base["kept.weight"] + torch.outer(torch.arange(48.0), torch.arange(64.0))}
+    for path in paths[1:]:
+        save_torch({name: tensor.bfloat16() for name, tensor in changed.items()}, path)
+    out = tmp_path / "out.safetensors"
+    result = dmm("merge", *paths[1:], "--base", paths[0], "--method", method, "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = f"{out}: 1 of 2 weights stay as in the base, lost.weight among them"
+    assert told in result.stderr and any(told in line for line in json.loads(result.stdout)["warnings"])
+    merged = load_torch(out)
+    assert torch.equal(merged["lost.weight"], base["lost.weight"].bfloat16())
+    assert not torch.equal(merged["kept.weight"], base["kept.weight"].bfloat16())
+    plain = dmm("merge", *paths[1:], "--base", paths[0], "--method", "task_arithmetic", "-o", out, "--force")
+    assert plain.exit_code == 0 and "stay as in the base" not in plain.stderr
 
 
 def test_a_merge_of_strangers_is_told_and_recorded_layer_by_layer(tmp_path):
