@@ -43,6 +43,11 @@ def load_config(
         if not isinstance(table, dict):
             raise DmmError(f"{path}: {printable(command)} must be a table", hint=f"write [{printable(command)}]")
         settings = {key.replace("-", "_"): value for key, value in table.items()}
+        if len(settings) < len(table):
+            twice = next(key for key in table if "-" in key and key.replace("-", "_") in table)
+            raise DmmError(
+                f"{path}: {printable(twice)} of {command} is there twice, with - and _", hint="leave one out"
+            )
         for key, value in settings.items():
             _require_known(path, f"option of {command}", key, options[command])
             try:

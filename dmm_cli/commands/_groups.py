@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..digest import Hashes, glance
-from ..errors import DmmError, printable
+from ..errors import DmmError, listed, printable
 from ..files import check_output, write_text
 from ..inputs import Source, files_of, resolve_source, twins
 from ..merging import CALIBRATIONS, METHODS
@@ -240,7 +240,11 @@ def check_each(
         return
     check_weights(recipe, len(sources))
     for members in groups:
-        check([sources[i] for i in members], _part(recipe, members, len(groups)), settled=settled)
+        own, part = [sources[i] for i in members], _part(recipe, members, len(groups))
+        if part.weights and not any(part.weights):
+            names = listed(source.label for source in own)
+            raise DmmError(f"the weights of a group are all 0: {names}", hint="one of each group must be above 0")
+        check(own, part, settled=settled)
 
 
 def check_outputs(to: Destination, grouping: Grouping, inputs: Sequence[Path], *, more: bool = False) -> None:
@@ -376,7 +380,8 @@ def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = Tru
     unlike = unlike_heads(members) or len({member.metadata.get("dmm.classes") for member in members}) > 1
     own_head = recipe.head == "first" and unlike
     union = head_union(members) if recipe.head == "union" else None
-    return {**stamp("merge", parameters, **facts), **inherited(members[:1] if own_head else members, union)}
+    taken = inherited(members[:1]) if own_head else inherited(members, union, recipe.weights)
+    return {**stamp("merge", parameters, **facts), **taken}
 
 
 def _twins(sources: Sequence[Source]) -> list[str]:

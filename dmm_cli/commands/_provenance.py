@@ -51,13 +51,17 @@ def lineage(parents: Sequence[SourceRecord]) -> str:
 
 
 def inherited(
-    parents: Sequence[Source], union: Union | None = None, taught_by: Sequence[Source] | None = None
+    parents: Sequence[Source],
+    union: Union | None = None,
+    weights: Sequence[float] = (),
+    taught_by: Sequence[Source] | None = None,
 ) -> dict[str, str]:
     """What a child takes from its parents: what they agree on, and the sum of their class counts.
 
     Args:
         union: how their classes go together where the lists differ.
-        taught_by: whose class counts add up in their place: a student has learned what its teachers saw.
+        weights: of the parents; one of 0 counts where nobody else knows a class. Empty where all count.
+        taught_by: whose class counts add up in the parents' place: a student has learned what its teachers saw.
     """
     metadata = {}
     foreign = [key for key in parents[0].metadata if key != "format" and not key.startswith("dmm.")]
@@ -67,7 +71,7 @@ def inherited(
             metadata[key] = values.pop()
     counts = list(map(class_counts, taught_by or parents))
     if all(counts):
-        metadata["dmm.class_counts"] = json.dumps(_summed(counts, union))
+        metadata["dmm.class_counts"] = json.dumps(_summed(counts, union, weights or [1.0] * len(counts)))
     return metadata
 
 
@@ -80,11 +84,12 @@ def _of_union(key: str, text: str | None, union: Union | None) -> str | None:
     return re.sub(r"num_classes=\d+", f"num_classes={len(union.classes)}", text)
 
 
-def _summed(counts: list[list[float]], union: Union | None) -> list[float]:
-    if union is None:
-        return [sum(column) for column in zip(*counts, strict=False)]
-    total = [0] * len(union.classes)
-    for own, places in zip(counts, union.places, strict=True):
-        for count, place in zip(own, places, strict=False):
-            total[place] += count
+def _summed(counts: list[list[float]], union: Union | None, weights: Sequence[float]) -> list[float]:
+    size = len(union.classes) if union else min(map(len, counts))
+    places = union.places if union else [range(size)] * len(counts)
+    heard = {place for own, weight in zip(places, weights, strict=True) if weight for place in own}
+    total = [0] * size
+    for own, known, weight in zip(counts, places, weights, strict=True):
+        for count, place in zip(own, known, strict=False):
+            total[place] += count if weight or place not in heard else 0
     return total

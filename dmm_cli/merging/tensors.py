@@ -54,6 +54,8 @@ class Tensors:
     """
 
     def __init__(self, files: Sequence[Checkpoint], base: Checkpoint | None, recipe: Recipe) -> None:
+        self._traits = METHODS.traits(recipe.method)
+        base = base if "base" in self._traits else None  # others merge weights, and it served to compare them
         self._files, self._base, self._recipe = files, base, recipe
         self._all = [base, *files] if base else files
         self._told = self._reading = self._all
@@ -62,7 +64,6 @@ class Tensors:
         self._union = head_union(sources) if recipe.head == "union" else None
         self._kept = heads_of(sources[0]) if recipe.head == "first" else frozenset()
         self._method = METHODS.load(recipe.method)
-        self._traits = METHODS.traits(recipe.method)
         self._parameters = {
             name: effective_parameters(self._method, recipe.parameters_of(name)) for name in self._infos
         }

@@ -55,6 +55,19 @@ def test_layers_are_solved_and_statistics_reset_and_nothing_else_differs_from_th
     assert again.read_bytes() == (out / "group-0.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["linear", "slerp", "karcher", "regmean", "pleas"])
+def test_a_base_changes_nothing_for_methods_that_merge_weights(pseudo, tmp_path, method):
+    """It served to compare the checkpoints; with it none of them is aligned, which these need not be."""
+    solved = ["--recalibrate", pseudo] if method in ("regmean", "pleas") else []
+    words = ["merge", *SITES[:2], "--method", method, "--align", "never", *solved]
+    merged = []
+    for name, flags in (("without", []), ("with", ["--base", DIGITS / "base.safetensors"])):
+        result = dmm(*words, *flags, "-o", tmp_path / f"{name}.safetensors")
+        assert result.exit_code == 0, result.stderr
+        merged.append(load_file(tmp_path / f"{name}.safetensors"))
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+
+
 def test_pleas_keeps_what_two_networks_of_different_starts_know(tmp_path):
     """Whose mean knows nothing, and whose layers say nothing to one another's inputs."""
     pair = [SITES[0], DIGITS / "site-d.safetensors"]

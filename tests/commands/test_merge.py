@@ -65,6 +65,28 @@ def test_tasks_that_drown_in_rounding_are_told(tmp_path, method):
     assert plain.exit_code == 0 and "stay as in the base" not in plain.stderr
 
 
+def test_counts_of_a_checkpoint_without_weight_count_where_nobody_else_knows_a_class(write, tmp_path):
+    """The README's recipe for one order of classes: ``--weights 0,1`` is the second, with the first one's order."""
+    paths = []
+    for number, classes in enumerate((["cat", "dog"], ["dog", "cat"], ["dog", "owl"])):
+        told = {"dmm.classes": json.dumps(classes), "dmm.class_counts": json.dumps([100 + number, 7 * number])}
+        net = small_net(number) | {"fc.weight": np.ones((2, 4), np.float32), "fc.bias": np.ones(2, np.float32)}
+        paths.append(write(f"m{number}", told, **net))
+    for others, expected in (([1], [7, 101]), ([2], [100, 102, 14])):
+        out = tmp_path / f"{others}.safetensors"
+        result = dmm("merge", paths[0], paths[others[0]], "--weights", "0,1", "--align", "never", "-o", out)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(metadata(out)["dmm.class_counts"]) == expected
+
+
+def test_weights_that_are_all_zero_in_a_group_are_told(tmp_path):
+    sites = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
+    result = dmm("merge", *sites, "--group", "auto", "--weights", "0,0,0,1,1", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "the weights of a group are all 0: site-a, site-b, site-c" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_merge_of_strangers_is_told_and_recorded_layer_by_layer(tmp_path):
     strangers = [DIGITS / "site-a.safetensors", DIGITS / "site-d.safetensors"]
     result = dmm("merge", *strangers, "--align", "never", "-o", tmp_path / "out.safetensors", "--json")
