@@ -86,7 +86,7 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
     elif rule == "auto":
         basins = components((raw >= start_bounds(unrelated)) | reordered)
         labels, cuts = _auto(report, cosine, basins, reordered)
-        threshold = min((cut.threshold for cut in cuts.values()), default=BASIN)
+        threshold = min((cut.threshold for cut in cuts.values()), default=_basin_bound(cosine, raw, unrelated))
         known = replace(known, basins=basins, cuts=cuts)
     else:
         labels, threshold = _by_threshold(report.labels, cosine, float(rule)), float(rule)
@@ -98,6 +98,13 @@ def group_checkpoints(report: SimilarityReport, rule: str | float = "auto") -> G
 def start_bounds(unrelated: np.ndarray, share: float = BASIN) -> np.ndarray:
     """Cosines at which two checkpoints share a start: this share of the way from what unrelated units have to 1."""
     return unrelated + share * (1.0 - unrelated) - ROUNDING
+
+
+def _basin_bound(cosine: np.ndarray, raw: np.ndarray, unrelated: np.ndarray) -> float | None:
+    """The highest bound of a basin, where the tree is of the cosines (N, N) that the basins are of; else None."""
+    bounds = start_bounds(unrelated)[~np.eye(len(raw), dtype=bool)]
+    alike = np.array_equal(cosine, raw, equal_nan=True) and np.isfinite(bounds).any()
+    return float(np.nanmax(bounds)) if alike else None
 
 
 def same_start(report: SimilarityReport) -> np.ndarray:

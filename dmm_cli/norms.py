@@ -36,6 +36,17 @@ def norm_inputs(model: nn.Module) -> dict[str, NormInput]:
     return {name: layer for name, layer in found.items() if layer}
 
 
+def unknown_norms(model: nn.Module) -> list[str]:
+    """Names of modules whose class calls itself a normalisation and is none of those that ``norm_inputs`` knows."""
+    known = norm_inputs(model)
+    inner = {name.rpartition(".")[0] for name in known}
+    return [
+        name
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and name not in known and name not in inner
+    ]
+
+
 def _norm_input(module: nn.Module) -> NormInput | None:
     mean, shape = getattr(module, "running_mean", None), getattr(module, "normalized_shape", None)
     if isinstance(mean, torch.Tensor):

@@ -11,6 +11,7 @@ from ..archspec import stated_classes
 from ..errors import DmmError, capped, printable
 from ..inputs import Source, twins
 from ..metadata import class_counts, class_names, require_class_mix, require_names_of_all, stated_input
+from ..names import is_statistic
 from ..trust import require_trust
 from . import _options as options
 from ._statistics import Pair, recorded_counts, require_input
@@ -37,6 +38,13 @@ def require_teachers(
     require_same_class_names(sources)
     require_told(sources, arch, prior, recorded)
     _require_distinct(sources)
+    for source in sources:
+        named = arch or source.metadata.get("dmm.arch")
+        known = bool(recorded) and (source.sha256, source.sha256) in recorded
+        if named and not known and not any(map(is_statistic, source.tensors)):
+            from ..synthesis.teacher import require_statistics  # loads torch, here for nothing but its words
+
+            require_statistics(str(source.path), [])
 
 
 def require_told(
@@ -94,7 +102,7 @@ def load_teachers(
         model = freeze(model, spec, device)
         require_soft(str(source.path), model, spec, device)
         layers = _known_layers(model, file, spec, device)
-        require_statistics(str(source.path), layers)
+        require_statistics(str(source.path), layers, str(file.path) if file else "")
         require_fit(str(source.path), model, example(spec, device))
         classes = architectures.num_classes(model)
         require_names_of_all(source, classes)

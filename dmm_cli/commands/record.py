@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..devices import require_device_name
-from ..errors import DmmError
+from ..errors import DmmError, listed
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..metadata import class_names
 from . import _options as options
@@ -101,6 +101,8 @@ def record(
     for network in manifest.networks:
         for name in network.unused:
             status(f"not recorded, since {network.source.label} does not use it: {name}", quiet=quiet)
+        if network.unknown:
+            status(f"warning: not recorded, of {network.source.label}: {_unknown(network.unknown)}", quiet=quiet)
     _report(manifest, quiet, json)
 
 
@@ -162,7 +164,7 @@ def _measured(
     from ..examples import named
     from ..layout import require_fit
     from ..manifest import RecordedLayer, RecordedNetwork
-    from ..norms import norm_inputs
+    from ..norms import norm_inputs, unknown_norms
     from ..report.console import status
     from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
@@ -171,9 +173,10 @@ def _measured(
     spec = architectures.input_spec(source, module, **asdict(flags))
     require_fit(str(source.path), module, example(spec))
     images = evaluation.load_images(data, tuple(named(spec)))
-    layers = norm_inputs(module)
+    layers, unknown = norm_inputs(module), tuple(unknown_norms(module))
     if not layers:
-        raise DmmError(f"{source.path} has no normalisation layers", hint="there is nothing to record, or to invert")
+        hint = _unknown(unknown) if unknown else "there is nothing to record, or to invert"
+        raise DmmError(f"{source.path} has no normalisation layers that dmm knows", hint=hint)
     counts = ()
     if images.labels is not None:
         own, width = class_names(source) or (), architectures.num_classes(module)
@@ -193,9 +196,14 @@ def _measured(
         ),
         unused=tuple(name for name in layers if name not in found),
         output=str(path),
+        unknown=unknown,
     )
     metadata = stamp("record", {}, device=device.type, **describe(source, owner, spec, len(images), counts))
     return network, to_arrays(found), metadata
+
+
+def _unknown(names: Sequence[str]) -> str:
+    return f"{listed(names)}, whose class is none of torch's or timm's; derive it from the one it is like"
 
 
 def _report(manifest: RecordManifest, quiet: bool, json: bool) -> None:

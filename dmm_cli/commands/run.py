@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings as DistillSettings
 from ..errors import DmmError, printable
-from ..files import refuse_dangling, refuse_inputs, write_text
+from ..files import refuse_dangling, refuse_inputs, require_writable, write_text
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
 from ..merging.recipe import Recipe, require_base
@@ -378,6 +378,7 @@ def _check_outputs(files: Layout, sources: Sequence[Source], inputs: Sequence[Pa
             evidence=[f"of {printable(label)}" for label in earlier],
             hint="name another with -o, or replace it with --force",
         )
+    require_writable(next(path for path in (output, *output.absolute().parents) if path.exists()))
     for path in files.written():
         refuse_inputs(path, inputs)
 

@@ -236,10 +236,11 @@ def synthesize_sources(
     rival = student and load_student(student, teachers[0].num_classes, spec, where, flags, arch)
     started = time.monotonic()
     whole = why_whole(teachers, spec, where, rival) if settings.coarse else ""
-    warnings = (f"no steps at half the resolution: {whole}",) if whole else ()
+    warnings = [*_partial_statistics(teachers), *([f"no steps at half the resolution: {whole}"] if whole else [])]
     if whole:
         settings = replace(settings, coarse=0.0)
-        on_warning(warnings[0])
+    for warning in warnings:
+        on_warning(warning)
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
     statistics = [file.sha256 for file in files]
     depends = {
@@ -276,9 +277,20 @@ def synthesize_sources(
         output=str(output),
         steps=made.steps,
         student=records([student])[0] if student else None,
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
     return manifest, made.data
+
+
+def _partial_statistics(teachers: Sequence[Teacher]) -> list[str]:
+    from ..norms import norm_inputs
+
+    counted = [(t, len(t.layers), len(norm_inputs(t.model))) for t in teachers if t.statistics]
+    return [
+        f"{teacher.statistics} tells of {known} of the {there} normalisation layers of {teacher.label}"
+        for teacher, known, there in counted
+        if known < there
+    ]
 
 
 def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:

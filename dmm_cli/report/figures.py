@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..synthesis.pseudodata import PseudoData
 
 COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
+SHORT = 22  # letters of a label
 
 
 def save(figure: Figure, path: Path, *, force: bool = False) -> None:
@@ -106,10 +107,22 @@ def _draw_tree(axes: Axes, grouping: Grouping, count: int) -> list[int]:
     axes.set_yticks([])
     axes.set_xlabel("1 - cosine", fontsize=8)
     axes.tick_params(labelsize=7)
-    if grouping.threshold is not None:
+    if _cut_makes_groups(grouping):
         axes.axvline(1 - grouping.threshold, color="#c0392b", linestyle="--", linewidth=1)
         axes.set_title(f"cut at {grouping.threshold:.2f}", fontsize=8, color="#c0392b")
     return [int(leaf) for leaf in drawn["leaves"]]
+
+
+def _cut_makes_groups(grouping: Grouping) -> bool:
+    """Whether a cut of the tree at the threshold gives just the groups, which basins and several cuts need not."""
+    import numpy as np
+    from scipy.cluster.hierarchy import fcluster
+
+    if grouping.threshold is None:
+        return False
+    parts = fcluster(np.array(grouping.linkage), 1 - grouping.threshold + 1e-12, "distance")
+    found = {frozenset(np.flatnonzero(parts == part).tolist()) for part in parts}
+    return found == {frozenset(group.members) for group in grouping.groups}
 
 
 def image_grid(data: PseudoData, path: Path, *, force: bool = False) -> None:
@@ -192,4 +205,7 @@ def _figure(width: float, height: float) -> Figure:
 def _short(label: str) -> str:
     from ..errors import printable
 
-    return printable(label, 24).replace("$", r"\$")  # matplotlib reads $...$ as a formula
+    text = printable(label, None)
+    if len(text) > SHORT:  # labels of one project often differ in the end alone
+        text = f"{text[: SHORT // 2]}...{text[-(SHORT // 2) :]}"
+    return text.replace("$", r"\$")  # matplotlib reads $...$ as a formula

@@ -121,7 +121,7 @@ def load_recorded(source: Source, layers: Mapping[str, NormInput], device: torch
         DmmError: the file lacks a part of a layer, holds values that no statistics have, or does not fit the model.
     """
     names = {name: name.rpartition(".")[0] for name in source.tensors}
-    recorded = dict.fromkeys(names.values())
+    recorded = dict.fromkeys(filter(None, names.values()))
     problems = [
         f"{printable(name)} is not of a layer's statistics" for name in names if name.rpartition(".")[2] not in PARTS
     ]
@@ -132,7 +132,7 @@ def load_recorded(source: Source, layers: Mapping[str, NormInput], device: torch
     found = {}
     with Checkpoint(source) as file:
         for name in recorded:
-            mean, variance = (torch.from_numpy(file.floats(f"{name}.{part}")) for part in ("mean", "var"))
+            mean, variance = (torch.from_numpy(file.floats(f"{name}.{part}")).float() for part in ("mean", "var"))
             if not (mean.isfinite().all() and variance.isfinite().all() and (variance >= 0).all()):
                 problems.append(f"{printable(name)}: NaN, infinity or a negative variance")
             found[name] = NormLayer(layers[name].module, mean.to(device), variance.to(device), layers[name].axis)

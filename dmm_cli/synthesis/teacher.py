@@ -138,8 +138,12 @@ def _convert(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(value.bfloat16(), requires_grad=False))
 
 
-def require_statistics(label: str, layers: list[NormLayer]) -> None:
-    """Raise DmmError for a model without known statistics, or with running ones that were never updated."""
+def require_statistics(label: str, layers: list[NormLayer], file: str = "") -> None:
+    """Raise DmmError for a model without known statistics, or with ones that were never updated.
+
+    Args:
+        file: that some were recorded in.
+    """
     if not layers:
         raise DmmError(
             f"{label} has 0 BatchNorm layers, so it stores no statistics to invert",
@@ -149,6 +153,8 @@ def require_statistics(label: str, layers: list[NormLayer]) -> None:
     fresh = all(bool((layer.mean == 0).all() and (layer.variance == 1).all()) for layer in layers)
     if fresh:
         raise DmmError(
-            f"the BatchNorm statistics of {label} were never updated (all means 0, all variances 1)",
-            hint="save the checkpoint with its buffers: model.state_dict(), not model.parameters()",
+            f"the statistics of normalisation layers in {file or label} were never updated (all means 0, variances 1)",
+            hint="record them again, with dmm record"
+            if file
+            else "save the checkpoint with its buffers: model.state_dict(), not model.parameters()",
         )

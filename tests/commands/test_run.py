@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import DIGITS, dmm, shell
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dmm_cli.architectures import build
 from dmm_cli.distillation.settings import Settings
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
@@ -235,6 +237,26 @@ def test_mistakes_are_found_before_anything_is_computed(tmp_path, flags, words):
         result = dmm("run", *SITES, "-o", tmp_path / "out", *flags, *last)
         assert result.exit_code == 2 and words in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_teachers_without_statistics_are_found_before_anything_is_computed(tmp_path):
+    vit, out = "vit_tiny_patch16_224,num_classes=3,img_size=32,patch_size=16,depth=1", tmp_path / "out"
+    paths = [tmp_path / f"vit-{number}.safetensors" for number in range(2)]
+    for path in paths:
+        save_file(build(vit).state_dict(), path, {"dmm.arch": vit})
+    for last in ([], ["--dry-run"]):
+        for command in ("run", "synthesize"):
+            result = dmm(command, *paths, "-o", out if command == "run" else tmp_path / "p.safetensors", *last)
+            assert result.exit_code == 2 and "0 BatchNorm layers" in result.stderr, result.stderr
+            assert "dmm record" in result.stderr
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize("place", ["run", "more/run"])
+def test_a_directory_that_cannot_be_made_is_found_before_anything_is_computed(place):
+    for last in ([], ["--dry-run"]):
+        result = dmm("run", *SITES, "-o", Path("/proc/self") / place, *last)
+        assert result.exit_code == 2 and "cannot write to the directory /proc/self" in result.stderr, result.stderr
 
 
 def test_rare_knowledge_survives(tmp_path):

@@ -18,6 +18,7 @@ from dmm_cli.architectures import build
 from dmm_cli.norms import norm_inputs
 from dmm_cli.runtime import deterministic
 from dmm_cli.synthesis.recorded import Moments, measure
+from dmm_cli.trust import grant
 
 CPU = torch.device("cpu")
 VIT = (
@@ -317,6 +318,11 @@ def rewrite(source, target, change=None, **metadata):
             {},
             "NaN, infinity or a negative variance",
         ),
+        (
+            lambda a: a.update({"blocks.0.norm1.var": np.full(24, 1e300)}),  # float64, infinite in float32
+            {},
+            "NaN, infinity or a negative variance",
+        ),
         (None, {"kind": "dmm.pseudo-data/1"}, "not a file of recorded statistics"),
         (None, {"model": '{"label": "other", "sha256": "abc"}'}, "they are of other (sha256 abc...)"),
         (None, {"model": "["}, "is not valid JSON"),
@@ -333,6 +339,79 @@ def test_files_that_do_not_fit_are_refused(world, tmp_path, change, metadata, wo
     result = dmm("synthesize", root / "vit.safetensors", "--statistics", file, "-o", out)
     assert result.exit_code == 2 and words in result.stderr and str(file) in result.stderr, result.stderr
     assert result.stderr.count("error:") == 1 and not out.exists()
+
+
+def test_statistics_that_tell_of_some_layers_or_of_none_are_told(world, tmp_path):
+    root, record = world
+    layers = len(record["networks"][0]["layers"])
+    file, out = tmp_path / "s.safetensors", tmp_path / "p.safetensors"
+    command = ["synthesize", root / "vit.safetensors", "--statistics", file, "-o", out, "--force"]
+    brief = ["--count", 8, "--steps", 8, "--batch", 8, "--class-prior", "1,1,1", "--json"]
+    rewrite(root / "stats.safetensors", file, lambda a: [a.pop(name) for name in list(a) if name.startswith("blocks.")])
+    result = dmm(*command, *brief)
+    assert result.exit_code == 0, result.stderr
+    told = f"{file} tells of 1 of the {layers} normalisation layers of vit"
+    assert f"warning: {told}" in result.stderr and json.loads(result.stdout)["warnings"] == [told]
+
+    def reset(arrays: dict[str, np.ndarray]) -> None:
+        arrays |= {name: np.full_like(value, name.endswith(".var")) for name, value in arrays.items()}
+
+    rewrite(root / "stats.safetensors", file, reset)
+    result = dmm(*command, *brief)
+    assert result.exit_code == 2 and f"in {file} were never updated" in result.stderr
+    assert "record them again" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_synthesis(world, tmp_path):
+    """Statistics that no data have: their distance from those of any image is infinite."""
+    root, _ = world
+    file, out = tmp_path / "s.safetensors", tmp_path / "p.safetensors"
+    rewrite(root / "stats.safetensors", file, lambda a: a.update({"fc_norm.mean": np.full(24, 3e38, np.float32)}))
+    for engine in ("generator", "pixels"):
+        flags = ["--engine", engine, "--count", 8, "--steps", 8, "--batch", 8, "--class-prior", "1,1,1"]
+        result = dmm("synthesize", root / "vit.safetensors", "--statistics", file, "-o", out, *flags)
+        assert result.exit_code == 2 and "error: norm is inf in step 1" in result.stderr, result.stderr
+        assert not out.exists()
+
+
+class OwnNorm(nn.Module):
+    """A layer as language models define it for themselves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+
+class Classifier(nn.Module):
+    """Digits of 8 x 8 pixels, through layers of its own."""
+
+    def __init__(self, num_classes: int = 3, known: bool = True) -> None:
+        super().__init__()
+        self.own, self.norm = OwnNorm(64), nn.LayerNorm(64) if known else nn.Identity()
+        self.fc, self.num_classes = nn.Linear(64, num_classes), num_classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(self.own(images.flatten(1))))
+
+
+def test_layers_of_unknown_classes_are_told(world, tmp_path):
+    grant([__name__])
+    root, _ = world
+    for known in (True, False):
+        net, out = tmp_path / f"{known}.safetensors", tmp_path / f"{known}-stats.safetensors"
+        metadata = {"dmm.arch": f"{__name__}:Classifier,known={known}", "dmm.input": json.dumps(INPUT)}
+        save_file({name: value.numpy() for name, value in Classifier(3, known).state_dict().items()}, net, metadata)
+        result = dmm("record", net, "--data", root / "data.safetensors", "-o", out, "--json")
+        assert "own, whose class is none of torch's or timm's" in result.stderr, result.stderr
+        assert result.exit_code == (0 if known else 2)
+        if known:
+            (network,) = json.loads(result.stdout)["networks"]
+            assert network["unknown"] == ["own"] and [layer["name"] for layer in network["layers"]] == ["norm"]
+        else:
+            assert "no normalisation layers that dmm knows" in result.stderr and not out.exists()
 
 
 def test_what_cannot_be_recorded_is_refused(world, tmp_path):

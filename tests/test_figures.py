@@ -1,0 +1,55 @@
+"""What the pictures of records tell."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DIGITS, dmm
+from scipy.cluster.hierarchy import fcluster
+
+from dmm_cli.grouping import group_checkpoints
+from dmm_cli.manifest import SimilarityReport
+from dmm_cli.report.figures import draw_heat_map
+
+SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
+
+
+def drawn(*words: object):
+    """The heat map of a comparison, and the groups of it."""
+    result = dmm("similarity", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = SimilarityReport.from_json(json.loads(result.stdout))
+    grouping = group_checkpoints(report)
+    return draw_heat_map(report, grouping), grouping
+
+
+def cut_of(figure) -> tuple[str, list[float]]:
+    """What is written over the tree, and where the broken line is."""
+    tree = figure.axes[0]
+    return tree.get_title(), [line.get_xdata()[0] for line in tree.lines if line.get_linestyle() == "--"]
+
+
+def test_the_line_through_the_tree_parts_the_groups():
+    figure, grouping = drawn(*SITES)
+    title, (place,) = cut_of(figure)
+    parts = fcluster(np.array(grouping.linkage), place, "distance")
+    assert len(set(parts)) == len(grouping.groups) == 3 and title == f"cut at {1 - place:.2f}"
+    bounds = [float(pair.reason.split("is below ")[1].split(",")[0]) for pair in grouping.pairs if not pair.together]
+    assert 1 - place == pytest.approx(max(bounds), abs=1e-3)
+
+
+def test_there_is_none_where_the_tree_is_of_something_else_than_the_groups():
+    """Task vectors of one start may differ in any way: the three are one group by their weights."""
+    figure, grouping = drawn(*SITES[:3], "--base", DIGITS / "base.safetensors")
+    assert len(grouping.groups) == 1 and cut_of(figure) == ("", [])
+
+
+def test_long_labels_keep_both_ends(tmp_path):
+    names = [f"a-rather-long-name-of-hospital-number-{number}.safetensors" for number in range(3)]
+    for name, site in zip(names, SITES, strict=False):
+        (tmp_path / name).write_bytes(site.read_bytes())
+    figure, _ = drawn(*(tmp_path / name for name in names))
+    shown = {label.get_text() for label in figure.axes[1].get_yticklabels()}
+    assert shown == {f"a-rather-lo...al-number-{number}" for number in range(3)}
