@@ -67,11 +67,8 @@ def similarity(
     require_device_name(device)
     measures = _chosen(measure, data)
     told = measure[0] if measure and len(measure) == 1 else "cosine"
-    if against and quiet and told != "cosine" and style != "json":
-        raise DmmError(
-            f"--against is told as a cosine, and -q --measure {told} asks for another measure",
-            hint=f"dmm similarity CKPT REFERENCE -q --measure {told} prints that of every two",
-        )
+    if quiet and told != "cosine" and style != "json":
+        _require_cosine(told, against, fail_under)
     sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=1 if against else 2)
     origin, reference, pseudo = (resolve_source(path) if path else None for path in (base, against, data))
     read = files_of([*sources, *filter(None, (origin, reference, pseudo))])
@@ -102,6 +99,20 @@ def similarity(
     if figure:
         status(f"wrote {figure}", quiet=quiet)
     _check(report, fail_under)
+
+
+def _require_cosine(told: str, against: str | None, fail_under: float | None) -> None:
+    """Refuse what goes by cosines where another measure is all that would be printed."""
+    if against:
+        raise DmmError(
+            f"--against is told as a cosine, and -q --measure {told} asks for another measure",
+            hint=f"dmm similarity CKPT REFERENCE -q --measure {told} prints that of every two",
+        )
+    if fail_under is not None:
+        raise DmmError(
+            f"--fail-under judges cosines, and -q --measure {told} prints another measure",
+            hint=f"leave out --measure {told}, or -q",
+        )
 
 
 def _drawn(report: SimilarityReport, figure: Path) -> bytes:

@@ -64,6 +64,12 @@ def test_a_gate_exits_1_and_prints_both_numbers():
     assert "cosine below 0.9" in failed.stderr and "site-d: -0.00" in failed.stderr
 
 
+def test_a_gate_is_not_shown_another_measure():
+    refused = dmm("similarity", *SITES[:2], "-q", "--measure", "sign", "--fail-under", 0.5)
+    assert refused.exit_code == 2 and "--fail-under judges cosines" in refused.stderr and not refused.stdout
+    assert dmm("similarity", *SITES[:2], "--measure", "sign", "--fail-under", 0.5).exit_code == 0
+
+
 def test_a_gate_lets_equal_checkpoints_pass():
     for site in SITES:
         assert dmm("similarity", site, "--against", site, "--fail-under", 1).exit_code == 0
