@@ -275,7 +275,7 @@ class RecordedNetwork(Record):
     Attributes:
         class_counts: images per class of the network; empty where the data have no labels.
         unused: normalisation layers that the network holds but does not run.
-        unknown: what calls itself a normalisation and is of no class that is known.
+        warnings: what was read in a way that may not be meant, and layers that are of no class that is known.
     """
 
     source: SourceRecord
@@ -284,7 +284,7 @@ class RecordedNetwork(Record):
     layers: tuple[RecordedLayer, ...]
     unused: tuple[str, ...]
     output: str
-    unknown: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

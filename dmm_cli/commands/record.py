@@ -101,8 +101,8 @@ def record(
     for network in manifest.networks:
         for name in network.unused:
             status(f"not recorded, since {network.source.label} does not use it: {name}", quiet=quiet)
-        if network.unknown:
-            status(f"warning: not recorded, of {network.source.label}: {_unknown(network.unknown)}", quiet=quiet)
+        for warning in network.warnings:
+            status(f"warning: {network.source.label}: {warning}")
     _report(manifest, quiet, json)
 
 
@@ -165,7 +165,6 @@ def _measured(
     from ..layout import require_fit
     from ..manifest import RecordedLayer, RecordedNetwork
     from ..norms import norm_inputs, unknown_norms
-    from ..report.console import status
     from ..spaces import example
     from ..synthesis.recorded import measure, to_arrays
 
@@ -173,17 +172,22 @@ def _measured(
     spec = architectures.input_spec(source, module, **asdict(flags))
     require_fit(str(source.path), module, example(spec))
     images = evaluation.load_images(data, tuple(named(spec)))
-    layers, unknown = norm_inputs(module), tuple(unknown_norms(module))
+    layers, unknown = norm_inputs(module), unknown_norms(module)
+    foreign = f"not recorded, since their class is none of torch's or timm's: {listed(unknown)}" if unknown else ""
     if not layers:
-        hint = _unknown(unknown) if unknown else "there is nothing to record, or to invert"
-        raise DmmError(f"{source.path} has no normalisation layers that dmm knows", hint=hint)
-    counts = ()
+        raise DmmError(
+            f"{source.path} has no normalisation layers that dmm knows",
+            evidence=[foreign] if foreign else [],
+            hint="derive their class from the one of torch that it is like"
+            if foreign
+            else "there is nothing to record, or to invert",
+        )
+    counts, warnings = (), [foreign] if foreign else []
     if images.labels is not None:
         own, width = class_names(source) or (), architectures.num_classes(module)
         labels = evaluation.labels_for(images, own, width, source.label)
         warning = evaluation.taken_in_order(images, own)
-        if warning:
-            status(f"warning: {source.label}: {warning}")
+        warnings += [warning] if warning else []
         counts = evaluation.class_counts(labels, width, source.label)
     found = measure(module, layers, images.batches(BATCH, spec, on_progress, source.label), device)
     network = RecordedNetwork(
@@ -196,14 +200,10 @@ def _measured(
         ),
         unused=tuple(name for name in layers if name not in found),
         output=str(path),
-        unknown=unknown,
+        warnings=tuple(warnings),
     )
     metadata = stamp("record", {}, device=device.type, **describe(source, owner, spec, len(images), counts))
     return network, to_arrays(found), metadata
-
-
-def _unknown(names: Sequence[str]) -> str:
-    return f"{listed(names)}, whose class is none of torch's or timm's; derive it from the one it is like"
 
 
 def _report(manifest: RecordManifest, quiet: bool, json: bool) -> None:

@@ -405,11 +405,12 @@ def test_layers_of_unknown_classes_are_told(world, tmp_path):
         metadata = {"dmm.arch": f"{__name__}:Classifier,known={known}", "dmm.input": json.dumps(INPUT)}
         save_file({name: value.numpy() for name, value in Classifier(3, known).state_dict().items()}, net, metadata)
         result = dmm("record", net, "--data", root / "data.safetensors", "-o", out, "--json")
-        assert "own, whose class is none of torch's or timm's" in result.stderr, result.stderr
+        told = "not recorded, since their class is none of torch's or timm's: own"
+        assert told in result.stderr, result.stderr
         assert result.exit_code == (0 if known else 2)
         if known:
             (network,) = json.loads(result.stdout)["networks"]
-            assert network["unknown"] == ["own"] and [layer["name"] for layer in network["layers"]] == ["norm"]
+            assert network["warnings"] == [told] and [layer["name"] for layer in network["layers"]] == ["norm"]
         else:
             assert "no normalisation layers that dmm knows" in result.stderr and not out.exists()
 
