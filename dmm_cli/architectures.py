@@ -279,8 +279,8 @@ def input_spec(
     """Size and normalisation: the arguments > ``dmm.input`` metadata > config.json > timm's defaults.
 
     Where the last three tell another number of channels than the module takes, the module is right, and every channel
-    gets their mean normalisation. Of a model with example inputs, they tell the sizes, and ``dmm.input`` has mean and
-    std by name; of images alone it need not name them.
+    gets their mean normalisation, unless they have a value for each. Of a model with example inputs, they tell the
+    sizes, and ``dmm.input`` has mean and std by name; of images alone it need not name them.
 
     Raises:
         DmmError: mean and std do not fit the number of channels, or ``dmm.input`` tells of other inputs.
@@ -305,9 +305,14 @@ def input_spec(
 
 
 def _per_channel(told: dict[str, Any], count: int, channels: int) -> dict[str, Sequence[float]]:
-    """Mean and std as far as they are told of ``count`` channels: where there are others, one of all for each."""
+    """Mean and std as far as they are told of ``count`` channels: where there are others, one of all for each.
+
+    Values that are as many as the channels hold for these, whatever the size tells.
+    """
     values = {key: told[key] for key in NORMALISATION if key in told}
-    return values if count == channels else {key: (statistics.fmean(value),) for key, value in values.items()}
+    return {
+        key: value if channels in (count, len(value)) else (statistics.fmean(value),) for key, value in values.items()
+    }
 
 
 def _parts_of(given: dict[str, Any], source: Source, names: tuple[str, ...]) -> dict[str, Any]:

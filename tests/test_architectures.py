@@ -210,6 +210,22 @@ def test_the_network_tells_how_many_channels_it_takes(write):
     assert arch.input_spec(source, rearranged).size[0] == 3
 
 
+def test_a_value_for_each_channel_is_kept_where_the_size_tells_of_others(tmp_path):
+    spec = "resnet18,num_classes=4,in_chans=3,layers=(1,1,1,1)"
+    save_file(arch.build(spec).state_dict(), tmp_path / "model.safetensors")
+    told = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
+    config = {"architecture": "resnet18", "model_args": {"in_chans": 3, "layers": [1, 1, 1, 1]}, "num_classes": 4}
+    config["pretrained_cfg"] = {"input_size": [1, 32, 32], **told}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(8) % 4)
+    out = tmp_path / "statistics.safetensors"
+    recorded = dmm("record", tmp_path, "--data", tmp_path / "data.npz", "-o", out)
+    assert recorded.exit_code == 0, recorded.stderr
+    with safe_open(out, "np") as file:
+        assert json.loads(file.metadata()["dmm.input"]) == {**told, "size": [3, 32, 32]}
+
+
 def test_input_and_class_mistakes(tmp_path, write):
     source = resolve_source(str(write("a", w=np.zeros(1, np.float32))))
     with pytest.raises(DmmError, match="2 means and 1 deviations for 1 channels"):
