@@ -151,12 +151,13 @@ def identify(source: Source, arch: str | None = None) -> Architecture:
     """
     if arch:
         return Architecture(arch, "given with --arch")
+    configured = source.is_configured("dmm.arch")
     if source.metadata.get("dmm.arch") == "":
-        raise DmmError(f"dmm.arch in the metadata of {source.path} is empty", hint="name the architecture with --arch")
+        where = source.origin_of("dmm.arch") if configured else f"dmm.arch in the metadata of {source.path}"
+        raise DmmError(f"{where} is empty", hint="name the architecture with --arch")
     if "dmm.arch" in source.metadata:
         require_trust(source)
-        own = "dmm.arch" in source.headers[0].metadata
-        evidence = "dmm.arch in the file's metadata" if own else "config.json beside the weights"
+        evidence = "config.json beside the weights" if configured else "dmm.arch in the file's metadata"
         return Architecture(source.metadata["dmm.arch"], evidence)
     return detect(source)
 
@@ -320,9 +321,12 @@ def _parts_of(given: dict[str, Any], source: Source, names: tuple[str, ...]) -> 
     parts = given if named else {IMAGES: given}
     if not parts.keys() <= set(names):
         told = ", ".join(map(printable, sorted(parts.keys() - set(names)))) if named else "one input without a name"
+        configured = source.is_configured("dmm.input")
+        where = source.origin_of("dmm.input", min(given)) if configured else f"{source.path}: dmm.input"
+        named_one = f'name what it tells of: {{"{names[0]}": {{"mean": [0.5], "std": [0.25]}}}}'
         raise DmmError(
-            f"{source.path}: dmm.input tells of {told}; the model takes {', '.join(names)}",
-            hint=f'name what it tells of: {{"{names[0]}": {{"mean": [0.5], "std": [0.25]}}}}',
+            f"{where} tells of {told}; the model takes {', '.join(names)}",
+            hint="leave it out: it cannot name what it tells of" if configured else named_one,
         )
     return parts
 

@@ -14,8 +14,7 @@ INPUT_KEYS = {"input_size": "size", "mean": "mean", "std": "std"}  # timm's word
 def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     """``dmm.arch``, ``dmm.input`` and ``dmm.classes``, as far as the file tells them."""
     told = {}
-    # files of older versions of timm have no such section: all of it stands beside the architecture
-    flat = "architecture" in config and "pretrained_cfg" not in config
+    flat = _is_flat(config)
     cfg = config if flat else _section(config, "pretrained_cfg")
     if isinstance(config.get("architecture"), str):
         arguments = {**_classes(cfg), **_section(config, "model_args"), **_classes(config)}
@@ -27,6 +26,27 @@ def in_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(names, list) and len(set(map(str, names))) == len(names) > 0:
         told["dmm.classes"] = json.dumps(names)
     return told
+
+
+def key_of(config: Mapping[str, Any], entry: str, part: str = "") -> str:
+    """The key under which the file tells an entry of ``in_metadata``, sections in front: ``pretrained_cfg.mean``.
+
+    Args:
+        part: of ``dmm.input``: size, mean or std.
+    """
+    if entry == "dmm.arch":
+        return "architecture and model_args" if _section(config, "model_args") else "architecture"
+    section = "" if _is_flat(config) else "pretrained_cfg."
+    if entry == "dmm.input":
+        return section + next(key for key, own in INPUT_KEYS.items() if own == part)
+    if "label_names" in config:
+        return "label_names"
+    return f"{section}label_names" if section else "labels"
+
+
+def _is_flat(config: Mapping[str, Any]) -> bool:
+    """Whether all stands beside the architecture, in no section, as older versions of timm wrote it."""
+    return "architecture" in config and "pretrained_cfg" not in config
 
 
 def _classes(part: Mapping[str, Any]) -> dict[str, Any]:

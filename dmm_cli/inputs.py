@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from . import strictjson
 from .errors import DmmError, capped, printable
 from .header import CONVERSION, UNOPENED, Header, TensorInfo, read_header
-from .hub import in_metadata
+from .hub import in_metadata, key_of
 from .names import is_head
 from .recall import recall, remember
 
@@ -58,6 +58,20 @@ class Source:
     def metadata(self) -> dict[str, str]:
         """Metadata of the first file, and what only the ``config.json`` beside it tells."""
         return {**in_metadata(self.config or {}), **self.headers[0].metadata}
+
+    def is_configured(self, entry: str) -> bool:
+        """Whether an entry of the metadata comes from the ``config.json`` beside the weights."""
+        return entry in self.metadata and entry not in self.headers[0].metadata
+
+    def origin_of(self, entry: str, part: str = "") -> str:
+        """Where an entry of the metadata stands, for messages: its key, and the file that has it.
+
+        Args:
+            part: of ``dmm.input``: size, mean or std.
+        """
+        if self.is_configured(entry):
+            return f"{key_of(self.config or {}, entry, part)} of {self.files[0].parent / CONFIG}"
+        return f"{entry} of {self.path}"
 
     @property
     def files(self) -> list[Path]:

@@ -14,6 +14,11 @@ from .errors import DmmError, printable
 from .inputs import Source
 
 NORMALISATION = ("mean", "std")
+PARTS = {  # of an input
+    "size": "a JSON list of positive integers like [3, 32, 32]",
+    "mean": "a JSON list of numbers like [0.5]",
+    "std": "a JSON list of numbers above zero like [0.25]",
+}
 
 
 def class_names(source: Source) -> tuple[str, ...] | None:
@@ -39,7 +44,12 @@ def require_names_of_all(source: Source, classes: int) -> None:
     """Raise DmmError where ``dmm.classes`` does not name as many classes as a network has."""
     names = class_names(source)
     if names and len(names) != classes:
-        raise DmmError(f"{source.path} has {classes} classes, but dmm.classes in its metadata names {len(names)}")
+        configured = source.is_configured("dmm.classes")
+        where = source.origin_of("dmm.classes") if configured else "dmm.classes in its metadata"
+        raise DmmError(
+            f"{source.path} has {classes} classes, but {where} names {len(names)}",
+            hint="let it name every class, or leave it out",
+        )
 
 
 def require_class_mix(counts: Sequence[float], classes: int | None, label: str) -> None:
@@ -62,8 +72,20 @@ def stated_input(source: Source) -> dict[str, Any]:
     Raises:
         DmmError: it tells something else.
     """
+    if source.is_configured("dmm.input"):
+        _require_parts(source)
     words = 'a JSON object like {"size": [3, 32, 32], "mean": [0.5], "std": [0.25]}, or one such by name'
     return _stated(source, "dmm.input", _is_input, words) or {}
+
+
+def _require_parts(source: Source) -> None:
+    """Raise DmmError for the first key of a ``config.json`` that tells of no input."""
+    for part, value in json.loads(source.metadata["dmm.input"]).items():
+        if not isinstance(value, list) or not _is_input({part: value}):
+            raise DmmError(
+                f"{source.origin_of('dmm.input', part)} is not {PARTS[part]}: {printable(json.dumps(value))}",
+                hint="correct it there, or leave it out",
+            )
 
 
 def is_by_name(inputs: dict[str, Any]) -> bool:

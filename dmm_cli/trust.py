@@ -29,12 +29,13 @@ def is_granted(factory: str) -> bool:
 def require_trust(source: Source) -> None:
     """Raise DmmError where a file names a factory of a module that the user does not trust."""
     spec = source.metadata.get("dmm.arch", "")
-    with told_by(f"it is dmm.arch of {source.path}"):
+    origin = source.origin_of("dmm.arch")
+    with told_by(f"it is {origin}"):
         parse_arch(spec)  # names of hubs look like those of factories
     module = module_of(spec)
     if module and not is_granted(spec):
         raise DmmError(
-            f"{source.path} asks for code to be run: {printable(spec)}",
+            f"{origin} asks for code to be run: {printable(spec)}",
             hint=f"if you know that code, say so: dmm --trust {printable(module)} COMMAND ..., or name it with --arch",
         )
 

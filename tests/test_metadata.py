@@ -102,6 +102,67 @@ def test_a_size_of_one_channel_leaves_the_architectures_normalisation_to_it(told
         input_spec(told("dmm.input", '{"size": [1, 16, 16], "mean": [0.3, 0.4]}'), model)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A directory as timm's hub has it, of a network with four classes, and what its config tells besides."""
+    monkeypatch.chdir(tmp_path)
+    shape = {"in_chans": 3, "layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+
+    def make(**told):
+        folder = tmp_path / "hub"
+        folder.mkdir()
+        config = {"architecture": "resnet18", "num_classes": 4, "model_args": shape, **told}
+        (folder / "config.json").write_text(json.dumps(config))
+        model = build("resnet18,num_classes=4,in_chans=3,layers=(1,1,1,1),channels=(8,8,8,8)")
+        save_file({name: value.numpy() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+        return "hub"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            {"pretrained_cfg": {"input_size": "3,32,32"}},
+            'pretrained_cfg.input_size of hub/config.json is not a JSON list of positive integers like [3, 32, 32]: "3',
+        ),
+        ({"pretrained_cfg": {"std": [0]}}, "pretrained_cfg.std of hub/config.json is not a JSON list of numbers above"),
+        ({"pretrained_cfg": {"mean": [float("nan")]}}, "pretrained_cfg.mean of hub/config.json is not a JSON list of"),
+        ({"pretrained_cfg": {"mean": {"mean": [0.5]}}}, "pretrained_cfg.mean of hub/config.json is not a JSON list of"),
+        ({"std": [-1]}, "std of hub/config.json is not a JSON list of numbers above zero"),
+        ({"architecture": "a:net"}, "architecture and model_args of hub/config.json asks for code to be run: a:net"),
+        (
+            {"model_args": {"pretrained": True}},
+            "it is architecture and model_args of hub/config.json\nhint: leave it out",
+        ),
+        ({"architecture": "hf-hub:a", "model_args": {}}, "it is architecture of hub/config.json\nhint: use the plain"),
+        (
+            {"label_names": ["a", "b"]},
+            "hub has 4 classes, but label_names of hub/config.json names 2\nhint: let it name",
+        ),
+        ({"labels": ["a", "b"]}, "hub has 4 classes, but labels of hub/config.json names 2"),
+        (
+            {"pretrained_cfg": {"label_names": ["a", "b"]}},
+            "hub has 4 classes, but pretrained_cfg.label_names of hub/config.json names 2",
+        ),
+    ],
+)
+def test_what_a_config_tells_is_told_as_its_own(hub, told, words):
+    folder = hub(**told)
+    np.savez("data.npz", images=np.zeros((4, 3, 32, 32), np.uint8), labels=np.arange(4))
+    for line in (["synthesize", folder, "-o", "out.safetensors"], ["evaluate", folder, "--data", "data.npz"]):
+        result = dmm(*line)
+        assert result.exit_code == 2 and words in result.stderr and "\nhint: " in result.stderr, result.stderr
+        assert "metadata" not in result.stderr and "dmm." not in result.stderr
+
+
+def test_a_config_cannot_tell_of_several_inputs(hub):
+    source = resolve_source(hub(pretrained_cfg={"mean": [0.5]}))
+    with pytest.raises(DmmError, match=r"pretrained_cfg\.mean of hub/config\.json tells of one input without a name"):
+        input_spec(source, with_examples("image", "mask"))
+
+
 def with_examples(*names: str) -> nn.Module:
     model = nn.Module()
     model.example_inputs = {name: torch.zeros(2, 3, 8, 8) for name in names}

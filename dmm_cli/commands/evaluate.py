@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from ..errors import CheckFailed, DmmError, listed
 from ..inputs import Source, files_of, named_files, resolve_sources
-from ..metadata import class_names
+from ..metadata import class_names, require_names_of_all
 from . import _options as options
 from ._outputs import check_files
 from ._run import epilog, standard_input
@@ -150,6 +150,7 @@ def _answered(
         labelled = load(spec)
         told = _as_part(on_progress, number, len(sources)) if on_progress else None
         answers = evaluation.predict(model, labelled, spec, device, on_progress=told)  # (N, K)
+        require_names_of_all(source, answers.shape[1])
         by_name = not set(own).isdisjoint(labelled.classes) and len(own) == answers.shape[1]
         if by_name and sorted(own) == sorted(names):  # as the first that names them has them
             answers, own = answers[:, [own.index(name) for name in names]], names
