@@ -284,7 +284,8 @@ def input_spec(
     sizes, and ``dmm.input`` has mean and std by name; of images alone it need not name them.
 
     Raises:
-        DmmError: mean and std do not fit the number of channels, or ``dmm.input`` tells of other inputs.
+        DmmError: the size is none of images, mean and std do not fit the number of channels, or ``dmm.input`` tells
+            of other inputs.
     """
     label, given = str(source.path), stated_input(source)
     examples = examples_of(model)
@@ -295,6 +296,8 @@ def input_spec(
     own = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
     usual = tuple(own.get("input_size", (3, 224, 224)))
     told = tuple(given.get("size", usual))
+    if "size" in given and not size:
+        _require_image_size(source, told, _input_channels(model) or usual[0])
     channels = _input_channels(model) or told[0]
     known = _per_channel(own, usual[0], channels) | _per_channel(given, told[0], channels)
     return single_spec(
@@ -303,6 +306,15 @@ def input_spec(
         mean or known.get("mean", (0.0,)),
         std or known.get("std", (1.0,)),
     )
+
+
+def _require_image_size(source: Source, size: Sequence[int], channels: int) -> None:
+    if len(size) != 3:
+        raise DmmError(
+            f"{source.path}: the size of its input is not channels, height and width: {list(size)}",
+            evidence=[f"it is {source.origin_of('dmm.input', 'size')}"],
+            hint=f"say it with --input-size, such as {channels},{size[-1]},{size[-1]}",
+        )
 
 
 def _per_channel(told: dict[str, Any], count: int, channels: int) -> dict[str, Sequence[float]]:

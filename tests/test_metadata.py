@@ -157,6 +157,18 @@ def test_what_a_config_tells_is_told_as_its_own(hub, told, words):
         assert "metadata" not in result.stderr and "dmm." not in result.stderr
 
 
+@pytest.mark.parametrize("size", [[3, 32], [32], [1, 3, 32, 32]])
+def test_a_size_that_no_image_has_is_told_as_the_fault(hub, size):
+    folder = hub(pretrained_cfg={"input_size": size, "mean": [0.5] * 3, "std": [0.25] * 3})
+    np.savez("data.npz", images=np.zeros((4, 3, 32, 32), np.uint8), labels=np.arange(4))
+    command = ["evaluate", folder, "--data", "data.npz"]
+    refused = dmm(*command)
+    assert refused.exit_code == 2 and f"is not channels, height and width: {size}" in refused.stderr, refused.stderr
+    assert "it is pretrained_cfg.input_size of hub/config.json" in refused.stderr
+    assert "hint: say it with --input-size, such as 3,32,32" in refused.stderr
+    assert dmm(*command, "--input-size", "3,32,32").exit_code == 0
+
+
 def test_a_config_cannot_tell_of_several_inputs(hub):
     source = resolve_source(hub(pretrained_cfg={"mean": [0.5]}))
     with pytest.raises(DmmError, match=r"pretrained_cfg\.mean of hub/config\.json tells of one input without a name"):
