@@ -66,6 +66,7 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        options.require_paths(self.params, args)
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -151,6 +152,8 @@ def _require_fit(parameter: Any, value: Any) -> None:
     for part in value if several else [value]:
         if isinstance(part, dict) or (isinstance(part, bool) and not getattr(parameter, "is_flag", False)):
             raise ValueError("a number or a string is wanted")
+        if part == "" and parameter.name in options.READ:
+            raise ValueError("it is the path of an input")
 
 
 def _require_one_process(command: str | None) -> None:

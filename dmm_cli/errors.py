@@ -25,6 +25,17 @@ class DmmError(Exception):
         self.hint = hint
 
 
+class EmptyPath(DmmError):
+    """A path of no letters, which Python would take for the current directory.
+
+    Args:
+        what: it is the path of, in the user's own names.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is empty", hint="name a file; a shell variable that is not set may stand there")
+
+
 class CheckFailed(DmmError):
     """The work was done, but a check the user asked for failed; exit code 1."""
 

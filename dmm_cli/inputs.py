@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import strictjson
-from .errors import DmmError, capped, printable
+from .errors import DmmError, EmptyPath, capped, printable
 from .header import CONVERSION, UNOPENED, Header, TensorInfo, read_header
 from .hub import in_metadata, key_of
 from .names import is_head
@@ -140,6 +140,8 @@ def resolve_source(argument: str) -> Source:
     Raises:
         DmmError: it is not a readable safetensors checkpoint.
     """
+    if not argument:
+        raise EmptyPath("the path of a checkpoint")
     if "\0" in argument:
         raise DmmError(f"no path has a NUL in it: {printable(argument)}")
     path = Path(argument)
@@ -306,6 +308,8 @@ def _expand(argument: str, stdin: TextIO | None) -> list[str]:
         if text.lstrip().startswith("{"):
             return paths_in_record(read_record(text, "standard input"), "standard input")
         return _lines(text)
+    if argument == "@":
+        raise EmptyPath("the path of a list of checkpoints")
     if argument.startswith("@"):
         return _lines(read_text(Path(argument[1:])))
     if argument.endswith(".json") and not argument.endswith(".index.json"):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import DmmError, printable
+from ..errors import DmmError, EmptyPath, printable
 from ..registry import did_you_mean, mistyped
 from ..synthesis import ENGINES, presets
 from ..trust import grant, module_of
 
 FORMATS = ("table", "json", "tsv", "md")
 SOURCES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP", "DEFAULT")  # of an option's value, nearest to the user first
+READ = {"against", "base", "data", "owner", "recalibrate", "statistics", "student"}  # parameters: paths of inputs
 LARGEST = 2**53  # integers up to here are exact in every reader's JSON
 
 
@@ -26,6 +28,18 @@ def option(*names: str, help: str, **details: Any) -> Any:
     Its environment variable works but stays out of the help, where it would double every line.
     """
     return typer.Option(*names, help=help, show_envvar=False, **{"callback": _within_reason, **details})
+
+
+def require_paths(parameters: Iterable[Any], line: Sequence[str]) -> None:
+    """Raise DmmError for an option whose path is empty, while the words of the line still tell that.
+
+    Of an empty path Typer makes that of the current directory.
+    """
+    flags = {flag for parameter in parameters if parameter.name in READ for flag in parameter.opts}
+    for word, following in zip_longest(line, line[1:]):
+        flag, equals, value = word.partition("=")
+        if flag in flags and not value and (equals or following == ""):
+            raise EmptyPath(flag)
 
 
 def gate(help: str, low: int = 0, high: int = 100) -> Any:

@@ -28,6 +28,46 @@ def test_however_it_is_started_it_is_called_dmm():
 
 
 @pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (["evaluate", SITES[0], "--data", ""], "--data"),
+        (["evaluate", SITES[0], "--data="], "--data"),
+        (["evaluate", SITES[0], "", "--data", DIGITS / "test.safetensors"], "the path of a checkpoint"),
+        (["evaluate", "@", "--data", DIGITS / "test.safetensors"], "the path of a list of checkpoints"),
+        (["similarity", *SITES[:2], "--base", ""], "--base"),
+        (["similarity", *SITES[:2], "--against", ""], "--against"),
+        (["similarity", *SITES[:2], "--data", ""], "--data"),
+        (["merge", *SITES[:2], "--base", "", "-o", "out.safetensors"], "--base"),
+        (["merge", *SITES[:2], "--recalibrate", "", "-o", "out.safetensors"], "--recalibrate"),
+        (["record", SITES[0], "--data", "", "-o", "out.safetensors"], "--data"),
+        (
+            ["record", SITES[0], "--data", DIGITS / "test.safetensors", "--owner", "", "-o", "out.safetensors"],
+            "--owner",
+        ),
+        (["synthesize", SITES[0], "--statistics", "", "-o", "out.safetensors"], "--statistics"),
+        (["synthesize", SITES[0], "--student", "", "-o", "out.safetensors"], "--student"),
+        (["distill", *SITES[:2], "--data", "", "-o", "out.safetensors"], "--data"),
+        (["run", *SITES[:2], "--statistics", "", "-o", "out"], "--statistics"),
+        (["run", *SITES[:2], "--data", "", "-o", "out"], "--data"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(tmp_path, monkeypatch, line, what):
+    monkeypatch.chdir(tmp_path)
+    result = dmm(*line)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {what} is empty\nhint: name a file"), (
+        result.stderr
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_in_dmm_toml_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dmm.toml").write_text('[evaluate]\ndata = ""\n')
+    result = dmm("evaluate", SITES[0])
+    assert result.exit_code == 2 and "data of evaluate cannot be '': it is the path of an input" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("style", "start"), [("json", "{"), ("tsv", "\tsite-a"), ("md", "**cosine"), ("table", "cosine")]
 )
 def test_formats(style, start):
