@@ -24,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 MARK = "\ufeff"  # which some editors put in front of a text (BOM)
+WHOLE = "copy all files of the checkpoint again, from where they came"
+ANEW = "it was damaged or edited: write it again with what made it"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what torch.save writes is called
 
 
@@ -170,7 +172,7 @@ def _no_checkpoint(directory: Path) -> DmmError:
     return DmmError(
         f"no {SINGLE} and no {INDEX} in directory {directory}",
         evidence=capped(map(printable, held)),
-        hint=f"name the files: {named}" if found else CONVERSION if pickles else None,
+        hint=f"name the files: {named}" if found else CONVERSION if pickles else f"weights belong into a {SINGLE}",
     )
 
 
@@ -270,9 +272,9 @@ def read_record(text: str, origin: str, parse: Callable[[str], Any] = strictjson
     except strictjson.Repeated as error:
         raise DmmError(f"{origin} {error}") from None
     except (ValueError, RecursionError) as error:  # the latter: of what is nested a thousand deep
-        raise DmmError(f"{origin} is not valid JSON: {printable(str(error))}") from None
+        raise DmmError(f"{origin} is not valid JSON: {printable(str(error))}", hint=ANEW) from None
     if not isinstance(record, dict):
-        raise DmmError(f"{origin} is not a JSON object")
+        raise DmmError(f"{origin} is not a JSON object", hint=ANEW)
     return record
 
 
@@ -373,7 +375,7 @@ def _shards(index: Path) -> tuple[Header, ...]:
     record = read_record(read_text(index), str(index))
     listed = record.get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise DmmError(f"{index} has no weight_map")
+        raise DmmError(f"{index} has no weight_map", hint=WHOLE)
     _require_basenames(index, listed.values())
     headers = {name: read_header(index.parent / name) for name in sorted(set(listed.values()))}
     absent = [
@@ -384,7 +386,7 @@ def _shards(index: Path) -> tuple[Header, ...]:
     held = Counter(name for header in headers.values() for name in header.tensors)
     absent += [f"{printable(name)} is in {count} shards" for name, count in held.items() if count > 1]
     if absent:
-        raise DmmError(f"shards do not hold what {index} lists", evidence=capped(absent))
+        raise DmmError(f"shards do not hold what {index} lists", evidence=capped(absent), hint=WHOLE)
     return tuple(headers.values())
 
 

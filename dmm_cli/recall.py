@@ -43,7 +43,9 @@ def remember(digests: Mapping[Path, tuple[Fingerprint, str]]) -> None:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dmm" / "sha256.json"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    cache = named if os.path.isabs(named) else os.path.expanduser("~/.cache")  # the XDG specification says so
+    return Path(cache) / "dmm" / "sha256.json"
 
 
 def _load() -> dict[str, list]:

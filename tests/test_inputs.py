@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -149,6 +150,30 @@ def test_inputs_that_are_not_there(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DmmError, match=words):
         resolve_sources(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what", "hint"),
+    [
+        ("config.json", "{}", "no model.safetensors and no", "weights belong into a model.safetensors"),
+        ("config.json", "{", "config.json is not valid JSON", "write it again"),
+        ("model.safetensors.index.json", "[]", "is not a JSON object", "write it again"),
+        ("model.safetensors.index.json", "{}", "has no weight_map", "copy all files of the checkpoint again"),
+        ("model.safetensors.index.json", '{"weight_map": {"ghost": "m.safetensors"}}', "do not hold", "copy all files"),
+    ],
+)
+def test_directories_that_are_damaged_are_told_with_a_way_out(write, tmp_path, name, text, what, hint):
+    shard = write("m", w=W)
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    if "weight_map" in text:
+        shutil.copy(shard, directory / shard.name)
+    if text == "{":
+        shutil.copy(shard, directory / "model.safetensors")
+    (directory / name).write_text(text)
+    with pytest.raises(DmmError) as error:
+        resolve_source(str(directory)).metadata  # noqa: B018
+    assert what in error.value.what and hint in error.value.hint
 
 
 def test_records_that_are_not_ours(tmp_path):

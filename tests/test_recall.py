@@ -49,6 +49,16 @@ def test_a_file_is_hashed_once(cache, three):
     assert hashed(three[1]) == sha256(three[1])
 
 
+@pytest.mark.parametrize("named", ["relative", ""])
+def test_a_relative_cache_directory_is_ignored(cache, three, tmp_path, monkeypatch, named):
+    """As the XDG specification says: it would be another one in every working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    hashed(three[0])
+    assert (tmp_path / "home" / ".cache" / "dmm" / "sha256.json").exists() and not (tmp_path / "relative").exists()
+
+
 def test_a_merge_remembers_and_recalls(cache, three, tmp_path):
     command = ["merge", *three, "--align", "never", "-o"]
     dmm(*command, tmp_path / "first.safetensors")

@@ -45,13 +45,17 @@ def statistics_of(files: Sequence[str], teachers: Sequence[Source]) -> dict[Pair
         DmmError: a file is of another kind or of no teacher, or two are of one.
     """
     found: dict[Pair, Source] = {}
-    for source in resolve_sources(files) if files else ():
+    given = {source.path.resolve(): source for source in resolve_sources(files)} if files else {}
+    for source in given.values():
         model, owner = _told(source)
         for label, sha256 in (model, owner):
             _require_teacher(source, label, sha256, teachers)
         pair = owner[1], model[1]
         if pair in found:
-            raise DmmError(f"two files hold statistics of one checkpoint: {found[pair].path} and {source.path}")
+            raise DmmError(
+                f"two files hold statistics of one checkpoint: {found[pair].path} and {source.path}",
+                hint="leave one of them out, or record all the data in one call",
+            )
         found[pair] = source
     return found
 
@@ -109,7 +113,9 @@ def require_input(statistics: Source, spec: Spec) -> None:
     """Raise DmmError unless images were prepared for the recording as the teacher takes them now."""
     from ..spaces import in_words
 
-    given = read_record(statistics.metadata.get("dmm.input", "{}"), f"dmm.input of {statistics.path}")
+    if "dmm.input" not in statistics.metadata:
+        raise DmmError(f"statistics {statistics.path} do not tell which input they are of (dmm.input)", hint=AGAIN)
+    given = read_record(statistics.metadata["dmm.input"], f"dmm.input of {statistics.path}")
     if given != json.loads(json.dumps(asdict(spec))):
         flags = (("--input-size", "size"), ("--mean", "mean"), ("--std", "std"))
         wanted = [f"{flag} {str(given[key]).strip('[]').replace(' ', '')}" for flag, key in flags if key in given]

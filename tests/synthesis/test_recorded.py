@@ -296,7 +296,8 @@ def rewrite(source, target, change=None, **metadata):
         arrays, known = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     if change:
         change(arrays)
-    save_file(arrays, target, {**known, **{f"dmm.{name}": value for name, value in metadata.items()}})
+    told = {**known, **{f"dmm.{name}": value for name, value in metadata.items()}}
+    save_file(arrays, target, {name: value for name, value in told.items() if value is not None})
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,7 @@ def rewrite(source, target, change=None, **metadata):
         (None, {"model": "{}"}, "does not name a checkpoint by label and sha256"),
         (lambda a: a.clear(), {}, "it holds none"),
         (None, {"input": '{"size": "a"}'}, "hint: record them again"),
+        (None, {"input": None}, "do not tell which input they are of"),
         (None, {"input": json.dumps({**INPUT, "std": [0.5]})}, "--input-size 1,8,8 --mean 0.3 --std 0.5"),
     ],
 )
@@ -431,6 +433,11 @@ def test_what_cannot_be_recorded_is_refused(world, tmp_path):
     ):
         result = dmm("record", *arguments)
         assert result.exit_code == 2 and words in result.stderr, result.stderr
-    twice = dmm("synthesize", vit, *["--statistics", root / "stats.safetensors"] * 2, "-o", out)
+    (tmp_path / "copy.safetensors").write_bytes((root / "stats.safetensors").read_bytes())
+    flags = ["--statistics", root / "stats.safetensors", "--statistics", tmp_path / "copy.safetensors"]
+    twice = dmm("synthesize", vit, *flags, "-o", out)
     assert twice.exit_code == 2 and "two files hold statistics of one checkpoint" in twice.stderr
+    (tmp_path / "link.safetensors").symlink_to(root / "stats.safetensors")
+    flags[3] = tmp_path / "link.safetensors"
+    assert dmm("synthesize", vit, *flags, "-o", out, "--dry-run").exit_code == 0  # one file, by two names
     assert not out.exists()
