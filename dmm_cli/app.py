@@ -148,7 +148,9 @@ def _require_fit(parameter: Any, value: Any) -> None:
     """Raise ValueError where a value of dmm.toml has not the form of an option's; its kind is checked by Typer."""
     several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
     if several != isinstance(value, list):
-        raise ValueError("a list is wanted, as in [1, 2]" if several else 'one value is wanted, numbers as "1,2"')
+        raise ValueError(
+            "a list is wanted, as in [1, 2]" if several else 'one value is wanted; several numbers are a string, "1,2"'
+        )
     for part in value if several else [value]:
         if isinstance(part, dict) or (isinstance(part, bool) and not getattr(parameter, "is_flag", False)):
             raise ValueError("a number or a string is wanted")

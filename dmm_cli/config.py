@@ -42,12 +42,12 @@ def load_config(
         _require_known(path, "command", command, options)
         if not isinstance(table, dict):
             raise DmmError(f"{path}: {printable(command)} must be a table", hint=f"write [{printable(command)}]")
-        settings = {key.replace("-", "_"): value for key, value in table.items()}
-        if len(settings) < len(table):
-            twice = next(key for key in table if "-" in key and key.replace("-", "_") in table)
-            raise DmmError(
-                f"{path}: {printable(twice)} of {command} is there twice, with - and _", hint="leave one out"
-            )
+        settings: dict[str, Any] = {}
+        for key, value in table.items():
+            name = key.replace("-", "_")
+            if name in settings:
+                raise DmmError(f"{path}: {name} of {command} is there twice, with - and _", hint="leave one out")
+            settings[name] = value
         for key, value in settings.items():
             _require_known(path, f"option of {command}", key, options[command])
             try:

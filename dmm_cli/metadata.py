@@ -52,6 +52,15 @@ def require_names_of_all(source: Source, classes: int) -> None:
         )
 
 
+def without_statistics(label: str) -> DmmError:
+    """The error that a checkpoint stores no statistics to invert."""
+    return DmmError(
+        f"{label} has 0 BatchNorm layers, so it stores no statistics to invert",
+        hint=f"whoever has its data can record some: dmm record {label} --data DATA -o stats.safetensors; "
+        "then add --statistics stats.safetensors",
+    )
+
+
 def require_class_mix(counts: Sequence[float], classes: int | None, label: str) -> None:
     """Raise DmmError for counts that are no mix of classes.
 

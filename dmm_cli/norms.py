@@ -37,13 +37,18 @@ def norm_inputs(model: nn.Module) -> dict[str, NormInput]:
 
 
 def unknown_norms(model: nn.Module) -> list[str]:
-    """Names of modules whose class calls itself a normalisation and is none of those that ``norm_inputs`` knows."""
+    """Names of layers whose class calls itself a normalisation and is none of those that ``norm_inputs`` knows.
+
+    Weights that are normalised (``torch.nn.utils``) are no features, and what holds other modules is no layer.
+    """
     known = norm_inputs(model)
-    inner = {name.rpartition(".")[0] for name in known}
     return [
         name
         for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and name not in known and name not in inner
+        if "norm" in type(module).__name__.lower()
+        and name not in known
+        and not any(True for _ in module.children())
+        and not type(module).__module__.startswith("torch.nn.utils.")
     ]
 
 

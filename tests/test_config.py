@@ -32,7 +32,8 @@ def test_dashes_and_underscores_are_one(tmp_path):
         ("[merge]\nmetod = 1\n", "unknown option of merge: metod", "did you mean method?"),
         ("merge = 1\n", "merge must be a table", "write [merge]"),
         ("[merge]\nmethod = 1\n", "method of merge cannot be 1: words are wanted", None),
-        ("[merge]\ndry-run = true\ndry_run = false\n", "dry-run of merge is there twice", "leave one out"),
+        ("[merge]\ndry-run = true\ndry_run = false\n", "dry_run of merge is there twice", "leave one out"),
+        ("[merge]\na-b-c = 1\na-b_c = 1\n", "a_b_c of merge is there twice", "leave one out"),
         ("[merge\n", "not valid TOML", None),
     ],
 )

@@ -53,3 +53,13 @@ def test_long_labels_keep_both_ends(tmp_path):
     figure, _ = drawn(*(tmp_path / name for name in names))
     shown = {label.get_text() for label in figure.axes[1].get_yticklabels()}
     assert shown == {f"a-rather-lo...al-number-{number}" for number in range(3)}
+
+
+@pytest.mark.parametrize("length", [22, 25, 26])
+def test_labels_are_never_drawn_longer_than_they_are(tmp_path, length):
+    names = [letter * length for letter in "ab"]
+    for name in names:
+        (tmp_path / f"{name}.safetensors").write_bytes(SITES[0].read_bytes())
+    figure, _ = drawn(*(tmp_path / f"{name}.safetensors" for name in names))
+    shown = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert all(len(text) == min(length, 25) for text in shown)

@@ -241,7 +241,8 @@ def check_each(
     check_weights(recipe, len(sources))
     for members in groups:
         own, part = [sources[i] for i in members], _part(recipe, members, len(groups))
-        if part.weights and not any(part.weights):
+        given = (part.weights, *(override.weights for override in part.overrides))
+        if any(weights and not any(weights) for weights in given):
             names = listed(source.label for source in own)
             raise DmmError(f"the weights of a group are all 0: {names}", hint="one of each group must be above 0")
         check(own, part, settled=settled)
@@ -395,8 +396,8 @@ def _idle(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> lis
 def _drowned(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         f"{outcome.path}: {len(outcome.drowned)} of {len(outcome.lengths)} weights stay as in the base, "
-        f"{printable(outcome.drowned[0])} among them: what was trained there is no larger than the rounding of stored "
-        "weights; merge checkpoints of a finer dtype, or with --method task_arithmetic"
+        f"{printable(outcome.drowned[0])} among them: what was trained there, taken together, is no larger than the "
+        "rounding of stored weights; merge checkpoints of a finer dtype, or with --method task_arithmetic"
         for outcome in outcomes
         if outcome.drowned
     ]

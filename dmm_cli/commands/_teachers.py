@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from ..archspec import stated_classes
 from ..errors import DmmError, capped, printable
 from ..inputs import Source, twins
-from ..metadata import class_counts, class_names, require_class_mix, require_names_of_all, stated_input
+from ..metadata import (
+    class_counts,
+    class_names,
+    require_class_mix,
+    require_names_of_all,
+    stated_input,
+    without_statistics,
+)
 from ..names import is_statistic
 from ..trust import require_trust
 from . import _options as options
@@ -42,9 +49,7 @@ def require_teachers(
         named = arch or source.metadata.get("dmm.arch")
         known = bool(recorded) and (source.sha256, source.sha256) in recorded
         if named and not known and not any(map(is_statistic, source.tensors)):
-            from ..synthesis.teacher import require_statistics  # loads torch, here for nothing but its words
-
-            require_statistics(str(source.path), [])
+            raise without_statistics(str(source.path))
 
 
 def require_told(

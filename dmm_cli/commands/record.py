@@ -173,7 +173,7 @@ def _measured(
     require_fit(str(source.path), module, example(spec))
     images = evaluation.load_images(data, tuple(named(spec)))
     layers, unknown = norm_inputs(module), unknown_norms(module)
-    foreign = f"not recorded, since their class is none of torch's or timm's: {listed(unknown)}" if unknown else ""
+    foreign = f"not recorded, since dmm does not know their class: {listed(unknown)}" if unknown else ""
     if not layers:
         raise DmmError(
             f"{source.path} has no normalisation layers that dmm knows",

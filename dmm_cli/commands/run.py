@@ -378,7 +378,10 @@ def _check_outputs(files: Layout, sources: Sequence[Source], inputs: Sequence[Pa
             evidence=[f"of {printable(label)}" for label in earlier],
             hint="name another with -o, or replace it with --force",
         )
-    require_writable(next(path for path in (output, *output.absolute().parents) if path.exists()))
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise DmmError(f"cannot make the directory {output}: {there} is a file", hint="name another with -o")
+    require_writable(there)
     for path in files.written():
         refuse_inputs(path, inputs)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..devices import require_device_name, require_precision
-from ..errors import DmmError
+from ..errors import DmmError, listed
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..ranks import Ranks, joined
 from ..synthesis import presets
@@ -33,7 +33,10 @@ from ._teachers import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ..manifest import SynthesisManifest, TeacherReport
+    from ..spaces import Spec
     from ..synthesis.pseudodata import PseudoData
     from ..synthesis.teacher import Teacher
 
@@ -236,9 +239,10 @@ def synthesize_sources(
     rival = student and load_student(student, teachers[0].num_classes, spec, where, flags, arch)
     started = time.monotonic()
     whole = why_whole(teachers, spec, where, rival) if settings.coarse else ""
-    warnings = [*_partial_statistics(teachers), *([f"no steps at half the resolution: {whole}"] if whole else [])]
+    warnings = _partial_statistics(teachers, spec, where)
     if whole:
         settings = replace(settings, coarse=0.0)
+        warnings.append(f"no steps at half the resolution: {whole}")
     for warning in warnings:
         on_warning(warning)
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
@@ -282,15 +286,19 @@ def synthesize_sources(
     return manifest, made.data
 
 
-def _partial_statistics(teachers: Sequence[Teacher]) -> list[str]:
-    from ..norms import norm_inputs
+def _partial_statistics(teachers: Sequence[Teacher], spec: Spec, device: torch.device) -> list[str]:
+    """What recorded statistics leave out of the layers that a network runs."""
+    from ..spaces import example
+    from ..synthesis.recorded import layers_that_run
 
-    counted = [(t, len(t.layers), len(norm_inputs(t.model))) for t in teachers if t.statistics]
-    return [
-        f"{teacher.statistics} tells of {known} of the {there} normalisation layers of {teacher.label}"
-        for teacher, known, there in counted
-        if known < there
-    ]
+    told = []
+    for teacher in (teacher for teacher in teachers if teacher.statistics):
+        known = {layer.module for layer in teacher.layers}
+        used = layers_that_run(teacher.model, example(spec, device))
+        missing = [name for name, module in used.items() if module not in known]
+        if missing:
+            told.append(f"{teacher.statistics} leaves out layers of {teacher.label}: {listed(missing)}")
+    return told
 
 
 def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> TeacherReport:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import compress
 from typing import NamedTuple
 
@@ -233,9 +234,7 @@ class Tensors:
             for _, part in _blocks(piece):
                 _blend(rows[:, part], known, out=merged[part])
         else:
-            self._merge_tasks(info, piece, rows, base, known, out=merged)
-            measured = "noise" in self._traits and self._matrix_shape(info.name)
-            drowned = bool(measured and not merged.any() and rows.any())
+            drowned = self._merge_tasks(info, piece, rows, base, known, out=merged)
             merged += base
         length = float(np.dot(merged, merged))
         if not np.isfinite(length) and not np.isfinite(merged).all():
@@ -251,12 +250,15 @@ class Tensors:
         known: np.ndarray | None,
         *,
         out: np.ndarray,
-    ) -> None:
-        """Fill ``out`` (n,) with the merged task vector, calibrated if asked for; overwrites the tasks (N, n)."""
-        shape = self._matrix_shape(info.name) if self.on_matrices else None
+    ) -> bool:
+        """Fill ``out`` (n,) with the merged task vector, calibrated if asked for; overwrites the tasks (N, n).
+
+        Tells whether nothing of the tasks is larger than rounding.
+        """
+        shape, drowned = self._matrix_shape(info.name) if self.on_matrices else None, False
         calibrated = shape and self._recipe.calibrate
         if shape and "matrices" in self._traits:
-            out[:] = self._merged_matrix(info, tasks, base, shape)
+            out[:], drowned = self._merged_matrix(info, tasks, base, shape)
         else:
             spent = tasks.copy() if calibrated else tasks
             for block, part in _blocks(piece):
@@ -266,6 +268,7 @@ class Tensors:
 
             parameters = self._calibration_parameters
             out[:] = calibrate_matrix(out, tasks, shape, self.device, self._calibration, parameters)
+        return drowned
 
     def _learn(self, name: str) -> np.ndarray | None:
         """What blocks of a tensor are merged with, (N,): coefficients, or magnitudes to trim at."""
@@ -278,7 +281,8 @@ class Tensors:
 
     def _merged_matrix(
         self, info: TensorInfo, tasks: np.ndarray, base: np.ndarray, shape: tuple[int, int]
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, bool]:
+        """The merged task vector (n,), and whether it is 0 for no other reason than that rounding is left out."""
         from .matrices import merge_matrices
         from .rounding import rounding_noise
 
@@ -288,7 +292,9 @@ class Tensors:
             dtypes = [file.source.tensors[info.name].dtype for file in files]
             noise = weights * rounding_noise(tasks, base, shape, dtypes)
         weighted = tasks * weights.astype(tasks.dtype)[:, None]
-        return merge_matrices(weighted, shape, self.device, self._method, self._parameters[info.name], noise)
+        merge = partial(merge_matrices, weighted, shape, self.device, self._method, self._parameters[info.name])
+        merged = merge(noise)
+        return merged, noise is not None and not merged.any() and bool(merge(None).any())
 
     def _merged_block(self, info: TensorInfo, block: Piece, tasks: np.ndarray, known: np.ndarray | None) -> np.ndarray:
         """The merged task vector (n,) of a block; what is no matrix takes the mean from methods on matrices."""

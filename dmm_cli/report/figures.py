@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..synthesis.pseudodata import PseudoData
 
 COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
-SHORT = 22  # letters of a label
+SHORT, DOTS = 22, "..."  # letters of a label that is shortened, and what stands for others
 
 
 def save(figure: Figure, path: Path, *, force: bool = False) -> None:
@@ -206,6 +206,6 @@ def _short(label: str) -> str:
     from ..errors import printable
 
     text = printable(label, None)
-    if len(text) > SHORT:  # labels of one project often differ in the end alone
-        text = f"{text[: SHORT // 2]}...{text[-(SHORT // 2) :]}"
+    if len(text) > SHORT + len(DOTS):  # labels of one project often differ in the end alone
+        text = f"{text[: SHORT // 2]}{DOTS}{text[-(SHORT // 2) :]}"
     return text.replace("$", r"\$")  # matplotlib reads $...$ as a formula

@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
 from ..examples import Inputs, hooked, on_input, run
 from ..inputs import Source
-from ..norms import NormInput
+from ..norms import NormInput, norm_inputs
 from ..runtime import deterministic
 from .statistics import NormLayer
 
@@ -104,6 +104,15 @@ def _moments(name: str, layer: NormInput, features: torch.Tensor) -> Moments:
     return moments
 
 
+@torch.no_grad()
+def layers_that_run(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
+    """The normalisation layers that a pass over inputs (B, ...) goes through, by name, in module order."""
+    layers, seen = {name: layer.module for name, layer in norm_inputs(model).items()}, set()
+    with hooked(layer.register_forward_pre_hook(lambda module, _: seen.add(module)) for layer in layers.values()):
+        run(model, inputs)
+    return {name: layer for name, layer in layers.items() if layer in seen}
+
+
 def to_arrays(found: Mapping[str, Moments]) -> dict[str, np.ndarray]:
     """``NAME.mean`` and ``NAME.var``, float32 (C,), and ``NAME.count``, int64, of every layer."""
     arrays = {}
@@ -123,7 +132,9 @@ def load_recorded(source: Source, layers: Mapping[str, NormInput], device: torch
     names = {name: name.rpartition(".")[0] for name in source.tensors}
     recorded = dict.fromkeys(filter(None, names.values()))
     problems = [
-        f"{printable(name)} is not of a layer's statistics" for name in names if name.rpartition(".")[2] not in PARTS
+        f"{printable(name)} is not of a layer's statistics"
+        for name, layer in names.items()
+        if not layer or name.rpartition(".")[2] not in PARTS
     ]
     problems += [] if recorded else ["it holds none"]
     for name in recorded:

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import DmmError
 from ..examples import Inputs, answer
 from ..layout import place
+from ..metadata import without_statistics
 from ..runtime import mixed_precision
 from ..spaces import Spec, example
 from .average import PoolStatistics
@@ -145,11 +146,7 @@ def require_statistics(label: str, layers: list[NormLayer], file: str = "") -> N
         file: that some were recorded in.
     """
     if not layers:
-        raise DmmError(
-            f"{label} has 0 BatchNorm layers, so it stores no statistics to invert",
-            hint=f"whoever has its data can record some: dmm record {label} --data DATA -o stats.safetensors; "
-            "then add --statistics stats.safetensors",
-        )
+        raise without_statistics(label)
     fresh = all(bool((layer.mean == 0).all() and (layer.variance == 1).all()) for layer in layers)
     if fresh:
         raise DmmError(

@@ -61,8 +61,9 @@ def test_tasks_that_drown_in_rounding_are_told(tmp_path, method):
     merged = load_torch(out)
     assert torch.equal(merged["lost.weight"], base["lost.weight"].bfloat16())
     assert not torch.equal(merged["kept.weight"], base["kept.weight"].bfloat16())
-    plain = dmm("merge", *paths[1:], "--base", paths[0], "--method", "task_arithmetic", "-o", out, "--force")
-    assert plain.exit_code == 0 and "stay as in the base" not in plain.stderr
+    for flags in (["--method", "task_arithmetic"], ["--method", method, "--param", "scale=0"]):
+        other = dmm("merge", *paths[1:], "--base", paths[0], *flags, "-o", out, "--force")
+        assert other.exit_code == 0 and "stay as in the base" not in other.stderr
 
 
 def test_counts_of_a_checkpoint_without_weight_count_where_nobody_else_knows_a_class(write, tmp_path):

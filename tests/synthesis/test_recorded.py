@@ -329,6 +329,7 @@ def rewrite(source, target, change=None, **metadata):
         (None, {"model": "["}, "is not valid JSON"),
         (None, {"model": "{}"}, "does not name a checkpoint by label and sha256"),
         (lambda a: a.clear(), {}, "it holds none"),
+        (lambda a: a.update({"mean": np.zeros(24, np.float32)}), {}, "mean is not of a layer's statistics"),
         (None, {"input": '{"size": "a"}'}, "hint: record them again"),
         (None, {"input": None}, "do not tell which input they are of"),
         (None, {"input": json.dumps({**INPUT, "std": [0.5]})}, "--input-size 1,8,8 --mean 0.3 --std 0.5"),
@@ -345,14 +346,14 @@ def test_files_that_do_not_fit_are_refused(world, tmp_path, change, metadata, wo
 
 def test_statistics_that_tell_of_some_layers_or_of_none_are_told(world, tmp_path):
     root, record = world
-    layers = len(record["networks"][0]["layers"])
     file, out = tmp_path / "s.safetensors", tmp_path / "p.safetensors"
     command = ["synthesize", root / "vit.safetensors", "--statistics", file, "-o", out, "--force"]
     brief = ["--count", 8, "--steps", 8, "--batch", 8, "--class-prior", "1,1,1", "--json"]
     rewrite(root / "stats.safetensors", file, lambda a: [a.pop(name) for name in list(a) if name.startswith("blocks.")])
     result = dmm(*command, *brief)
     assert result.exit_code == 0, result.stderr
-    told = f"{file} tells of 1 of the {layers} normalisation layers of vit"
+    known = [layer["name"] for layer in record["networks"][0]["layers"]]
+    told = f"{file} leaves out layers of vit: {', '.join(name for name in known if name.startswith('blocks.'))}"
     assert f"warning: {told}" in result.stderr and json.loads(result.stdout)["warnings"] == [told]
 
     def reset(arrays: dict[str, np.ndarray]) -> None:
@@ -407,7 +408,7 @@ def test_layers_of_unknown_classes_are_told(world, tmp_path):
         metadata = {"dmm.arch": f"{__name__}:Classifier,known={known}", "dmm.input": json.dumps(INPUT)}
         save_file({name: value.numpy() for name, value in Classifier(3, known).state_dict().items()}, net, metadata)
         result = dmm("record", net, "--data", root / "data.safetensors", "-o", out, "--json")
-        told = "not recorded, since their class is none of torch's or timm's: own"
+        told = "not recorded, since dmm does not know their class: own"
         assert told in result.stderr, result.stderr
         assert result.exit_code == (0 if known else 2)
         if known:
@@ -441,3 +442,25 @@ def test_what_cannot_be_recorded_is_refused(world, tmp_path):
     flags[3] = tmp_path / "link.safetensors"
     assert dmm("synthesize", vit, *flags, "-o", out, "--dry-run").exit_code == 0  # one file, by two names
     assert not out.exists()
+
+
+class Partly(Classifier):
+    """A network with a layer that no pass goes through, and with weights that are normalised."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self.own, self.idle = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.LayerNorm(64)
+
+
+def test_a_whole_record_makes_no_warning_where_a_layer_is_idle(world, tmp_path):
+    grant([__name__])
+    root, _ = world
+    net, stats, out = (tmp_path / f"{name}.safetensors" for name in ("net", "stats", "out"))
+    metadata = {"dmm.arch": f"{__name__}:Partly", "dmm.input": json.dumps(INPUT)}
+    save_file({name: value.numpy() for name, value in Partly().state_dict().items()}, net, metadata)
+    recorded = dmm("record", net, "--data", root / "unlabelled.safetensors", "-o", stats)
+    assert recorded.exit_code == 0 and "does not use it: idle" in recorded.stderr, recorded.stderr
+    assert "warning" not in recorded.stderr
+    flags = ["--count", 8, "--steps", 2, "--batch", 8, "--class-prior", "1,1,1"]
+    result = dmm("synthesize", net, "--statistics", stats, "-o", out, *flags)
+    assert "leaves out" not in result.stderr and (result.exit_code == 0 or "recognises none" in result.stderr)
