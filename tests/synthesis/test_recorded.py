@@ -18,7 +18,6 @@ from dmm_cli.architectures import build
 from dmm_cli.norms import norm_inputs
 from dmm_cli.runtime import deterministic
 from dmm_cli.synthesis.recorded import Moments, measure
-from dmm_cli.trust import grant
 
 CPU = torch.device("cpu")
 VIT = (
@@ -377,47 +376,6 @@ def test_a_loss_that_is_not_finite_ends_the_synthesis(world, tmp_path):
         assert not out.exists()
 
 
-class OwnNorm(nn.Module):
-    """A layer as language models define it for themselves."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-
-
-class Classifier(nn.Module):
-    """Digits of 8 x 8 pixels, through layers of its own."""
-
-    def __init__(self, num_classes: int = 3, known: bool = True) -> None:
-        super().__init__()
-        self.own, self.norm = OwnNorm(64), nn.LayerNorm(64) if known else nn.Identity()
-        self.fc, self.num_classes = nn.Linear(64, num_classes), num_classes
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.norm(self.own(images.flatten(1))))
-
-
-def test_layers_of_unknown_classes_are_told(world, tmp_path):
-    grant([__name__])
-    root, _ = world
-    for known in (True, False):
-        net, out = tmp_path / f"{known}.safetensors", tmp_path / f"{known}-stats.safetensors"
-        metadata = {"dmm.arch": f"{__name__}:Classifier,known={known}", "dmm.input": json.dumps(INPUT)}
-        save_file({name: value.numpy() for name, value in Classifier(3, known).state_dict().items()}, net, metadata)
-        result = dmm("record", net, "--data", root / "data.safetensors", "-o", out, "--json")
-        told = "not recorded, since dmm does not know their class: own"
-        assert told in result.stderr, result.stderr
-        assert result.exit_code == (0 if known else 2)
-        if known:
-            (network,) = json.loads(result.stdout)["networks"]
-            assert network["warnings"] == [told] and [layer["name"] for layer in network["layers"]] == ["norm"]
-        else:
-            assert "no normalisation layers that dmm knows" in result.stderr and not out.exists()
-
-
 def test_what_cannot_be_recorded_is_refused(world, tmp_path):
     root, _ = world
     vit, data, out = root / "vit.safetensors", root / "data.safetensors", tmp_path / "s.safetensors"
@@ -442,25 +400,3 @@ def test_what_cannot_be_recorded_is_refused(world, tmp_path):
     flags[3] = tmp_path / "link.safetensors"
     assert dmm("synthesize", vit, *flags, "-o", out, "--dry-run").exit_code == 0  # one file, by two names
     assert not out.exists()
-
-
-class Partly(Classifier):
-    """A network with a layer that no pass goes through, and with weights that are normalised."""
-
-    def __init__(self, num_classes: int = 3) -> None:
-        super().__init__(num_classes)
-        self.own, self.idle = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.LayerNorm(64)
-
-
-def test_a_whole_record_makes_no_warning_where_a_layer_is_idle(world, tmp_path):
-    grant([__name__])
-    root, _ = world
-    net, stats, out = (tmp_path / f"{name}.safetensors" for name in ("net", "stats", "out"))
-    metadata = {"dmm.arch": f"{__name__}:Partly", "dmm.input": json.dumps(INPUT)}
-    save_file({name: value.numpy() for name, value in Partly().state_dict().items()}, net, metadata)
-    recorded = dmm("record", net, "--data", root / "unlabelled.safetensors", "-o", stats)
-    assert recorded.exit_code == 0 and "does not use it: idle" in recorded.stderr, recorded.stderr
-    assert "warning" not in recorded.stderr
-    flags = ["--count", 8, "--steps", 2, "--batch", 8, "--class-prior", "1,1,1"]
-    result = dmm("synthesize", net, "--statistics", stats, "-o", out, *flags)
-    assert "leaves out" not in result.stderr and (result.exit_code == 0 or "recognises none" in result.stderr)
