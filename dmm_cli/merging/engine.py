@@ -96,7 +96,8 @@ def merge(
     measured = {name: ratio for part in ranks.gather(work.lengths()) for name, ratio in part.items()}
     order = (name for layout in shards.values() for name in file_order(layout))
     lengths = {name: measured[name] for name in order if name in measured}
-    drowned = [name for part in ranks.gather(work.drowned) for name in part]
+    told = {name for part in ranks.gather(work.drowned) for name in part}
+    drowned = tuple(name for name in lengths if name in told)
     found = sum(weight is not None for weight in tensors.pairs.values())
     text = index_text(shards) if index else None
     return Outcome(
