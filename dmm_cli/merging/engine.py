@@ -100,9 +100,7 @@ def merge(
     drowned = tuple(name for name in lengths if name in told)
     found = sum(weight is not None for weight in tensors.pairs.values())
     text = index_text(shards) if index else None
-    return Outcome(
-        index or output, text, found, len(tensors.pairs) - found, lengths, tuple(filter(drowned.__contains__, lengths))
-    )
+    return Outcome(index or output, text, found, len(tensors.pairs) - found, lengths, drowned)
 
 
 def _write(
