@@ -296,7 +296,7 @@ def input_spec(
     own = dict(getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {})
     usual = tuple(own.get("input_size", (3, 224, 224)))
     told = tuple(given.get("size", usual))
-    if "size" in given and not size:
+    if source.is_configured("dmm.input") and "size" in given and not size:  # timm writes it for images alone
         _require_image_size(source, told, _input_channels(model) or usual[0])
     channels = _input_channels(model) or told[0]
     known = _per_channel(own, usual[0], channels) | _per_channel(given, told[0], channels)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 
-from .errors import DmmError
 from .manifest import History
 
 POINTS = 60
@@ -33,18 +31,8 @@ class Recorder:
         return step % self._every == 0 or step == self._last
 
     def add(self, step: int, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Store the scalars of one step, and return them as numbers.
-
-        Raises:
-            DmmError: one is NaN or infinite, and what it is computed from will not recover.
-        """
+        """Store the scalars of one step, and return them as numbers."""
         point = {name: float(value.detach()) for name, value in values.items()}
-        lost = next((name for name, value in point.items() if not math.isfinite(value)), None)
-        if lost:
-            raise DmmError(
-                f"{lost.replace('_', ' ')} is {point[lost]} in step {step + 1}",
-                hint="are weights and normalisation statistics those of a network that works? dmm evaluate tells",
-            )
         self._steps.append(step)
         self._points.append(point)
         return point

@@ -22,7 +22,7 @@ from ..runtime import generator as random_stream
 from ..spaces import Space, noise
 from ..training import Replay, Trainer
 from .jitter import draw_moves, moved
-from .objective import Objective
+from .objective import Objective, require_finite_terms
 from .plateau import Plateau
 from .resolution import blocks, halved
 from .task import Task
@@ -147,6 +147,7 @@ class Batch:
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
                 shown = self._recorder.add(self.done - 1, terms)
+                require_finite_terms(shown, self.done)
             yield shown
 
     def save(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -57,3 +58,13 @@ class Objective:
 
     def _weighted(self, terms):
         return (self.weights[name] * term for name, term in terms.items())
+
+
+def require_finite_terms(terms: Mapping[str, float], step: int) -> None:
+    """Raise DmmError for a term that is NaN or infinite: what was computed from it will not recover."""
+    lost = next((name for name, value in terms.items() if not math.isfinite(value)), None)
+    if lost:
+        raise DmmError(
+            f"{lost.replace('_', ' ')} is {terms[lost]} in step {step}",
+            hint="are weights and normalisation statistics those of a network that works? dmm evaluate tells",
+        )
