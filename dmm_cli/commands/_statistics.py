@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, printable
@@ -60,8 +61,8 @@ def statistics_of(files: Sequence[str], teachers: Sequence[Source]) -> dict[Pair
     return found
 
 
-def recorded_counts(recorded: Mapping[Pair, Source], owner: Source) -> list[float] | None:
-    """Images of every class in the data that a checkpoint was trained on, where a file tells them.
+def recorded_counts(recorded: Mapping[Pair, Source], owner: Source) -> tuple[Path, list[float]] | None:
+    """A file that tells the images of every class in the data that a checkpoint was trained on, and what it tells.
 
     Raises:
         DmmError: two files tell other numbers.
@@ -74,7 +75,7 @@ def recorded_counts(recorded: Mapping[Pair, Source], owner: Source) -> list[floa
                 f"statistics {told[0][0]} and {path} tell other class counts of the data of {owner.label}",
                 hint=f"{AGAIN}, of the same data",
             )
-    return told[0][1] if told else None
+    return told[0] if told else None
 
 
 def _require_teacher(source: Source, label: str, sha256: str, teachers: Sequence[Source]) -> None:

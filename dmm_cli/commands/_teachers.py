@@ -71,9 +71,19 @@ def require_told(
         classes = stated_classes(spec) if spec else None
         if classes:
             require_names_of_all(source, classes)
-        counts = prior or recorded_counts(recorded or {}, source) or class_counts(source)
+        counts, where = _told_counts(prior, recorded or {}, source)
         if counts:
-            require_class_mix(counts, classes, source.label)
+            require_class_mix(counts, classes, where)
+
+
+def _told_counts(
+    prior: tuple[float, ...], recorded: Mapping[Pair, Source], source: Source
+) -> tuple[Sequence[float] | None, str]:
+    """How often a checkpoint saw every class, None where nothing tells, and what tells it."""
+    if prior:
+        return prior, "--class-prior"
+    told = recorded_counts(recorded, source)
+    return (told[1], str(told[0])) if told else (class_counts(source), source.label)
 
 
 def load_teachers(
@@ -111,8 +121,8 @@ def load_teachers(
         require_fit(str(source.path), model, example(spec, device))
         classes = architectures.num_classes(model)
         require_names_of_all(source, classes)
-        counts = prior or recorded_counts(recorded, source) or class_counts(source)
-        known = priors.from_counts(list(counts), classes, source.label) if counts else None
+        counts, where = _told_counts(prior, recorded, source)
+        known = priors.from_counts(list(counts), classes, where) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
         path = str(file.path) if file else ""
         teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))

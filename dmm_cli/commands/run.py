@@ -260,8 +260,7 @@ def _similarity(plan: Plan, files: Layout) -> None:
 def _merge(plan: Plan, files: Layout) -> None:
     from ..report.console import Progress
 
-    base = plan.base if "base" in METHODS.traits(plan.method) else None
-    recipe = Recipe(plan.method, base=base, seed=plan.synthesis.seed, device=plan.device)
+    recipe = Recipe(plan.method, base=plan.base, seed=plan.synthesis.seed, device=plan.device)
     group, record = plan.group, None
     if group == "auto":
         group = str(files.similarity)

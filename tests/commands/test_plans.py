@@ -69,6 +69,16 @@ def test_a_class_prior_that_does_not_fit_is_refused(tmp_path):
     assert "2 counts for 10 classes" in refused_by_both(*command)
 
 
+def test_counts_that_do_not_fit_are_told_with_the_file_that_holds_them(tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    assert dmm("record", SITES[0], "--data", DIGITS / "test.safetensors", "-o", stats).exit_code == 0
+    with safe_open(stats, "np") as file:
+        metadata = file.metadata() | {"dmm.class_counts": "[1, 2]"}
+    save_file(load_file(stats), stats, metadata)
+    said = refused_by_both("synthesize", SITES[0], "--statistics", stats, "-o", tmp_path / "out.safetensors")
+    assert said.startswith(f"error: class counts of {stats} do not describe") and "2 counts for 10 classes" in said
+
+
 @pytest.mark.parametrize("command", [["synthesize", SITES[0]], ["distill", *SITES, "--data", SITES[0]]])
 def test_what_is_no_device_is_refused(tmp_path, command):
     assert "unknown device: tpu" in refused_by_both(*command, "--device", "tpu", "-o", tmp_path / "out.safetensors")

@@ -158,6 +158,16 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
 
 
+def test_with_a_base_it_merges_what_the_commands_do(tmp_path):
+    """A linear merge has no use for the base, which served to compare the checkpoints."""
+    out, base = tmp_path / "out", ["--base", DIGITS / "base.safetensors"]
+    short = ["--synthesize-steps", 2, "--distill-steps", 0, "--count", 8]
+    assert dmm("run", *SITES[:2], *base, "-o", out, *short).exit_code == 0
+    alone = tmp_path / "alone.safetensors"
+    assert dmm("merge", *SITES[:2], *base, "-o", alone).exit_code == 0
+    assert (out / "merged" / "group-0.safetensors").read_bytes() == alone.read_bytes()
+
+
 def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
     """Of images of so many steps the merge recognises 95 % and more; of half of them 88 to 98, and 90 are wanted."""
     out = tmp_path / "out"
