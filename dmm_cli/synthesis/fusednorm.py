@@ -59,7 +59,7 @@ def _normalise(
         centred = tl.where(inside, centred, 0.0)
         total += centred
         square += centred * centred
-        normal = centred * slope[None, :] + offset[None, :]
+        normal = tl.fma(centred, slope[None, :], offset[None, :])
         if ADD:  # rounded first, as a layer apart does: a run that goes on from its savepoint learns this anew
             normal = normal.to(y.dtype.element_ty).to(tl.float32)
             normal += tl.load(shortcut + place, mask=inside, other=0.0).to(tl.float32)
@@ -109,8 +109,9 @@ def _back(
         grad = tl.where(tl.load(y + place, mask=inside, other=0.0).to(tl.float32) > 0.0, grad, 0.0)
         tl.store(grad_shortcut + place, grad.to(grad_shortcut.dtype.element_ty), mask=inside)
     elif RECTIFY:
-        grad = tl.where(centred * slope[None, :] + offset[None, :] > 0.0, grad, 0.0)
-    grad = grad * slope[None, :] + centred * stretch[None, :] + move[None, :]
+        grad = tl.where(tl.fma(centred, slope[None, :], offset[None, :]) > 0.0, grad, 0.0)
+    # fused by hand: the compiler chose another of the products for a layer apart, whose gradients rounded otherwise
+    grad = tl.fma(grad, slope[None, :], tl.fma(centred, stretch[None, :], move[None, :]))
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), mask=inside)
 
 
