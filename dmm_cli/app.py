@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,15 +128,16 @@ def defaults(
         name: {parameter.name: partial(_require_fit, parameter) for parameter in command.params if parameter.name}
         for name, command in context.command.commands.items()
     }
-    _require_known_variables(context.invoked_subcommand, known)
+    _require_known_variables(context.invoked_subcommand, context.command.commands)
     grant(trust or ())
     context.default_map = load_config(config, known)
 
 
-def _require_known_variables(command: str | None, known: Mapping[str, Collection[str]]) -> None:
+def _require_known_variables(command: str | None, commands: Mapping[str, TyperCommand]) -> None:
     """Raise DmmError for a variable of the environment that is spelt like an option of the command and is none."""
     prefix = f"DMM_{command}_".upper()
-    options = [prefix + name.upper() for name in known.get(command, ())]
+    parameters = commands[command].params if command in commands else []
+    options = [prefix + one.name.upper() for one in parameters if one.name and one.param_type_name == "option"]
     for variable in sorted(os.environ):
         if variable.startswith(prefix) and variable not in options:
             raise mistyped(

@@ -56,8 +56,8 @@ def without_statistics(label: str) -> DmmError:
     """The error that a checkpoint stores no statistics to invert."""
     return DmmError(
         f"{label} has 0 BatchNorm layers, so it stores no statistics to invert",
-        hint=f"whoever has its data can record some: dmm record {label} --data DATA -o stats.safetensors; "
-        "then add --statistics stats.safetensors",
+        hint="if it has other normalisation layers, whoever has its data can record some: "
+        f"dmm record {label} --data DATA -o stats.safetensors; then add --statistics stats.safetensors",
     )
 
 

@@ -92,7 +92,8 @@ def repair(
     ``W' = (t / s) W`` and ``b' = (t / s) (b - m) + u``: m and s are the channel's mean and deviation in the
     model, once all layers before are set right, u and t the weighted means of the parents' (REPAIR, Jordan et
     al., ICLR 2023). Channels correspond to one another across parents. A layer without a bias keeps its mean. Of one
-    that a pass uses several times, m, s, u and t are means over its uses. Layers with tied weights stay as they are.
+    that a pass uses several times, m, s, u and t are means over its uses. Layers with tied weights stay as they are,
+    and so do those whose output does not scale with their weights, since they standardise these.
 
     Args:
         parents: modules of the same architecture, in eval mode; used one at a time.
@@ -105,6 +106,7 @@ def repair(
     """
     left_out = {*skip, *tied_layers(model)}
     names = [name for name, layer in model.named_modules() if _is_affine(layer) and name not in left_out]
+    names = _scaling(model, names, batches[0])
     targets: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
     for parent, share in zip(parents, shares, strict=True):
         for name, moments in _measure(parent, names, batches).items():
@@ -124,9 +126,38 @@ def tied_layers(model: nn.Module) -> set[str]:
 
 
 def _is_affine(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(
-        layer, nn.modules.conv._ConvTransposeNd
-    )
+    """Whether a layer looks like one, with a weight that is stored as it is, and not computed from others."""
+    kind = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+    kind = kind and not isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return kind and isinstance(layer._parameters.get("weight"), nn.Parameter)
+
+
+def _scaling(model: nn.Module, names: Sequence[str], batch: Inputs) -> list[str]:
+    """Those of the layers that a pass uses, and whose output, but for the bias, doubles with their weights."""
+    doubles: dict[str, bool] = {}
+    modules = dict(model.named_modules())
+
+    def hook(name: str):
+        def double(layer: nn.Module, given: tuple, by_name: dict, output: torch.Tensor) -> None:
+            held = layer.weight.clone()
+            layer.weight.mul_(2.0)
+            twice = layer.forward(*given, **by_name)
+            layer.weight.copy_(held)
+            bias = 0.0 if layer.bias is None else layer.bias.view(_along_channels(layer, output))
+            near = 1e-3 * float(output.abs().max())
+            doubles[name] = doubles.get(name, True) and torch.allclose(twice, 2.0 * output - bias, atol=near)
+
+        return double
+
+    with hooked(modules[name].register_forward_hook(hook(name), with_kwargs=True) for name in names):
+        forward(model, batch)
+    return [name for name in names if doubles.get(name)]
+
+
+def _along_channels(layer: nn.Module, output: torch.Tensor) -> list[int]:
+    """The shape in which numbers of channels (C,) meet the output of a layer."""
+    axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
+    return [-1 if dim == axis else 1 for dim in range(output.ndim)]
 
 
 def _measure(
@@ -146,13 +177,11 @@ def _measure(
 
     def hook(name: str):
         def measure(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor | None:
-            axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
-            dims = [dim for dim in range(output.ndim) if dim != axis]
-            variance, mean = torch.var_mean(output, dims, correction=0)
+            shape = _along_channels(layer, output)
+            variance, mean = torch.var_mean(output, [dim for dim, size in enumerate(shape) if size == 1], correction=0)
             seen[name].append(torch.stack([mean, variance]))
             if targets is None:
                 return None
-            shape = [-1 if dim == axis else 1 for dim in range(output.ndim)]
             moments, wanted = torch.stack([mean, variance.sqrt()]), targets[name][len(seen[name]) - 1]
             scale, shift = _change(layer, moments, wanted)
             return output * scale.view(shape) + shift.view(shape)

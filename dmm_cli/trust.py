@@ -47,4 +47,4 @@ def module_of(factory: str) -> str:
 
 
 def _granted() -> list[str]:
-    return os.environ.get(VARIABLE, "").split()
+    return os.environ.get(VARIABLE, "").replace(",", " ").split()

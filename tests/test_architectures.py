@@ -133,7 +133,7 @@ def test_a_file_does_not_choose_what_code_runs(tmp_path, monkeypatch):
     with pytest.raises(DmmError, match="asks for code to be run: chosen_by_a_file:net,a=1"):
         load_model(resolve_source(str(directory)))
     assert not mark.exists()
-    monkeypatch.setenv("DMM_TRUST", "other chosen_by_a_file")
+    monkeypatch.setenv("DMM_TRUST", "other,chosen_by_a_file")
     with pytest.raises(DmmError, match="does not fit"):
         load_model(source)
     assert mark.exists()

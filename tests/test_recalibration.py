@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Tied
 from torch import nn
 
@@ -170,6 +171,29 @@ def test_a_channel_that_is_switched_off_stays_finite(family):
     repair(merged, parents, [0.5, 0.5], [images])
     assert all(value.isfinite().all() for value in merged.state_dict().values())
     assert torch.equal(merged.conv.weight[0], torch.zeros_like(merged.conv.weight[0]))
+
+
+class Standardised(nn.Linear):
+    """A layer that does not care for the length of its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+@torch.no_grad()
+def test_layers_that_standardise_their_weights_keep_them_and_others_see_what_they_give(family):
+    merged, parents, images = family
+    for net in (merged, *parents):
+        plain, net.plain = net.plain, Standardised(6, 6, bias=False)
+        net.plain.weight.copy_(plain.weight)
+        nn.utils.parametrizations.weight_norm(net.conv)
+    before = {name: value.clone() for name, value in merged.state_dict().items()}
+    assert repair(merged, parents, [0.75, 0.25], [images], skip=["head"]) == ["linear"]
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"linear.weight", "linear.bias"}
+    found = statistics(merged, "linear", images)
+    wanted = [0.75 * a + 0.25 * b for a, b in zip(*(statistics(p, "linear", images) for p in parents), strict=True)]
+    assert torch.allclose(found[0], wanted[0], atol=1e-5) and torch.allclose(found[1], wanted[1], rtol=1e-4)
 
 
 class Recurrent(nn.Module):

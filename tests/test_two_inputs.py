@@ -102,11 +102,14 @@ def test_after_a_kill_they_are_made_to_the_end(sites, engine, tmp_path):
     assert out.read_bytes() == made(sites, engine, tmp_path / "whole.safetensors")
 
 
-def test_inspect_lists_the_inputs(sites):
+def test_inspect_lists_the_inputs(sites, tmp_path):
     told = dmm("inspect", sites[0]).stdout
     for line in (r"input image +mean 0.3; std 0.4\n", r"input vector +mean 5.0; std 5.0\n"):
         assert re.search(line, told), told
     assert json.loads(dmm("inspect", sites[0], "--json").stdout)["inputs"] == halves.INPUT
+    stats = tmp_path / "stats.safetensors"
+    assert dmm("record", sites[0], "--data", sites[0].parent / "test.safetensors", "-o", stats).exit_code == 0
+    assert not dmm("inspect", stats, "-q").stderr
     alone = dmm("inspect", DIGITS / "site-a.safetensors")
     assert "input image" not in alone.stdout and "architecture" in alone.stdout
 
@@ -171,6 +174,7 @@ def test_tokens_are_drawn_through_their_embedding(engine, tmp_path):
     held = load_file(out)
     assert held["tokens"].dtype == np.int64 and held["tokens"].shape[1:] == (16,)
     assert set(np.unique(held["tokens"])) == set(range(halves.LEVELS))
+    assert not dmm("inspect", out, "-q").stderr
     model, _ = load_model(resolve_source(str(path)))
     own = halves.taken({name: torch.from_numpy(held[name]) for name in ("image", "tokens")})
     with torch.no_grad():

@@ -104,7 +104,7 @@ def load_teachers(
     from ..spaces import example, in_words
     from ..synthesis import prior as priors
     from ..synthesis.soft import require_soft
-    from ..synthesis.teacher import Teacher, freeze, require_statistics
+    from ..synthesis.teacher import Teacher, freeze, require_statistics, require_use
 
     require_same_class_names(sources)
     recorded = recorded or {}
@@ -126,6 +126,7 @@ def load_teachers(
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
         path = str(file.path) if file else ""
         teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
+        require_use(str(source.path), teachers[-1], example(spec, device))
     if len(specs) > 1:
         raise DmmError(
             "the teachers take different inputs",

@@ -81,7 +81,8 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
         entry[0], entry[1] = entry[0] + 1, entry[1] + info.numel
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
     warnings: list[str] = []
-    inputs = _undamaged(stated_input, source, warnings) or {}
+    told = "dmm.kind" not in source.metadata  # pseudo-data and statistics tell the input of their network otherwise
+    inputs = (_undamaged(stated_input, source, warnings) if told else None) or {}
     classes = _undamaged(class_names, source, warnings) or ()
     own = {name: text for name, text in sorted(source.metadata.items()) if name.startswith("dmm.")}
     return Inspection(

@@ -91,7 +91,9 @@ def solve_layers(
                 continue
             own = place.layer.weight
             weights = _weights(files, place)
-            shares = torch.tensor(recipe.weights_of(place.weight, len(files)), dtype=torch.float64, device=own.device)
+            shares = torch.tensor(
+                recipe.weights_of((place.weight,), len(files)), dtype=torch.float64, device=own.device
+            )
             shares /= shares.sum()
             asked = _asked(parents, place) if modules else []
             moments = _moments(model, place, weights, batches, owners, modules, asked, recipe.seed)

@@ -79,6 +79,11 @@ def unlike_heads(sources: Sequence[Source]) -> list[str]:
     ]
 
 
+def differ_in_rows(sources: Sequence[Source], name: str) -> bool:
+    """Whether all hold a tensor, and nothing but the number of its rows tells them apart."""
+    return len({source.tensors[name].shape[1:] if name in source.tensors else None for source in sources}) == 1
+
+
 def _rows(source: Source, name: str) -> int | None:
     info = source.tensors.get(name)
     return info.shape[0] if info and info.shape else None

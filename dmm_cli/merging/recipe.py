@@ -14,7 +14,7 @@ from ..inputs import Source, require_same_tensors
 from ..metadata import class_counts
 from ..registry import did_you_mean, mistyped
 from . import CALIBRATIONS, METHODS, parameters
-from .heads import POLICIES, head_union, heads_of, unlike_heads
+from .heads import POLICIES, differ_in_rows, head_union, heads_of, unlike_heads
 from .method import check_parameters
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -65,14 +65,10 @@ class Recipe:
         matching = [o.parameters for o in self.overrides if fnmatchcase(name, o.pattern)]
         return {key: value for part in (self.parameters, *matching) for key, value in part.items()}
 
-    def override_of(self, name: str) -> tuple[float, ...]:
-        """The weights that are given for one tensor, if any are."""
-        matching = [o.weights for o in self.overrides if o.weights and fnmatchcase(name, o.pattern)]
-        return matching[-1] if matching else ()
-
-    def weights_of(self, name: str, count: int) -> tuple[float, ...]:
-        """The weights for one tensor, one per checkpoint."""
-        return self.override_of(name) or self.weights or (1.0,) * count
+    def weights_of(self, names: Sequence[str], count: int) -> tuple[float, ...]:
+        """The weights for a tensor, one per checkpoint, by its name and those of tensors that it goes with."""
+        given = [o.weights for o in self.overrides if o.weights and any(fnmatchcase(n, o.pattern) for n in names)]
+        return given[-1] if given else self.weights or (1.0,) * count
 
 
 def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) -> None:
@@ -174,7 +170,7 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
     if union:
         return union.tensors
     unlike = unlike_heads(sources)
-    if unlike:
+    if unlike and all(differ_in_rows(sources, name) for name in unlike):  # else these are other networks
         raise DmmError(
             "the checkpoints have heads of different sizes, and not all name their classes",
             evidence=capped(f"{s.path}: {printable(n)} is {list(s.tensors[n].shape)}" for n in unlike for s in sources),

@@ -77,10 +77,9 @@ class Tensors:
         self._open_device()
 
     def _weights_for(self, name: str) -> tuple[float, ...]:
-        """Of statistics, unless they are given some of their own, those of the filters whose output they tell of."""
+        """Statistics go with the filters whose output they tell of: an override of either is one of both."""
         paired = self.pairs.get(name.rpartition(".")[0]) if is_statistic(name) else None
-        follows = paired and not self._recipe.override_of(name)
-        return self._recipe.weights_of(paired if follows else name, len(self._files))
+        return self._recipe.weights_of((name, paired) if paired else (name,), len(self._files))
 
     def _open_device(self) -> None:
         if self.on_matrices:

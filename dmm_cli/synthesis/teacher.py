@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from ..errors import DmmError
+from ..errors import DmmError, capped
 from ..examples import Inputs, answer
 from ..layout import place
 from ..metadata import without_statistics
@@ -137,6 +137,23 @@ def _convert(model: nn.Module) -> None:
         if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
             for name, value in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(value.bfloat16(), requires_grad=False))
+
+
+def require_use(label: str, teacher: Teacher, inputs: Inputs) -> None:
+    """Raise DmmError for a network that calls none of the layers with statistics, so that images could not be compared.
+
+    It is asked as it will be seen, in a copy: a forward that is bound to the network copied calls that one's layers.
+    """
+    own = teacher.view()
+    with torch.no_grad():
+        _, seen = _measured(own.model, own.layers, inputs)
+    if not seen:
+        layers = {layer.module for layer in teacher.layers}
+        raise DmmError(
+            f"{label} does not call the layers that its statistics belong to",
+            evidence=capped(name for name, module in teacher.model.named_modules() if module in layers),
+            hint="let the forward of its class call them as modules, self.norm(x), not as functions",
+        )
 
 
 def require_statistics(label: str, layers: list[NormLayer], file: str = "") -> None:

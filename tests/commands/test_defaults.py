@@ -96,6 +96,9 @@ def test_a_misspelt_variable_of_the_environment_is_refused(tmp_path, monkeypatch
     command = ["merge", *SITES, "-o", tmp_path / "x.safetensors", "--dry-run"]
     monkeypatch.setenv("DMM_SYNTHESIZE_METOD", "of another command")
     assert dmm(*command).exit_code == 0
+    monkeypatch.setenv("DMM_MERGE_CHECKPOINTS", "a.safetensors")  # an argument has no variable
+    assert "DMM_MERGE_CHECKPOINTS in the environment: no option" in dmm("merge").stderr
+    monkeypatch.delenv("DMM_MERGE_CHECKPOINTS")
     monkeypatch.setenv("DMM_MERGE_METOD", "slerp")
     result = dmm(*command)
     assert result.exit_code == 2 and "DMM_MERGE_METOD in the environment" in result.stderr

@@ -364,6 +364,11 @@ def test_statistics_go_with_the_filters_before_them(three, tmp_path):
     assert dmm("merge", *three, *flags, "-o", out, "--force").exit_code == 0
     mean = sum(parent["bn1.running_mean"] for parent in parents) / 3
     assert np.allclose(load_file(out)["bn1.running_mean"], mean, atol=1e-6)
+    flags = ["--param", "*1.*:weights=1,0,0", "--param", "conv1.*:weights=0,1,0"]  # of several the last counts
+    assert dmm("merge", *three, *flags, "-o", out, "--force").exit_code == 0
+    got = load_file(out)
+    assert all((got[name] == parents[1][name]).all() for name in ("conv1.weight", "bn1.running_mean"))
+    assert (got["bn1.weight"] == parents[0]["bn1.weight"]).all()
 
 
 def test_integer_filters_in_front_of_a_normalisation_stay(write, tmp_path):

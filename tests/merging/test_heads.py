@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from dmm_cli.digest import hashing
 from dmm_cli.errors import DmmError
-from dmm_cli.inputs import Source, resolve_source
+from dmm_cli.inputs import Source, resolve_source, resolve_sources
 from dmm_cli.merging import engine
 from dmm_cli.merging.heads import head_union, unlike_heads
 from dmm_cli.merging.recipe import Recipe, check
@@ -164,6 +164,15 @@ def test_unlike_heads_without_names_are_refused(source):
         "a.safetensors: fc.weight is [3, 4]",
         "b.safetensors: fc.weight is [4, 4]",
     ]
+
+
+@pytest.mark.parametrize("other", ["wider", "headless"])
+def test_heads_of_other_networks_are_not_taken_for_those_of_other_classes(source, write, other):
+    wide = {"conv.weight": np.ones((8, 3)), "fc.weight": np.ones((4, 8)), "fc.bias": np.ones(4)}
+    third = write("c", **(wide if other == "wider" else {"conv.weight": np.ones((4, 3))}))
+    sources = [source("a", FIRST), source("b", None, rows=4), *resolve_sources([str(third)])]
+    with pytest.raises(DmmError, match="do not have the same tensors"):
+        check(sources, Recipe())
 
 
 def test_a_list_that_does_not_fit_its_head_is_refused_where_shapes_differ(source):

@@ -53,13 +53,13 @@ LAYERED = Recipe(
 )
 def test_later_overrides_win_for_the_names_they_match(name, parameters, weights):
     assert LAYERED.parameters_of(name) == parameters
-    assert LAYERED.weights_of(name, 2) == weights
+    assert LAYERED.weights_of((name,), 2) == weights
 
 
 def test_without_weights_all_checkpoints_count_the_same():
-    assert Recipe().weights_of("w", 3) == (1.0, 1.0, 1.0)
-    assert Recipe(overrides=(Override("w", {"scale": 0.0}),)).weights_of("w", 2) == (1.0, 1.0)
-    assert Recipe(weights=(0.0, 1.0)).weights_of("w", 2) == (0.0, 1.0)
+    assert Recipe().weights_of(("w",), 3) == (1.0, 1.0, 1.0)
+    assert Recipe(overrides=(Override("w", {"scale": 0.0}),)).weights_of(("w",), 2) == (1.0, 1.0)
+    assert Recipe(weights=(0.0, 1.0)).weights_of(("w",), 2) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("method", METHODS.names())

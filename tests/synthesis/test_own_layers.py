@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DIGITS, dmm
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -83,3 +85,33 @@ def test_a_whole_record_makes_no_warning_where_a_layer_is_idle(digits, tmp_path)
     flags = ["--count", 8, "--steps", 2, "--batch", 8, "--class-prior", "1,1,1"]
     result = dmm("synthesize", net, "--statistics", stats, "-o", out, *flags)
     assert "leaves out" not in result.stderr and (result.exit_code == 0 or "recognises none" in result.stderr)
+
+
+class Uncalled(nn.Module):
+    """A network that normalises by its layer's numbers, and not by the layer."""
+
+    num_classes = 3
+
+    def __init__(self, bound: bool = False) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(64), nn.Linear(64, 3)
+        if bound:  # to this very network, whose copies then call its layers
+            self.forward = lambda images: self.called(images)
+
+    def called(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(images.flatten(1)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        own = self.norm
+        return self.fc(F.batch_norm(images.flatten(1), own.running_mean, own.running_var, own.weight, own.bias))
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_layers_with_statistics_that_are_not_called_are_refused(tmp_path, bound):
+    state = {name: value.numpy() for name, value in Uncalled().state_dict().items()}
+    state["norm.running_mean"] = np.linspace(0, 1, 64, dtype=np.float32)
+    net = tmp_path / "net.safetensors"
+    save_file(state, net, {"dmm.arch": f"{__name__}:Uncalled,bound={bound}", "dmm.input": json.dumps(INPUT)})
+    result = dmm("synthesize", net, "--steps", 2, "--count", 8, "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "does not call the layers" in result.stderr, result.stderr
+    assert "\n  norm\n" in result.stderr and list(tmp_path.iterdir()) == [net]
