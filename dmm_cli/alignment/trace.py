@@ -57,13 +57,16 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """While torch logs the tracebacks of what cannot be traced; the error itself is told."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    """While torch logs the tracebacks of what cannot be traced, and its own doubts; the error itself is told."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx")]
+    before = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
         yield
     finally:
-        logger.disabled = before
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def spec_of(program: ExportedProgram, state: Mapping[str, torch.Tensor]) -> Spec:

@@ -124,11 +124,13 @@ def test_a_module_that_cannot_be_traced_is_named():
     assert error.value.evidence
 
 
-def test_an_input_that_does_not_fit_is_an_error_too_of_which_torch_logs_nothing():
-    code = "from dmm_cli.alignment.trace import trace; import networks; trace(networks.gated().eval(), (7,))"
+@pytest.mark.parametrize(("network", "size"), [("gated", 7), ("branching", 6)])
+def test_what_cannot_be_traced_is_told_by_the_error_alone(network, size):
+    """An input that does not fit, and a decision by values; of either torch would log lines of its own."""
+    code = f"from dmm_cli.alignment.trace import trace; import networks; trace(networks.{network}().eval(), ({size},))"
     said = shell(code=code, env={"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}).stderr
-    assert "DmmError: torch.export cannot trace Gated" in said
-    assert "failed while attempting" not in said
+    assert f"DmmError: torch.export cannot trace {network.capitalize()}" in said
+    assert "failed while attempting" not in said and "user code" not in said
 
 
 def test_the_same_module_gives_the_same_spec():
