@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,14 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(2)
+
+
+@contextmanager
+def two_generators() -> Iterator[None]:
+    """Half as many as by default, in half of the time, where their number is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmm_cli.synthesis.generator.MEMBERS", 2)
+        yield
 
 
 def divergence(model: torch.nn.Module, batch: torch.Tensor, stored: dict[str, np.ndarray], eps: float = 0.0) -> float:

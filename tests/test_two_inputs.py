@@ -13,7 +13,7 @@ import halves
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, ROOT, dmm, in_two_processes, shell
+from conftest import DIGITS, ROOT, dmm, in_two_processes, shell, two_generators
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -44,7 +44,8 @@ def sites(tmp_path_factory):
 def drawn(request, sites):
     """Pseudo-data of both sites by either engine."""
     path = sites[0].parent / f"{request.param}.safetensors"
-    result = dmm("synthesize", *sites, "--engine", request.param, *FEW, "-o", path)
+    with two_generators():
+        result = dmm("synthesize", *sites, "--engine", request.param, *FEW, "-o", path)
     assert result.exit_code == 0, result.stderr
     return path
 
@@ -170,7 +171,8 @@ def test_tokens_are_drawn_through_their_embedding(engine, tmp_path):
     torch.manual_seed(3)
     path = halves.save(tmp_path / "c.safetensors", halves.train(halves.TokenNet(), data, 4, 3))
     out = tmp_path / "pseudo.safetensors"
-    assert dmm("synthesize", path, "--engine", engine, *FEW, "-o", out).exit_code == 0
+    with two_generators():
+        assert dmm("synthesize", path, "--engine", engine, *FEW, "-o", out).exit_code == 0
     held = load_file(out)
     assert held["tokens"].dtype == np.int64 and held["tokens"].shape[1:] == (16,)
     assert set(np.unique(held["tokens"])) == set(range(halves.LEVELS))

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import DIGITS, dmm
+from conftest import DIGITS, dmm, two_generators
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,8 @@ SITES = [DIGITS / "site-a.safetensors", DIGITS / "site-d.safetensors"]
 def drawn(tmp_path_factory):
     """Pseudo-data of two sites."""
     path = tmp_path_factory.mktemp("drawn") / "pseudo.safetensors"
-    result = dmm("synthesize", *SITES, "--count", 128, "--steps", 60, "--batch", 32, "-o", path)
+    with two_generators():
+        result = dmm("synthesize", *SITES, "--count", 128, "--steps", 60, "--batch", 32, "-o", path)
     assert result.exit_code == 0, result.stderr
     return path
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DIGITS
+from conftest import DIGITS, two_generators
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli.commands.synthesize import load_teachers
@@ -34,7 +34,8 @@ def teachers(*names: str):
 @pytest.fixture(scope="module")
 def drawn():
     """Pseudo-data of two sites, by each engine."""
-    return {name: synthesize(*teachers("d", "e"), settings, HOST) for name, settings in QUICK.items()}
+    with two_generators():
+        return {name: synthesize(*teachers("d", "e"), settings, HOST) for name, settings in QUICK.items()}
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())
