@@ -139,13 +139,19 @@ def _scaling(model: nn.Module, names: Sequence[str], batch: Inputs) -> list[str]
 
     def hook(name: str):
         def double(layer: nn.Module, given: tuple, by_name: dict, output: torch.Tensor) -> None:
-            held = layer.weight.clone()
-            layer.weight.mul_(2.0)
-            twice = layer.forward(*given, **by_name)
-            layer.weight.copy_(held)
+            if not output.numel():
+                return
+            held = layer.weight
+            layer.weight = nn.Parameter(2.0 * held, requires_grad=False)  # a new one, of which autocast has no copy
+            try:
+                twice = layer.forward(*given, **by_name)
+            finally:
+                layer.weight = held
             bias = 0.0 if layer.bias is None else layer.bias.view(_along_channels(layer, output))
-            near = 1e-3 * float(output.abs().max())
-            doubles[name] = doubles.get(name, True) and torch.allclose(twice, 2.0 * output - bias, atol=near)
+            without, doubled = output.float() - bias, twice.float() - bias
+            rounding = 4.0 * torch.finfo(output.dtype).eps
+            near = max(1e-3, rounding) * without.abs().max() + rounding * output.abs().max()
+            doubles[name] = doubles.get(name, True) and bool((doubled - 2.0 * without).abs().max() <= near)
 
         return double
 

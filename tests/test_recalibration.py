@@ -196,6 +196,39 @@ def test_layers_that_standardise_their_weights_keep_them_and_others_see_what_the
     assert torch.allclose(found[0], wanted[0], atol=1e-5) and torch.allclose(found[1], wanted[1], rtol=1e-4)
 
 
+class Fickle(nn.Linear):
+    """A layer that standardises its weights where it is told to."""
+
+    def forward(self, x: torch.Tensor, standardise: bool = False) -> torch.Tensor:
+        return F.linear(x, F.normalize(self.weight) if standardise else self.weight, self.bias)
+
+
+class Half(nn.Module):
+    """A network that computes in bfloat16, and calls a layer in two ways, and one without rows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.plain, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 5)
+        self.fickle, self.idle = Fickle(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            self.idle(x[:0])
+            return self.last(self.fickle(self.fickle(x=self.plain(x), standardise=True)))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_layers_that_scale_are_found_whatever_they_compute_in(learns):
+    merged, *parents = (Half(seed).eval().requires_grad_(learns) for seed in range(3))
+    images = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in merged.state_dict().items()}
+    assert repair(merged, parents, [0.5, 0.5], [images]) == ["plain", "last"]
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"plain.weight", "last.weight", "last.bias"}
+    assert all(parameter.requires_grad == learns for parameter in merged.parameters())
+
+
 class Recurrent(nn.Module):
     """A network that uses a layer three times."""
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import DmmError, printable
 from ..header import FLOAT8, TensorInfo
-from ..inputs import Source, files_of, resolve_source
+from ..inputs import Source, files_of, read_record, resolve_source
 from ..metadata import class_names, is_by_name, stated_input
 from ..names import is_statistic
 from . import _options as options
@@ -81,8 +81,7 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
         entry[0], entry[1] = entry[0] + 1, entry[1] + info.numel
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
     warnings: list[str] = []
-    told = "dmm.kind" not in source.metadata  # pseudo-data and statistics tell the input of their network otherwise
-    inputs = (_undamaged(stated_input, source, warnings) if told else None) or {}
+    inputs = _undamaged(_stated_input, source, warnings) or {}
     classes = _undamaged(class_names, source, warnings) or ()
     own = {name: text for name, text in sorted(source.metadata.items()) if name.startswith("dmm.")}
     return Inspection(
@@ -105,6 +104,17 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
 
 def _is_parameter(info: TensorInfo) -> bool:
     return (info.is_float or info.dtype in FLOAT8) and not is_statistic(info.name)
+
+
+def _stated_input(source: Source) -> dict:
+    """Of a checkpoint; pseudo-data and statistics may tell that of their network in a form of their own."""
+    try:
+        return stated_input(source)
+    except DmmError:
+        if "dmm.kind" not in source.metadata:
+            raise
+        read_record(source.metadata["dmm.input"], f"{source.path}: dmm.input")
+        return {}
 
 
 def _undamaged(read: Callable[[Source], Stated], source: Source, warnings: list[str]) -> Stated | None:

@@ -14,7 +14,7 @@ from ..errors import DmmError, printable
 from ..files import refuse_dangling, refuse_inputs, require_writable, write_text
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
-from ..merging.recipe import Recipe, require_base
+from ..merging.recipe import Recipe, check, require_base
 from ..synthesis import presets
 from ..synthesis.settings import Settings as SynthesisSettings
 from . import _options as options
@@ -118,6 +118,7 @@ def run(
     origin = resolve_source(base) if base else None
     count = chosen.count(len(sources))
     require_same_tensors([*sources, *([origin] if origin else [])])
+    check(sources, Recipe(method, base=origin), settled=False)
     recorded = statistics_of(statistics or [], sources)
     read = files_of([*sources, *([origin] if origin else []), *recorded.values()])
     files = Layout(output)

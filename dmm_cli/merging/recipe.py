@@ -87,7 +87,7 @@ def check(sources: Sequence[Source], recipe: Recipe, *, settled: bool = True) ->
         _check_count(recipe.method, len(sources))
     others = [recipe.base] if recipe.base else []
     require_same_tensors([*sources, *others], any_shape=loose_heads(sources, recipe))
-    _require_same_kinds([*sources, *others])
+    _require_same_kinds([*sources, *others] if "base" in METHODS.traits(recipe.method) else sources)
     check_weights(recipe, len(sources))
     for override in recipe.overrides:
         _require_match(override.pattern, sources[0])
@@ -170,7 +170,8 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
     if union:
         return union.tensors
     unlike = unlike_heads(sources)
-    if unlike and all(differ_in_rows(sources, name) for name in unlike):  # else these are other networks
+    if unlike:
+        require_same_tensors(sources, any_shape=[name for name in unlike if differ_in_rows(sources, name)])
         raise DmmError(
             "the checkpoints have heads of different sizes, and not all name their classes",
             evidence=capped(f"{s.path}: {printable(n)} is {list(s.tensors[n].shape)}" for n in unlike for s in sources),

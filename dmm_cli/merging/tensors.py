@@ -77,7 +77,7 @@ class Tensors:
         self._open_device()
 
     def _weights_for(self, name: str) -> tuple[float, ...]:
-        """Statistics go with the filters whose output they tell of: an override of either is one of both."""
+        """Statistics take the last override of their own name or of the filters whose output they tell of."""
         paired = self.pairs.get(name.rpartition(".")[0]) if is_statistic(name) else None
         return self._recipe.weights_of((name, paired) if paired else (name,), len(self._files))
 

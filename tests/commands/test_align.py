@@ -148,6 +148,16 @@ def test_merge_aligns_different_starts_and_says_so(scrambled, tmp_path):
     assert not np.allclose(load_file(plain)["conv1.weight"], wanted["conv1.weight"], atol=1e-2)
 
 
+def test_networks_that_nothing_knows_are_merged_as_they_are(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("dmm_cli.architectures._families", lambda: (("resnet18",),))  # of all it takes ten seconds
+    nets = [{"w": np.random.default_rng(seed).normal(size=(30, 40)).astype(np.float32)} for seed in (0, 1)]
+    out = tmp_path / "out.safetensors"
+    merged = dmm("merge", *(write(f"n{number}", **net) for number, net in enumerate(nets)), "-o", out)
+    assert merged.exit_code == 0, merged.stderr
+    assert "2 starts were merged without aligning: cannot tell the architecture" in merged.stderr
+    assert np.allclose(load_file(out)["w"], (nets[0]["w"] + nets[1]["w"]) / 2, atol=1e-7)
+
+
 def test_merge_leaves_one_start_as_it_is(tmp_path):
     outs = [tmp_path / f"{policy}.safetensors" for policy in ("auto", "never")]
     for out in outs:

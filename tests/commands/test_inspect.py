@@ -57,3 +57,12 @@ def test_damaged_metadata_are_warned_of(tmp_path):
     assert record["architecture"]["evidence"] == f"dmm.arch in the metadata of {path} is empty"
     assert record["provenance"]["dmm.classes"] == "[1,"
     assert not json.loads(dmm("inspect", SITE, "--json").stdout)["warnings"]
+
+
+@pytest.mark.parametrize("kind", ["dmm.statistics/1", "dmm.pseudo-data/1"])
+def test_an_input_in_a_form_of_its_own_is_no_damage(tmp_path, kind):
+    path = tmp_path / "held.safetensors"
+    for text, warns in (('{"names": ["a"], "specs": []}', False), ("{", True)):
+        save_file({"a": np.zeros(1)}, path, {"dmm.kind": kind, "dmm.input": text})
+        warnings = json.loads(dmm("inspect", path, "--json").stdout)["warnings"]
+        assert bool(warnings) == warns and all("dmm.input is not" in line for line in warnings)

@@ -159,8 +159,13 @@ def test_stage_by_stage_gives_the_same_bytes(done, tmp_path, monkeypatch):
 
 
 def test_with_a_base_it_merges_what_the_commands_do(tmp_path):
-    """A linear merge has no use for the base, which served to compare the checkpoints."""
-    out, base = tmp_path / "out", ["--base", DIGITS / "base.safetensors"]
+    """A linear merge has no use for the base, which served to compare the checkpoints; its counters may be others."""
+    tensors = load_file(DIGITS / "base.safetensors")
+    counters = {name: value.int() for name, value in tensors.items() if name.endswith("num_batches_tracked")}
+    save_file({**tensors, **counters}, tmp_path / "base.safetensors")
+    out, base = tmp_path / "out", ["--base", tmp_path / "base.safetensors"]
+    refused = dmm("run", *SITES[:2], *base, "--method", "ties", "-o", out, "--dry-run")
+    assert refused.exit_code == 2 and "num_batches_tracked is I64" in refused.stderr
     short = ["--synthesize-steps", 2, "--distill-steps", 0, "--count", 8]
     assert dmm("run", *SITES[:2], *base, "-o", out, *short).exit_code == 0
     alone = tmp_path / "alone.safetensors"

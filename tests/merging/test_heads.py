@@ -166,10 +166,13 @@ def test_unlike_heads_without_names_are_refused(source):
     ]
 
 
-@pytest.mark.parametrize("other", ["wider", "headless"])
+@pytest.mark.parametrize(
+    "other", [{"fc.weight": np.ones((4, 8))}, {"fc.weight": None, "fc.bias": None}, {"conv.weight": np.ones((8, 3))}]
+)
 def test_heads_of_other_networks_are_not_taken_for_those_of_other_classes(source, write, other):
-    wide = {"conv.weight": np.ones((8, 3)), "fc.weight": np.ones((4, 8)), "fc.bias": np.ones(4)}
-    third = write("c", **(wide if other == "wider" else {"conv.weight": np.ones((4, 3))}))
+    """Of wider features, of none, of another body."""
+    tensors = net(4, 1) | other
+    third = write("c", **{name: array for name, array in tensors.items() if array is not None})
     sources = [source("a", FIRST), source("b", None, rows=4), *resolve_sources([str(third)])]
     with pytest.raises(DmmError, match="do not have the same tensors"):
         check(sources, Recipe())
