@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .examples import Inputs, hooked, run
+
 
 def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every layer with running statistics (BatchNorm and its relatives), in module order."""
@@ -34,6 +36,20 @@ def norm_inputs(model: nn.Module) -> dict[str, NormInput]:
     """
     found = {name: _norm_input(module) for name, module in model.named_modules()}
     return {name: layer for name, layer in found.items() if layer}
+
+
+@torch.no_grad()
+def layers_that_run(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
+    """The normalisation layers that a pass over inputs (B, ...) goes through, by name, in module order."""
+    layers, seen = {name: layer.module for name, layer in norm_inputs(model).items()}, set()
+    with hooked(layer.register_forward_pre_hook(lambda module, _: seen.add(module)) for layer in layers.values()):
+        run(model, inputs)
+    return {name: layer for name, layer in layers.items() if layer in seen}
+
+
+def across(features: torch.Tensor, axis: int) -> list[int]:
+    """The shape in which numbers of channels (C,) meet features that have them in dimension ``axis``."""
+    return [-1 if dim == axis else 1 for dim in range(features.dim())]
 
 
 def unknown_norms(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .examples import Inputs, forward, hooked
+from .norms import across
 
 BATCHES, BATCH = 8, 256
 SMALLEST = 1e-6  # deviation of a channel that is switched off
@@ -162,8 +163,7 @@ def _scaling(model: nn.Module, names: Sequence[str], batch: Inputs) -> list[str]
 
 def _along_channels(layer: nn.Module, output: torch.Tensor) -> list[int]:
     """The shape in which numbers of channels (C,) meet the output of a layer."""
-    axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
-    return [-1 if dim == axis else 1 for dim in range(output.ndim)]
+    return across(output, output.ndim - 1 if isinstance(layer, nn.Linear) else 1)
 
 
 def _measure(

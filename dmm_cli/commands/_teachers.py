@@ -126,7 +126,7 @@ def load_teachers(
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
         path = str(file.path) if file else ""
         teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
-        require_use(str(source.path), teachers[-1], example(spec, device))
+        require_use(str(source.path), teachers[-1], spec, device)
     if len(specs) > 1:
         raise DmmError(
             "the teachers take different inputs",

@@ -288,8 +288,8 @@ def synthesize_sources(
 
 def _partial_statistics(teachers: Sequence[Teacher], spec: Spec, device: torch.device) -> list[str]:
     """What recorded statistics leave out of the layers that a network runs."""
+    from ..norms import layers_that_run
     from ..spaces import example
-    from ..synthesis.recorded import layers_that_run
 
     told = []
     for teacher in (teacher for teacher in teachers if teacher.statistics):

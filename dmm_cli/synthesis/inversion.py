@@ -17,15 +17,14 @@ from ..errors import DmmError
 from ..examples import Inputs, answer, joined, named, require_finite
 from ..manifest import History, Steps
 from ..runtime import Host, deterministic
-from ..runtime import generator as random_stream
 from ..savepoint import Savepoint
-from ..spaces import Spec, noise, space_of
+from ..spaces import Spec, space_of
 from . import ENGINES
 from .prior import from_predictions
 from .pseudodata import PseudoData, TeacherRecord
 from .settings import Settings
 from .task import Task
-from .teacher import Teacher
+from .teacher import Teacher, random_example
 
 JUDGED = 512  # candidates that are held as float numbers at once
 
@@ -71,7 +70,7 @@ def synthesize(
 @torch.no_grad()
 def _require_answers(models: Sequence[nn.Module], spec: Spec, host: Host) -> None:
     """Raise DmmError for a network that answers noise with NaN or infinity, which would spoil what all are shown."""
-    seen = space_of(spec, host.device).draw(noise(spec, 2, random_stream(0, "answers")).to(host.device))
+    seen = random_example(spec, host.device)
     for model in models:
         require_finite(model, answer(model, seen))
 

@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import DmmError, capped, printable
 from ..examples import Inputs, hooked, on_input, run
 from ..inputs import Source
-from ..norms import NormInput, norm_inputs
+from ..norms import NormInput
 from ..runtime import deterministic
 from .statistics import NormLayer
 
@@ -102,15 +102,6 @@ def _moments(name: str, layer: NormInput, features: torch.Tensor) -> Moments:
             f"NaN or infinity in front of {printable(name)} ({kind})", hint="does the model work on these data?"
         )
     return moments
-
-
-@torch.no_grad()
-def layers_that_run(model: nn.Module, inputs: Inputs) -> dict[str, nn.Module]:
-    """The normalisation layers that a pass over inputs (B, ...) goes through, by name, in module order."""
-    layers, seen = {name: layer.module for name, layer in norm_inputs(model).items()}, set()
-    with hooked(layer.register_forward_pre_hook(lambda module, _: seen.add(module)) for layer in layers.values()):
-        run(model, inputs)
-    return {name: layer for name, layer in layers.items() if layer in seen}
 
 
 def to_arrays(found: Mapping[str, Moments]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..examples import hooked, on_input
+from ..norms import across
 
 DEFAULT_EPS = 1e-5  # BatchNorm's, where a layer has none or leaves it to the dtype (RMSNorm)
 
@@ -39,7 +40,7 @@ class ShiftedMoments(torch.autograd.Function):
         count = features.numel() // len(mean)
         slope = 2.0 * grad_variance / count  # (C,)
         offset = grad_shift / count - slope * mean  # (C,)
-        shape = _across(features, ctx.axis)
+        shape = across(features, ctx.axis)
         grad = torch.addcmul(offset.view(shape), features, slope.view(shape))  # (B, C, ...) or (B, ..., C)
         return grad.to(features.dtype), None, None
 
@@ -47,7 +48,7 @@ class ShiftedMoments(torch.autograd.Function):
 def _in_one_pass(features: torch.Tensor, centre: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Shift and variance (C,). Centred, so that a mean that is large against the spread does not drown the variance."""
     dims = [dim for dim in range(features.dim()) if dim != axis]
-    centred = features.float() - centre.view(_across(features, axis))  # (B, C, ...) or (B, ..., C)
+    centred = features.float() - centre.view(across(features, axis))  # (B, C, ...) or (B, ..., C)
     shift = centred.mean(dims)  # (C,)
     square = torch.linalg.vector_norm(centred, dim=dims).square()  # (C,)
     return shift, (square / (features.numel() // len(centre)) - shift.square()).clamp_min(0.0)
@@ -59,11 +60,6 @@ def _in_two_passes(features: torch.Tensor, centre: torch.Tensor, axis: int) -> t
         features = features.movedim(axis, -1).flatten(0, -2)  # (R, C)
     mean, variance = torch.batch_norm_update_stats(features.float(), None, None, 0.0)
     return mean - centre, variance
-
-
-def _across(features: torch.Tensor, axis: int) -> list[int]:
-    """The shape in which numbers of channels (C,) meet features."""
-    return [-1 if dim == axis else 1 for dim in range(features.dim())]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from ..errors import DmmError, capped
 from ..examples import Inputs, answer
 from ..layout import place
 from ..metadata import without_statistics
+from ..norms import layers_that_run
+from ..runtime import generator as random_stream
 from ..runtime import mixed_precision
-from ..spaces import Spec, example
+from ..spaces import Spec, example, noise, space_of
 from .average import PoolStatistics
 from .losses import Observation
 from .soft import soften
@@ -139,19 +141,22 @@ def _convert(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(value.bfloat16(), requires_grad=False))
 
 
-def require_use(label: str, teacher: Teacher, inputs: Inputs) -> None:
+def random_example(spec: Spec, device: torch.device) -> Inputs:
+    """Two examples of noise, as a teacher is shown them, (2, ...)."""
+    return space_of(spec, device).draw(noise(spec, 2, random_stream(0, "answers")).to(device))
+
+
+def require_use(label: str, teacher: Teacher, spec: Spec, device: torch.device) -> None:
     """Raise DmmError for a network that calls none of the layers with statistics, so that images could not be compared.
 
     It is asked as it will be seen, in a copy: a forward that is bound to the network copied calls that one's layers.
     """
     own = teacher.view()
-    with torch.no_grad():
-        _, seen = _measured(own.model, own.layers, inputs)
-    if not seen:
-        layers = {layer.module for layer in teacher.layers}
+    known = {layer.module for layer in own.layers}
+    if known.isdisjoint(layers_that_run(own.model, random_example(spec, device)).values()):
         raise DmmError(
             f"{label} does not call the layers that its statistics belong to",
-            evidence=capped(name for name, module in teacher.model.named_modules() if module in layers),
+            evidence=capped(name for name, module in own.model.named_modules() if module in known),
             hint="let the forward of its class call them as modules, self.norm(x), not as functions",
         )
 

@@ -106,6 +106,30 @@ class Uncalled(nn.Module):
         return self.fc(F.batch_norm(images.flatten(1), own.running_mean, own.running_var, own.weight, own.bias))
 
 
+class Wary(nn.Module):
+    """A network that normalises what is not blank."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(64), nn.Linear(64, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        seen = images.flatten(1)
+        return self.fc(self.norm(seen) if seen.any() else seen)
+
+
+def test_layers_that_a_blank_image_does_not_reach_count_as_called(tmp_path):
+    torch.manual_seed(0)
+    state = {name: value.numpy() for name, value in Wary().state_dict().items()}
+    state["norm.running_mean"] = np.linspace(0, 1, 64, dtype=np.float32)
+    net = tmp_path / "net.safetensors"
+    save_file(state, net, {"dmm.arch": f"{__name__}:Wary", "dmm.input": json.dumps(INPUT)})
+    result = dmm("synthesize", net, "--engine", "pixels", "--steps", 30, "--count", 8, "-o", tmp_path / "p.safetensors")
+    assert result.exit_code == 0, result.stderr
+
+
 @pytest.mark.parametrize("bound", [False, True])
 def test_layers_with_statistics_that_are_not_called_are_refused(tmp_path, bound):
     state = {name: value.numpy() for name, value in Uncalled().state_dict().items()}
