@@ -14,7 +14,7 @@ from ..errors import DmmError, printable
 from ..files import refuse_dangling, refuse_inputs, require_writable, write_text
 from ..inputs import Source, files_of, read_record, read_text, require_same_tensors, resolve_source, resolve_sources
 from ..merging import METHODS
-from ..merging.recipe import Recipe, check, require_base
+from ..merging.recipe import Recipe, check
 from ..synthesis import presets
 from ..synthesis.settings import Settings as SynthesisSettings
 from . import _options as options
@@ -110,7 +110,6 @@ def run(
     report.html shows how it came about. With --data the accuracy of every step is printed.
     """
     _check_arguments(output, method, group, device, data)
-    require_base(method, base)
     require_precision(precision)
     chosen = options.preset(preset, count, synthesize_steps)
     flags = options.input_flags(input_size, mean, std)

@@ -118,15 +118,10 @@ def _near_glob(pattern: str, names: Iterable[str]) -> str | None:
     return near and near + pattern[len(literal) :]
 
 
-def require_base(method: str, base: object) -> None:
-    """Raise DmmError for a method of task vectors without the checkpoint they start from."""
-    if "base" in METHODS.traits(method) and base is None:
-        raise DmmError(f"{method} needs the common start", hint="name it with --base")
-
-
 def _check_method(recipe: Recipe) -> None:
     traits = METHODS.traits(recipe.method)
-    require_base(recipe.method, recipe.base)
+    if "base" in traits and recipe.base is None:
+        raise DmmError(f"{recipe.method} needs the common start", hint="name it with --base")
     if "features" in traits and recipe.features is None:
         raise DmmError(
             f"{recipe.method} needs pseudo-data of the checkpoints",
