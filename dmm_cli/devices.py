@@ -1,7 +1,11 @@
-"""What devices and precisions are called. Whether a device is there, only torch can tell: see ``runtime``."""
+"""What devices and precisions are called, and how many cores there are.
+
+Whether a device is there, only torch can tell: see ``runtime``.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 
 from .errors import DmmError, printable
@@ -23,3 +27,8 @@ def require_precision(name: str) -> None:
     """Raise DmmError for what is not a precision that networks are run in."""
     if name not in PRECISIONS:
         raise DmmError(f"unknown precision: {printable(name)}", hint=f"one of {', '.join(PRECISIONS)}")
+
+
+def cores() -> int:
+    """How many threads can run at once: what this process is confined to, where the system (not macOS) confines any."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .devices import cores
 from .errors import DmmError
 from .inputs import Source
 
@@ -48,7 +49,7 @@ class Hashes:
         self._turn = threading.Condition()
         self._stopped = False
         self._error: Exception | None = None
-        count = min(len(self._files), max(len(os.sched_getaffinity(0)) - 1, 1))
+        count = min(len(self._files), max(cores() - 1, 1))
         every = list(self._files.values())
         self._threads = [threading.Thread(target=self._work, args=(every,), daemon=True) for _ in range(count)]
         for thread in self._threads:

@@ -126,6 +126,7 @@ def write_behind(file: BinaryIO) -> Iterator[Callable[[Buffer], None]]:
 
     An error of the disk is raised by a later write, or at the end of the block.
     """
+    store = getattr(os, "fdatasync", os.fsync)  # which macOS lacks
     stored: Future | None = None
     waiting = 0
 
@@ -136,7 +137,7 @@ def write_behind(file: BinaryIO) -> Iterator[Callable[[Buffer], None]]:
             if stored:
                 stored.result()
             file.flush()
-            stored, waiting = pool.submit(os.fdatasync, file.fileno()), 0
+            stored, waiting = pool.submit(store, file.fileno()), 0
 
     with ThreadPoolExecutor(1) as pool:
         yield write

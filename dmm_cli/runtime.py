@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .devices import require_device_name, require_precision
+from .devices import cores, require_device_name, require_precision
 from .errors import DmmError
 from .ranks import Ranks
 from .savepoint import Savepoint
@@ -127,7 +127,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 def workers(device: torch.device, local: int) -> int:
     """Jobs that run at once in each of ``local`` processes on this machine: one a core, or one on a GPU."""
-    return max(1, len(os.sched_getaffinity(0)) // local) if device.type == "cpu" else 1
+    return max(1, cores() // local) if device.type == "cpu" else 1
 
 
 def hold_memory() -> None:

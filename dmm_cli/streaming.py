@@ -5,7 +5,6 @@ Legend: N checkpoints, n elements of a block.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -39,11 +38,6 @@ def split(piece: Piece, block: int) -> Iterator[Piece]:
     """A piece in smaller ones of at most ``block`` elements."""
     for start in range(piece.start, piece.stop, block):
         yield Piece(piece.name, start, min(start + block, piece.stop))
-
-
-def cores() -> int:
-    """How many threads can run at once here."""
-    return len(os.sched_getaffinity(0))
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

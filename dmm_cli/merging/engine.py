@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checkpoint import Checkpoint, replace_metadata, write_checkpoint
+from ..devices import cores
 from ..digest import Hashes
 from ..files import atomic_write, check_output, remove
 from ..header import Layout, file_order
 from ..inputs import Source
 from ..ranks import Ranks
 from ..shards import index_path, index_text, plan_shards
-from ..streaming import Piece, Until, cores, in_order, one_blas_thread
+from ..streaming import Piece, Until, in_order, one_blas_thread
 from .recipe import Recipe, check
 from .tensors import Part, Tensors
 

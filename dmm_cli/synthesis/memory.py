@@ -91,7 +91,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the main memory, what this process may still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells of all alone
+    free = [os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # pages of the file cache are free too, where the system says so
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())

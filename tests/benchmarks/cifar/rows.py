@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmm_cli.architectures import build
 from dmm_cli.checkpoint import save_arrays
+from dmm_cli.devices import cores
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
@@ -150,7 +151,7 @@ def informed(place: Place) -> None:
         data.unlink()
 
     missing = [n for n in range(len(clients)) if not (place.folder / f"statistics-{n}").exists()]  # after a stop
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(record, missing))
     files = place.folder / "statistics-*" / "*.safetensors"
     place.dmm("run", *clients, *place.cell.profile.run, "--statistics", files, "-o", place.folder / "run")

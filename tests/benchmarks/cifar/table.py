@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dmm_cli import __version__
+from dmm_cli.devices import cores
 from dmm_cli.runtime import resolve_device
 
 from .cells import Cell, Profile
@@ -83,4 +83,4 @@ def _processor() -> str:
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} CPUs of {names[0] if names else platform.machine()}"
+    return f"{cores()} CPUs of {names[0] if names else platform.machine()}"
