@@ -69,7 +69,8 @@ def _define_schemas() -> library.Library:
 
 
 def _timm() -> ModuleType:
-    return _imported("timm")
+    with torch.device("cpu"):  # what is imported with timm makes tensors, and reads them: not where a network is made
+        return _imported("timm")
 
 
 def build(spec: str, first_weights: bool = True) -> nn.Module:

@@ -9,7 +9,7 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, dmm
+from conftest import DIGITS, dmm, shell
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -291,3 +291,20 @@ def test_networks_unlike_the_first_of_their_family_are_detected(tmp_path, name, 
     monkeypatch.setattr(arch, "_families", lambda: (("resnet18",), tuple(dict.fromkeys([family[0], *around]))))
     _, source = saved(tmp_path, f"{name},num_classes=7")
     assert arch.detect(source).spec == f"{name},num_classes=7"
+
+
+def test_a_network_can_be_built_on_meta_although_timm_was_not_imported_yet():
+    """What is imported with timm (torchvision, torch._dynamo) may read the tensors it makes."""
+    code = """
+import sys, torch
+from dmm_cli.architectures import build
+class Reads:
+    def find_spec(self, name, path=None, target=None):
+        if name == "timm":
+            float(torch.ones(1))
+sys.meta_path.insert(0, Reads())
+with torch.device("meta"):
+    print({parameter.device.type for parameter in build("resnet10t").parameters()})
+"""
+    done = shell(code=code)
+    assert done.stdout == "{'meta'}\n", done.stderr
