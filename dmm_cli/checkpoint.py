@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .errors import DmmError, printable
-from .files import atomic_write, check_output, write_behind
+from .files import Outputs, atomic_write, check_output, write_behind
 from .header import FLOATS, ITEM_SIZE, Layout, TensorInfo, encode_header, file_order
 from .inputs import Source
 
@@ -207,18 +207,20 @@ def save_checkpoint(
     reading: Checkpoint | None = None,
     inputs: Iterable[Path] = (),
     force: bool = False,
+    outputs: Outputs | None = None,
 ) -> None:
     """Write a checkpoint, see ``write_checkpoint``; it appears whole or not at all.
 
     Args:
         reading: what the chunks are read from, to be opened for it.
         inputs: files the output must not replace.
+        outputs: others that it takes its place with.
 
     Raises:
         DmmError: the output is refused or cannot be written, or what is read changes meanwhile.
     """
     check_output(path, inputs=inputs, force=force)
-    with atomic_write(path, force=force) as file, reading or nullcontext():
+    with atomic_write(path, force=force, outputs=outputs) as file, reading or nullcontext():
         write_checkpoint(file, layout, chunks, metadata)
 
 
@@ -247,6 +249,7 @@ def save_like(
     *,
     inputs: Iterable[Path] = (),
     force: bool = False,
+    outputs: Outputs | None = None,
 ) -> None:
     """Write another checkpoint with some of its tensors replaced, in its dtypes, see ``save_checkpoint``."""
     layout = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
@@ -262,7 +265,7 @@ def save_like(
         else:
             yield np.ascontiguousarray(arrays[name], dtype=NUMPY[info.dtype]).reshape(-1).view(np.uint8)
 
-    save_checkpoint(path, layout, chunks, metadata, reading=file, inputs=inputs, force=force)
+    save_checkpoint(path, layout, chunks, metadata, reading=file, inputs=inputs, force=force, outputs=outputs)
 
 
 def require_finite(source: Source, name: str, values: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,35 +65,90 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
             raise DmmError(f"the output {what} one of the inputs: {path}", hint="name another file with -o")
 
 
+class Outputs:
+    """Files that take their places one after the other at the end of the block, or, if it fails, not at all.
+
+    All of them have been written and synced by then. Where one place is refused, those that were free go with it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Path, Path, bool]] = []  # temporary file, place, force
+        self._first: list[Callable[[], None]] = []
+
+    def before(self, action: Callable[[], None]) -> None:
+        """Something to do when all files are complete, and none is in its place yet."""
+        self._first.append(action)
+
+    def add(self, temporary: Path, path: Path, force: bool) -> None:
+        """A complete file, and where it goes; see ``atomic_write``."""
+        self._waiting.append((temporary, path, force))
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        claimed: list[Path] = []
+        try:
+            if kind is None:
+                for action in self._first:
+                    action()
+                for temporary, path, force in self._waiting:
+                    with _told(path):
+                        _place(temporary, path, force)
+                    claimed += [] if force else [path]
+        except BaseException:
+            for path in claimed:
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            for temporary, *_rest in self._waiting:
+                temporary.unlink(missing_ok=True)
+
+
 @contextmanager
-def atomic_write(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, force: bool = False, outputs: Outputs | None = None) -> Iterator[BinaryIO]:
     """A binary file that takes its place at ``path`` when the block ends without an exception.
 
     The bytes go to a temporary file in the same directory, which is synced and renamed, and the
     directory is synced. On any exception, KeyboardInterrupt and SystemExit included, the temporary
     file is removed and what was at ``path`` stays.
 
+    Args:
+        outputs: others that it takes its place with, when their block ends; not yet then.
+
     Raises:
         DmmError: the file system refused the write, or there is something at ``path`` by then and no ``force``;
             the message names the output.
     """
     temporary = path.parent / TEMPORARY.replace("*", os.urandom(8).hex())
-    try:
+    with _told(path):
         try:  # from before the file is there: an interrupt may come as soon as it is
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path) if force else _claim(path, temporary)
+            outputs.add(temporary, path, force) if outputs else _place(temporary, path, force)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the file system refuses, as an error that names the output."""
+    try:
+        yield
     except FileExistsError as error:
         raise _taken(path) from error
     except OSError as error:
         raise DmmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _place(temporary: Path, path: Path, force: bool) -> None:
+    """Give a complete file the name ``path``, and have the disk keep that."""
+    os.replace(temporary, path) if force else _claim(path, temporary)
+    _sync_directory(path.parent)
 
 
 def _claim(path: Path, temporary: Path) -> None:
@@ -161,11 +216,10 @@ def write_files(contents: Mapping[Path, bytes], *, force: bool = False) -> None:
     """
     for path in contents:
         check_output(path, force=force)
-    with ExitStack() as stack:
+    with Outputs() as outputs:
         for path, content in contents.items():
-            file = stack.enter_context(atomic_write(path, force=force))
-            file.write(content)
-            file.flush()
+            with atomic_write(path, force=force, outputs=outputs) as file:
+                file.write(content)
 
 
 def write_bytes(path: Path, content: bytes, *, force: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..digest import Hashes, glance
 from ..errors import DmmError, listed, printable
-from ..files import check_output, write_text
+from ..files import Outputs, check_output, remove, write_text
 from ..inputs import Source, files_of, resolve_source, twins
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
@@ -133,7 +133,6 @@ def merge_groups(
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     check_outputs(to, grouping, inputs_of(sources, recipe))
-    earlier = earlier_files([to.group(group.name) for group in grouping.groups], to.record)
     with to.made(), aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
@@ -154,10 +153,8 @@ def merge_groups(
         aligned=ordered.aligned,
         widened=ordered.widened,
     )
-    if team.ranks.is_first:
-        remove_earlier(earlier, (path for outcome in outcomes for path in _files(outcome)))
-        if to.record:
-            write_text(to.record, dump(manifest) + "\n", force=to.force)
+    if to.record and team.ranks.is_first:
+        write_text(to.record, dump(manifest) + "\n", force=to.force)
     return manifest
 
 
@@ -192,36 +189,32 @@ def _merge_each(
     team: Team,
     recalibration: Recalibration | None,
 ) -> tuple[list[Outcome], dict[str, Recalibrated]]:
-    """What every merge found out, and by group what recalibration did."""
+    """What every merge found out, and by group what recalibration did; all groups take their places at the end."""
     outcomes, recalibrated = [], {}
-    with _all_or_no_new(to, grouping):
+    earlier = earlier_files([to.group(group.name) for group in grouping.groups], to.record)
+
+    def make_way() -> None:
+        """Nothing is to tell of a mixture of old and new, were the process killed while groups take their places."""
+        remove_earlier(earlier, (path for outcome in outcomes for path in _files(outcome)))
+        if to.record and to.force:
+            remove(to.record)
+
+    with Outputs() as outputs:
+        if team.ranks.is_first:
+            outputs.before(make_way)
         for group in grouping.groups:
             if recalibration and len(group.members) > 1:
-                outcome, recalibrated[group.name] = _written(sources, group, grouping, to, recipe, team, recalibration)
+                outcome, recalibrated[group.name] = _written(
+                    sources, group, grouping, to, recipe, team, recalibration, outputs
+                )
             else:
-                outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team)
+                outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team, outputs)
             outcomes.append(outcome)
+    team.ranks.wait()
+    for outcome in outcomes:
+        if outcome.index and team.ranks.is_first:
+            write_text(outcome.path, outcome.index, force=to.force)
     return outcomes, recalibrated
-
-
-@contextmanager
-def _all_or_no_new(to: Destination, grouping: Grouping) -> Iterator[None]:
-    """Where the block fails, the groups that it has written go, but for those in the place of an earlier one."""
-    if to.is_file:
-        yield
-        return
-
-    def there() -> set[Path]:
-        return {path for group in grouping.groups for path in to.directory.glob(f"{group.name}[-.]*")}
-
-    before = there()
-    try:
-        yield
-    except BaseException:
-        for path in there() - before:
-            with suppress(OSError):
-                path.unlink()
-        raise
 
 
 def check_each(
@@ -288,14 +281,15 @@ def _written(
     recipe: Recipe,
     team: Team,
     recalibration: Recalibration,
+    outputs: Outputs,
 ) -> tuple[Outcome, Recalibrated]:
-    """A group merged, recalibrated and saved."""
+    """A group merged, recalibrated and saved among the outputs."""
     path = to.group(group.name)
     with draft(path) as place:
         outcome, result = merge_and_recalibrate(
             sources, group, len(grouping.groups), place, recipe, team, recalibration
         )
-        result.save(path, recalibration, inputs=inputs_of(sources, recipe), force=to.force)
+        result.save(path, recalibration, inputs=inputs_of(sources, recipe), force=to.force, outputs=outputs)
     return replace(outcome, path=path), result
 
 
@@ -317,7 +311,13 @@ def merge_and_recalibrate(
 
 
 def _merge_group(
-    sources: Sequence[Source], group: Group, groups: int, to: Destination, recipe: Recipe, team: Team
+    sources: Sequence[Source],
+    group: Group,
+    groups: int,
+    to: Destination,
+    recipe: Recipe,
+    team: Team,
+    outputs: Outputs | None = None,
 ) -> Outcome:
     from ..merging import engine
 
@@ -330,7 +330,7 @@ def _merge_group(
         team.share_hashes(parents)
         return metadata_of(members, recipe)
 
-    outcome = engine.merge(
+    return engine.merge(
         members,
         to.group(group.name),
         recipe,
@@ -341,11 +341,9 @@ def _merge_group(
         ranks=team.ranks,
         inputs=inputs,
         force=to.force,
+        outputs=outputs,
         on_progress=team.on_progress if team.ranks.is_first else None,
     )
-    if outcome.index and team.ranks.is_first:
-        write_text(outcome.path, outcome.index, force=to.force)
-    return outcome
 
 
 def _part(recipe: Recipe, members: tuple[int, ...], groups: int) -> Recipe:

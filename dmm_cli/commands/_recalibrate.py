@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..files import Outputs
     from ..manifest import Retention
     from ..merging.recipe import Recipe
     from ..synthesis.pseudodata import PseudoData
@@ -52,8 +53,19 @@ class Recalibrated:
     done: str
     retained: tuple[Retention, ...]
 
-    def save(self, output: Path, settings: Recalibration, *, inputs: Sequence[Path] = (), force: bool = False) -> None:
+    def save(
+        self,
+        output: Path,
+        settings: Recalibration,
+        *,
+        inputs: Sequence[Path] = (),
+        force: bool = False,
+        outputs: Outputs | None = None,
+    ) -> None:
         """Write the merged checkpoint with these tensors in it.
+
+        Args:
+            outputs: others that it takes its place with.
 
         Raises:
             DmmError: the output is refused.
@@ -62,7 +74,7 @@ class Recalibrated:
 
         record = {"data": settings.data.sha256, "seed": settings.seed, "what": self.done}
         metadata = {**self.merged.metadata, "dmm.recalibrated": json.dumps(record, sort_keys=True)}
-        save_like(output, self.merged, self.tensors, metadata, inputs=inputs, force=force)
+        save_like(output, self.merged, self.tensors, metadata, inputs=inputs, force=force, outputs=outputs)
 
 
 def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, settings: Recalibration) -> Recalibrated:

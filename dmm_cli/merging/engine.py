@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from ..checkpoint import Checkpoint, replace_metadata, write_checkpoint
 from ..devices import cores
 from ..digest import Hashes
-from ..files import atomic_write, check_output, remove
+from ..files import Outputs, atomic_write, check_output, remove
 from ..header import Layout, file_order
 from ..inputs import Source
 from ..ranks import Ranks
@@ -64,6 +65,7 @@ def merge(
     ranks: Ranks = Ranks(),
     inputs: Sequence[Path] = (),
     force: bool = False,
+    outputs: Outputs | None = None,
     on_progress: Progress | None = None,
 ) -> Outcome:
     """Merge checkpoints into one file, or into shards; the index is the caller's to write.
@@ -76,6 +78,7 @@ def merge(
         hashes: of the sources, taken from the reads that merge them where that can be.
         max_shard: bytes of tensors in one file.
         ranks: this process and those beside it; each writes its part of the files.
+        outputs: others that the files take their places with, whose block has to be left before the index is written.
 
     Raises:
         DmmError: see ``recipe.check``; a value is NaN or infinite, or becomes so; a running variance is
@@ -92,8 +95,12 @@ def merge(
     mine = dict(ranks.deal(list(shards.items())))
     work = _Work(tensors, mine, hashes, on_progress)
     ranks.wait()  # a file that another process has just written must not look like one that was there
-    with one_blas_thread():
-        _write(mine, index, [*files, *([base] if base else [])], work, metadata, final_metadata, force)
+    parents = [*files, *([base] if base else [])]
+    with one_blas_thread(), nullcontext(outputs) if outputs else Outputs() as together:
+        if index:  # one that stood there would tell of a mixture, were the process killed in between; without force
+            # there is none, unless another merge has come first: then no shard takes its place
+            together.before(partial(remove if force else check_output, index))
+        _write(mine, parents, work, metadata, final_metadata, together, force)
     measured = {name: ratio for part in ranks.gather(work.lengths()) for name, ratio in part.items()}
     order = (name for layout in shards.values() for name in file_order(layout))
     lengths = {name: measured[name] for name in order if name in measured}
@@ -106,22 +113,16 @@ def merge(
 
 def _write(
     shards: Mapping[Path, Layout],
-    index: Path | None,
     inputs: Sequence[Checkpoint],
     work: _Work,
     metadata: Mapping[str, str],
     final_metadata: Callable[[], Mapping[str, str]] | None,
+    outputs: Outputs,
     force: bool,
 ) -> None:
-    """Write all shards; none takes its place before all of them are complete, and the inputs checked for changes.
-
-    An index that stood there goes before that: it would tell of a mixture, were the process killed in between.
-    Without ``force`` there is none, unless another merge has come first: then no shard takes its place.
-    """
-    clear = remove if force else check_output
+    """Write all shards; none is among the outputs before all are complete, and the inputs checked for changes."""
     with ExitStack() as stack:
-        files = {path: stack.enter_context(atomic_write(path, force=force)) for path in shards}
-        stack.push(lambda failure, *_: clear(index) if index and failure is None else None)
+        files = {path: stack.enter_context(atomic_write(path, force=force, outputs=outputs)) for path in shards}
         for checkpoint in inputs:
             stack.enter_context(checkpoint)
         stack.enter_context(work.running())

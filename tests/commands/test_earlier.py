@@ -153,3 +153,47 @@ def test_a_merge_that_is_stopped_leaves_no_index_of_a_mixture(nets, tmp_path, mo
     merge(nets["x"], nets["z"], "-o", whole)
     with Checkpoint(resolve_source(str(index))) as file:
         assert all((file.array(name) == value).all() for name, value in load_file(whole).items())
+
+
+def two_groups(nets, first: str, second: str, *flags, code: int = 0):
+    groups = nets["x"].with_name("groups.json")
+    groups.write_text(json.dumps({"groups": [[first], [second]]}))
+    return merge(nets[first], nets[second], "--group", groups, "-o", nets["x"].with_name("out"), *flags, code=code)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_groups_are_replaced_together_or_not_at_all(nets, tmp_path, monkeypatch, fails_at):
+    """Until all groups are complete the old ones stay; from then on no merge.json tells of a mixture."""
+    two_groups(nets, "x", "q")
+    out, replace, calls = tmp_path / "out", os.replace, []
+    groups = [out / f"group-{number}.safetensors" for number in range(2)]
+    before = {path: path.read_bytes() for path in out.iterdir()}
+
+    def stop(source, target):
+        calls.extend([target] if Path(target).parent == out else [])
+        if len(calls) > fails_at - 1:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    if fails_at:
+        monkeypatch.setattr(os, "replace", stop)
+    else:
+        monkeypatch.setattr(Source, "check_unchanged", lambda source: stop(out, out) if source.label == "z" else None)
+    two_groups(nets, "y", "z", "--force", code=130)
+    monkeypatch.undo()
+    assert names(out) == {path.name for path in groups} | ({"merge.json"} if fails_at == 0 else set())
+    assert [before[path] == path.read_bytes() for path in groups] == [fails_at < 2, True]
+
+
+def test_a_group_whose_place_another_merge_takes_meanwhile_goes_with_the_others(nets, tmp_path, monkeypatch):
+    out, check = tmp_path / "out", Source.check_unchanged
+
+    def taken(source):
+        check(source)
+        if source.label == "q":
+            (out / "group-1.safetensors").write_bytes(b"of another")
+
+    monkeypatch.setattr(Source, "check_unchanged", taken)
+    refused = two_groups(nets, "x", "q", code=2)
+    assert "the output exists" in refused.stderr and "group-1" in refused.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {"group-1.safetensors": b"of another"}
