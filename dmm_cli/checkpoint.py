@@ -231,6 +231,7 @@ def save_arrays(
     *,
     inputs: Iterable[Path] = (),
     force: bool = False,
+    outputs: Outputs | None = None,
 ) -> None:
     """Write arrays held in memory, see ``save_checkpoint``."""
     layout = {name: (TAGS[array.dtype], array.shape) for name, array in arrays.items()}
@@ -238,7 +239,7 @@ def save_arrays(
     def chunks(name: str) -> list[np.ndarray]:
         return [np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)]
 
-    save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force)
+    save_checkpoint(path, layout, chunks, metadata, inputs=inputs, force=force, outputs=outputs)
 
 
 def save_like(

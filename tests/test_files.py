@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from dmm_cli import files
 from dmm_cli.errors import DmmError
-from dmm_cli.files import atomic_write, check_output, write_behind, write_bytes, write_text
+from dmm_cli.files import Outputs, atomic_write, check_output, write_behind, write_bytes, write_text
 
 
 def test_content_and_mode(tmp_path):
@@ -41,6 +41,29 @@ def test_an_exception_leaves_the_old_content_and_nothing_else(tmp_path, end):
         raise end
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_take_their_places_together_or_not_at_all(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"old")
+
+    def write(fails: bool) -> None:
+        with Outputs() as outputs:
+            with atomic_write(first, force=True, outputs=outputs) as file:
+                file.write(b"new")
+            outputs.before(lambda: seen.append(first.read_bytes()))
+            with atomic_write(second, outputs=outputs) as file:
+                file.write(b"new")
+            if fails:
+                raise ValueError
+
+    seen = []
+    with pytest.raises(ValueError):
+        write(fails=True)
+    assert first.read_bytes() == b"old" and list(tmp_path.iterdir()) == [first] and not seen
+    write(fails=False)
+    assert first.read_bytes() == second.read_bytes() == b"new" and seen == [b"old"]
+    assert sorted(tmp_path.iterdir()) == [first, second]
 
 
 @pytest.mark.parametrize("links", [True, False])

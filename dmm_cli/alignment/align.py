@@ -16,6 +16,7 @@ from torch import nn
 from .. import architectures, loading
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
 from ..errors import DmmError, printable
+from ..files import Outputs
 from ..header import ITEM_SIZE
 from ..images import InputSpec
 from ..inputs import Source
@@ -60,9 +61,18 @@ class Alignment:
         return int((self.image[ids] != ids).sum())
 
     def write(
-        self, path: Path, metadata: Mapping[str, str], *, inputs: Iterable[Path] = (), force: bool = False
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        inputs: Iterable[Path] = (),
+        force: bool = False,
+        outputs: Outputs | None = None,
     ) -> None:
         """Write the checkpoint with its units in order; every value keeps its bytes.
+
+        Args:
+            outputs: others that it takes its place with.
 
         Raises:
             DmmError: the output is refused or cannot be written, or the checkpoint has changed.
@@ -79,7 +89,7 @@ class Alignment:
                 raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             return [raw]
 
-        save_checkpoint(path, layout, chunks, metadata, reading=file, inputs=inputs, force=force)
+        save_checkpoint(path, layout, chunks, metadata, reading=file, inputs=inputs, force=force, outputs=outputs)
 
 
 def align(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, listed, printable
+from ..files import Outputs
 from ..inputs import Source, resolve_source
 from ..merging.method import require_share
 from ..registry import mistyped
@@ -204,10 +205,11 @@ def write_aligned(
 ) -> None:
     """Write every aligned checkpoint to the path of its label, with its parent and the reference in its metadata."""
     to = lineage(records(reference))
-    for alignment in found:
-        source = alignment.source
-        own = {"dmm.sources": lineage(records([source])), "dmm.reference": to, **inherited([source])}
-        alignment.write(paths[source.label], {**metadata, **own}, inputs=inputs, force=force)
+    with Outputs() as outputs:
+        for alignment in found:
+            source = alignment.source
+            own = {"dmm.sources": lineage(records([source])), "dmm.reference": to, **inherited([source])}
+            alignment.write(paths[source.label], {**metadata, **own}, inputs=inputs, force=force, outputs=outputs)
 
 
 def left_alone(found: Sequence[Alignment]) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.trace import trace
-from dmm_cli.inputs import resolve_source
+from dmm_cli.errors import DmmError
+from dmm_cli.inputs import Source, resolve_source
 
 A, B, D, E = (DIGITS / f"site-{name}.safetensors" for name in "abde")
 
@@ -78,6 +79,22 @@ def test_several_go_to_a_directory_in_the_order_of_likeness(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"site-{n}.safetensors" for n in "bde"]
     assert sum(row[:1] == ["layer4.0.conv2.weight[0]"] for row in rows) == 3
     assert load_file(tmp_path / "out" / "site-b.safetensors").keys() == load_file(B).keys()
+
+
+def test_several_take_their_places_together(scrambled, tmp_path, monkeypatch):
+    out, check = tmp_path / "out", Source.check_unchanged
+    out.mkdir()
+    (out / "site-b.safetensors").write_text("of before")
+
+    def changed(source):
+        check(source)
+        if source.label == scrambled.stem and (out / "site-b.safetensors").exists() and list(out.glob(".dmm-*")):
+            raise DmmError("it changed")
+
+    monkeypatch.setattr(Source, "check_unchanged", changed)
+    refused = dmm("align", A, B, scrambled, "-o", out, "--force")
+    assert refused.exit_code == 2 and "it changed" in refused.stderr
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"site-b.safetensors": "of before"}
 
 
 def test_files_of_one_name_keep_their_directories(scrambled, tmp_path):
