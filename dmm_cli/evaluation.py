@@ -29,8 +29,6 @@ from .manifest import EvaluationRow
 from .metadata import class_names
 from .spaces import Spec, TokenSpec, example, space_of
 
-OTHERS = (np.int32, np.int64, np.uint8)  # integers that an input may hold until it is known what the model takes
-
 
 @dataclass(frozen=True)
 class LabelledData:
@@ -98,7 +96,7 @@ def _require_kind(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str) 
         return
     tokens = isinstance(spec, TokenSpec)
     held, shown = list(values.shape[1:]), printable(name)
-    if spec.is_image or values.dtype == torch.uint8 or values.is_floating_point() == tokens:
+    if spec.is_image or (values.dtype == torch.uint8 and not tokens) or values.is_floating_point() == tokens:
         kind = "images, uint8 [N, C, H, W]" if spec.is_image else "tokens, int64" if tokens else "numbers, float"
         raise DmmError(f"{shown} of the data must be {kind}, not {values.dtype} {held}")
     if held != list(spec.size):
@@ -135,17 +133,17 @@ def load_images(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
 
 def _arrays(path: Path, names: Sequence[str], required: Sequence[str] = ()) -> LabelledData:
     wanted = (*names, "labels")
-    arrays, classes = _read_npz(path, wanted) if path.suffix == ".npz" else _read_safetensors(path)
+    arrays, held, classes = _read_npz(path, wanted) if path.suffix == ".npz" else _read_safetensors(path)
     for name in (*names, *required):
         if name not in arrays:
             raise DmmError(
                 f"{path} has no array named {printable(name)}",
-                evidence=[f"it holds {', '.join(map(printable, arrays)) or 'none'}"],
+                evidence=[f"it holds {listed(held) or 'none'}"],
                 hint="images: uint8 [N, C, H, W]; labels: int64 [N]; of a model with several inputs, each by its name",
             )
     for name in names:
         _require_input(path, name, arrays[name], len(arrays[names[0]]))
-    images, labels = joined({name: torch.from_numpy(arrays[name]) for name in names}), arrays.get("labels")
+    images, labels = joined({name: _tensor(arrays[name]) for name in names}), arrays.get("labels")
     if labels is None:
         return LabelledData(images, None, classes)
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
@@ -167,27 +165,33 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
             hint="write them anew, with no axis of length 0",
         )
     images = array.dtype == np.uint8 and array.ndim == 4
-    others = (array.dtype.kind == "f" or array.dtype in OTHERS) and array.ndim > 1 and name != IMAGES
+    others = array.dtype.kind in "fiu" and array.ndim > 1 and name != IMAGES
     if not images and not others:
+        told = "uint8 [N, C, H, W]" + ("" if name == IMAGES else ", or numbers, float, or tokens, int64, [N, ...]")
         raise DmmError(
-            f"{printable(name)} of {path} must be uint8 [N, C, H, W], not {array.dtype} {list(array.shape)}",
-            hint="" if name == IMAGES else "what is no image must be float [N, ...], and tokens int64",
+            f"{printable(name)} of {path} must be {told}, not {array.dtype} {list(array.shape)}",
         )
     if others and not np.isfinite(array).all():
         raise DmmError(f"{printable(name)} of {path} hold NaN or infinity")
 
 
-def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Pixels may be bytes; other integers are tokens, int64."""
+    return torch.from_numpy(array if array.dtype == np.uint8 or array.dtype.kind == "f" else array.astype(np.int64))
+
+
+def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str], tuple[str, ...]]:
+    """Some arrays, the names of all, and those of classes."""
     if not path.exists():
         raise no_such_file(path)
     try:
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("not an .npz archive, which numpy.savez writes")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*names, "classes") if name in file}
+            arrays, held = {name: file[name] for name in (*names, "classes") if name in file}, list(file.files)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}", hint="copy or download the file again") from None
-    return arrays, _names(path, arrays.pop("classes")) if "classes" in arrays else ()
+    return arrays, held, _names(path, arrays.pop("classes")) if "classes" in arrays else ()
 
 
 def _names(path: Path, classes: np.ndarray) -> tuple[str, ...]:
@@ -208,11 +212,11 @@ def _names(path: Path, classes: np.ndarray) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str], tuple[str, ...]]:
     source = resolve_source(str(path))
     with Checkpoint(source) as file:
         arrays = {name: file.array(name) for name in source.tensors}
-    return arrays, class_names(source) or ()
+    return arrays, list(arrays), class_names(source) or ()
 
 
 def _folder(path: Path, names: Sequence[str]) -> LabelledData:

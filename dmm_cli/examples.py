@@ -94,7 +94,7 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Logits (B, K) of a model, which gives them alone or, among other things, under the name ``logits``.
 
     Raises:
-        DmmError: it fails, or gives something else.
+        DmmError: it fails, or gives something else, as networks that are no classifiers do.
     """
     given = run(model, inputs)
     found = given.get("logits") if isinstance(given, Mapping) else getattr(given, "logits", given)
@@ -102,6 +102,11 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
         raise DmmError(
             f"{type(model).__name__} answers with {printable(type(given).__name__)}, not with logits",
             hint="let its forward return logits (N, K), or a dict that has them under the name logits",
+        )
+    if found.dim() != 2 or len(found) != len(inputs) or found.shape[1] < 2:
+        raise DmmError(
+            f"{called(model)} answers {len(inputs)} samples with {list(found.shape)}, not with logits (N, K)",
+            hint="dmm is for classifiers: a logit for each of two classes or more, and of a yes or no for both",
         )
     return found
 

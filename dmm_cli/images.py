@@ -15,8 +15,9 @@ class InputSpec:
     """Size and normalisation of one input of a model.
 
     Attributes:
-        size: (C, H, W) of images; of anything else, the last dimension is that of its channels.
-        mean, std: per channel, of pixels in [0, 1] where they are images.
+        size: (C, H, W) of images, or the shape of numbers.
+        mean, std: per channel, of pixels in [0, 1] where they are images. Of numbers one for all, or as many as the
+            first dimension has, (C, L) as Conv1d takes it, or as many as the last, (T, F).
     """
 
     size: tuple[int, ...]

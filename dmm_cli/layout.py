@@ -30,12 +30,19 @@ def place(model: nn.Module, device: torch.device, example: Inputs) -> torch.memo
     """
     model.to(device)
     if not _is_narrow(model):
-        model.to(memory_format=torch.channels_last)
+        _lay_out(model, torch.channels_last)
         if _runs(model, example):
             return torch.channels_last
-        model.to(memory_format=torch.contiguous_format)
+        _lay_out(model, torch.contiguous_format)
     model.register_forward_pre_hook(_make_contiguous, with_kwargs=True)
     return torch.contiguous_format
+
+
+def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Weights and buffers of four dimensions in a layout; ``Module.to`` fails where others have five, as in Conv3d."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=layout)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DmmError, blamed_on, capped, is_out_of_memory, printable, summary
+from .errors import DmmError, blamed_on, capped, is_out_of_memory, listed, printable, summary
 from .examples import IMAGES, Examples, forward, hooked, on_input
 from .images import InputSpec
 from .spaces import JointSpec, Spec, TokenSpec
@@ -112,9 +112,16 @@ def joint_spec(
         known: mean and std by name, as ``dmm.input`` has them. mean, std: of all images, if not empty.
 
     Raises:
-        DmmError: mean and std do not fit the number of channels, or no embedding looks up an integer input.
+        DmmError: mean and std do not fit the number of channels, or there are no images that they are of, or no
+            embedding looks up an integer input.
     """
     words = vocabularies(model, examples)
+    mean, std = tuple(mean), tuple(std)
+    if (mean or std) and all(part.dim() != 4 for part in examples.parts.values()):
+        raise DmmError(
+            f"--mean and --std are of images, and {label} takes none: {listed(examples.parts)}",
+            hint=f'state them in dmm.input: {{"{next(iter(examples.parts))}": {{"mean": [0.5], "std": [2]}}}}',
+        )
     specs = []
     for name, part in examples.parts.items():
         size = tuple(part.shape[1:])
@@ -130,7 +137,7 @@ def joint_spec(
 
 
 def single_spec(label: str, size: Iterable[int], mean: Iterable[float], std: Iterable[float]) -> InputSpec:
-    """The spec of one input; one mean or deviation holds for all channels.
+    """The spec of one input; one mean or deviation holds for all channels. See ``InputSpec``.
 
     Args:
         label: what the model is called in messages.
@@ -139,16 +146,19 @@ def single_spec(label: str, size: Iterable[int], mean: Iterable[float], std: Ite
         DmmError: mean and std do not fit the number of channels.
     """
     size = tuple(size)
-    channels = size[0] if len(size) == 3 else size[-1]
-    mean, std = _per_channel(mean, channels), _per_channel(std, channels)
-    if len(mean) != channels or len(std) != channels:
+    if len(size) == 3:
+        mean, std = (values * size[0] if len(values) == 1 else values for values in (_floats(mean), _floats(std)))
+        fits = len(mean) == len(std) == size[0]
+    else:
+        mean, std = (values[:1] if len(set(values)) == 1 else values for values in (_floats(mean), _floats(std)))
+        fits = {len(mean), len(std)} <= {1, size[0], size[-1]}
+    if not fits:
         raise DmmError(
-            f"{label}: {len(mean)} means and {len(std)} deviations for {channels} channels",
-            hint="give one value per channel, or one for all, with --mean and --std",
+            f"{label}: {len(mean)} means and {len(std)} deviations for inputs of {list(size)}",
+            hint="give one value per channel, or one for all, with --mean and --std, or in dmm.input those of numbers",
         )
     return InputSpec(size, mean, std)
 
 
-def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
-    values = tuple(float(value) for value in values)
-    return values * channels if len(values) == 1 else values
+def _floats(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -70,10 +70,10 @@ def noise(spec: Spec, count: int, stream: torch.Generator) -> Inputs:
 
 
 class VectorSpace:
-    """Maps values of an input that is no image, (B, ..., F), to what the network takes, and back."""
+    """Maps values of an input that is no image, (B, ...), to what the network takes, and back."""
 
     def __init__(self, spec: InputSpec, device: torch.device | str = "cpu") -> None:
-        self._mean, self._std = (torch.tensor(v, device=device) for v in (spec.mean, spec.std))
+        self._mean, self._std = (_along(torch.tensor(v, device=device), spec.size) for v in (spec.mean, spec.std))
 
     def draw(self, raw: torch.Tensor) -> torch.Tensor:
         """Free parameters to what the network takes: they are that."""
@@ -86,6 +86,11 @@ class VectorSpace:
     def to_bytes(self, seen: torch.Tensor) -> torch.Tensor:
         """What the network takes to values as files hold them, float32."""
         return seen * self._std + self._mean
+
+
+def _along(values: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """One value, (1,), those of channels that come last, (F,), or of channels that come first, as (C, 1, ...)."""
+    return values.view(-1, *[1] * (len(size) - 1)) if len(values) == size[0] else values
 
 
 class TokenSpace:

@@ -49,6 +49,7 @@ FACTORIES = [
     "test_answers",
     "test_layout",
     "test_least_squares",
+    "test_numbers",
 ]  # modules that tests' files name
 
 grant(FACTORIES)

@@ -91,7 +91,21 @@ class Lost(Plain):
         return super().forward(images).masked_fill(lost[:, None], self._what)
 
 
+class Other(Plain):
+    """Answers as networks do that are no classifiers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def forward(self, images):
+        logits = super().forward(images)
+        shapes = {"dense": logits[:, :, None, None].expand(-1, -1, 2, 2), "one": logits[:, :1], "flat": logits[:, 0]}
+        return shapes[self._kind]
+
+
 plain, named, told, pair = Plain, Named, Told, Pair
+dense, one, flat = (partial(Other, kind) for kind in ("dense", "one", "flat"))
 failing, exiting, starving = (partial(Failing, end) for end in (ValueError, SystemExit, MemoryError))
 lost, endless, partly = partial(Lost, float("nan")), partial(Lost, float("inf")), partial(Lost, float("nan"), some=True)
 
@@ -129,6 +143,18 @@ def test_what_is_no_answer_is_refused(tmp_path):
     assert result.exit_code == 2 and "Pair answers with tuple, not with logits" in result.stderr
     assert "under the name logits" in result.stderr
     assert {path.name for path in (tmp_path / "pair").iterdir()} == {"0.safetensors", "1.safetensors"}
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("dense", "4, 2, 2"), ("one", "1"), ("flat", "")])
+def test_networks_that_are_no_classifiers_are_refused(tmp_path, kind, shape):
+    result = made(tmp_path / kind, kind)
+    assert result.exit_code == 2 and "dmm is for classifiers" in result.stderr
+    assert f"answers 2 samples with [2{', ' if shape else ''}{shape}], not with logits (N, K)" in result.stderr
+    assert {path.name for path in (tmp_path / kind).iterdir()} == {"0.safetensors", "1.safetensors"}
+    images, labels = np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.int64)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    refused = dmm("evaluate", tmp_path / kind / "0.safetensors", "--data", tmp_path / "data.npz")
+    assert refused.exit_code == 2 and "answers 4 samples with [4" in refused.stderr
 
 
 @pytest.fixture(scope="module")

@@ -203,8 +203,9 @@ def test_images_are_resized_and_normalised():
     assert got.shape == (1, 1, 8, 8) and torch.allclose(got, torch.full_like(got, 2.0))
     with pytest.raises(DmmError, match="the data have 1 channels, the model takes 3"):
         evaluation.prepare(images, InputSpec((3, 4, 4), (0.0,) * 3, (1.0,) * 3))
-    with pytest.raises(DmmError, match=r"words of the data must be tokens, int64, not torch.uint8 \[4\]"):
-        evaluation.prepare(torch.zeros(2, 4, dtype=torch.uint8), TokenSpec((4,), 3), "words")
+    assert evaluation.prepare(torch.ones(2, 4, dtype=torch.uint8), TokenSpec((4,), 3), "words").dtype == torch.int64
+    with pytest.raises(DmmError, match=r"words of the data must be tokens, int64, not torch.float32 \[4\]"):
+        evaluation.prepare(torch.zeros(2, 4), TokenSpec((4,), 3), "words")
 
 
 @pytest.mark.parametrize(

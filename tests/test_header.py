@@ -128,7 +128,7 @@ def test_archives_of_numpy_are_not_taken_for_those_of_torch(tmp_path):
         ("[1]", b"", "does not start with '{'"),
         (' {"a":1}', b"", "does not start with '{'"),
         ('{"a": NaN}', b"", "not valid JSON"),
-        ('{"a":' * 5000 + "1" + "}" * 5000, b"", "not valid JSON"),
+        ('{"a":' * 50_000 + "1" + "}" * 50_000, b"", "not valid JSON"),
         ('{"w":%s,"w":%s}' % ((json.dumps(entry()),) * 2), bytes(4), "w twice"),
         ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
         ({"w": {"dtype": "F32", "shape": [1]}}, bytes(4), "tensor w lacks"),

@@ -11,8 +11,13 @@ WITHOUT = """
 import os
 for name in ({lacking}):
     delattr(os, name)
-os.sysconf_names = {{"SC_PHYS_PAGES": 0, "SC_PAGE_SIZE": 1}}
-os.sysconf = {{name: os.sysconf(name) for name in os.sysconf_names}}.__getitem__
+del os.sysconf_names["SC_AVPHYS_PAGES"]
+real = os.sysconf
+def sysconf(name):
+    if name == "SC_AVPHYS_PAGES":
+        raise ValueError("unrecognized configuration name")
+    return real(name)
+os.sysconf = sysconf
 from dmm_cli import files
 from dmm_cli.__main__ import main
 files.STRIDE = 1

@@ -144,7 +144,7 @@ def test_pseudo_data_hold_each_input_and_match_the_statistics(sites, drawn):
     assert set(held) == {"image", "vector", "targets", "teacher_id", "logits", "confidence", "bn_loss"}
     with safe_open(drawn, "np") as file:
         space = json.loads(file.metadata()["dmm.input"])
-    assert space["vector"] == {"size": [16], "mean": [5.0] * 16, "std": [5.0] * 16}
+    assert space["vector"] == {"size": [16], "mean": [5.0], "std": [5.0]}
     for number, site in enumerate(sites):
         model, _ = load_model(resolve_source(str(site)))
         mine = held["teacher_id"] == number
@@ -228,7 +228,7 @@ def test_example_inputs_tell_what_a_network_takes(sites):
     model, _ = load_model(source)
     spec = input_spec(source, model, mean=(0.5,))
     assert spec.names == ("image", "vector") and [part.size for part in spec.specs] == [(1, 8, 16), (16,)]
-    assert [part.mean for part in spec.specs] == [(0.5,), (5.0,) * 16]
+    assert [part.mean for part in spec.specs] == [(0.5,), (5.0,)]
     model.example_inputs = {"image": torch.zeros(2, 1, 4, 4), "vector": torch.zeros(2, 16)}
     assert input_spec(replace(source), model).parts["image"].size == (1, 4, 4)
     for wrong, words in {

@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import architectures, loading
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
-from ..errors import DmmError, printable
+from ..errors import DmmError, listed, printable
+from ..examples import named
 from ..files import Outputs
 from ..header import ITEM_SIZE
 from ..images import InputSpec
@@ -219,15 +220,16 @@ def image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     """The size of an input, without the batch axis.
 
     Raises:
-        DmmError: there are several inputs.
+        DmmError: there are several inputs, or tokens.
     """
-    spec = architectures.input_spec(source, model)
-    if not isinstance(spec, InputSpec):
-        raise DmmError(
-            f"{source.path} takes several inputs ({', '.join(spec.names)}), and dmm aligns networks of one",
-            hint="merge checkpoints of one start, or leave this out with --align never",
-        )
-    return spec.size
+    parts = list(named(architectures.input_spec(source, model)).items())
+    if len(parts) == 1 and isinstance(parts[0][1], InputSpec):
+        return parts[0][1].size
+    taken = f"{'several inputs' if len(parts) > 1 else 'tokens'} ({listed(name for name, _ in parts)})"
+    raise DmmError(
+        f"{source.path} takes {taken}, and dmm aligns networks of images, or of one input of numbers",
+        hint="dmm merge --align never merges checkpoints as they are, which keeps what those of one start know",
+    )
 
 
 def floats(source: Source, model: nn.Module) -> Arrays:

@@ -13,6 +13,7 @@ Legend: N checkpoints, B images of a batch, P positions, S features of a positio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
@@ -137,7 +138,7 @@ def _in_order(model: nn.Module, images: Inputs) -> list[Place]:
 
 
 def _is_solvable(layer: nn.Module) -> bool:
-    if type(layer) is nn.Conv2d:
+    if type(layer) in (nn.Conv1d, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear
 
@@ -230,9 +231,11 @@ def features_of(layer: nn.Module, inputs: torch.Tensor, count: int, stream: torc
     """What a layer's weight is multiplied with, (B, P, S), at up to ``POSITIONS`` positions of each of B images."""
     if isinstance(layer, nn.Linear):
         return _drawn(inputs.reshape(count, -1, inputs.shape[-1]), stream)  # (B, P, S)
-    size = inputs[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]
     unfold = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    parts = inputs.split(max(1, UNFOLDED // size))
+    if isinstance(layer, nn.Conv1d):  # as a convolution of images of one row
+        inputs = inputs.unsqueeze(2)  # (B, C, 1, L)
+        unfold = tuple((least, *value) for least, value in zip((1, 1, 0, 1), unfold, strict=True))
+    parts = inputs.split(max(1, UNFOLDED // (inputs[0].numel() * math.prod(unfold[0]))))
     return torch.cat([_drawn(F.unfold(part, *unfold).mT, stream) for part in parts])
 
 

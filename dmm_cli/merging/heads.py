@@ -59,7 +59,7 @@ def head_union(sources: Sequence[Source]) -> Union | None:
             evidence=[
                 f"{source.path}: {printable(', '.join(names))}" for source, names in zip(sources, lists, strict=True)
             ],
-            hint="keep the tensors of the first as they are, where shapes differ, with --head first",
+            hint="call it fc, head or classifier, as timm's networks do, or bring its rows into one order of classes",
         )
     return Union(classes, places, tensors)
 

@@ -160,7 +160,10 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
         DmmError: heads differ, and nothing tells how their rows correspond.
     """
     if recipe.head == "first":
-        return heads_of(sources[0])
+        heads = heads_of(sources[0])
+        if not heads:
+            head_union(sources)  # which refuses lists that differ: rows of unlike classes would be averaged
+        return heads
     union = head_union(sources)
     if union:
         return union.tensors

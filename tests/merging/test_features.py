@@ -110,6 +110,7 @@ def test_pleas_is_the_least_squares_solution_for_the_parents_outputs():
         (nn.Linear(5, 3, bias=False), (4, 5)),
         (nn.Linear(5, 3, bias=False), (4, 2, 3, 5)),
         (nn.Linear(5, 3, bias=False), (8, 7, 5)),  # two windows of each image
+        (nn.Conv1d(2, 3, 3, stride=2, padding=2, dilation=2, bias=False), (4, 2, 11)),
         (nn.Conv2d(2, 3, 3, bias=False), (4, 2, 5, 6)),
         (nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), (4, 2, 5, 4)),
         (nn.Conv2d(2, 3, 3, stride=2, padding=2, dilation=2, bias=False), (4, 2, 7, 7)),
@@ -121,7 +122,7 @@ def test_features_are_what_the_weight_is_multiplied_with(layer, shape, unfolded,
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     rows = features_of(layer, inputs, 4, torch.Generator())  # (B, P, S)
     answers = layer(inputs)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
         answers = answers.flatten(2).mT  # (B, P, R)
     assert rows.shape[1] <= POSITIONS
     assert torch.allclose(rows @ layer.weight.flatten(1).T, answers.reshape(4, -1, 3), atol=1e-5)

@@ -195,5 +195,7 @@ def test_other_tensors_of_different_shapes_are_refused_under_every_policy(write)
 def test_lists_that_differ_without_a_head_to_join_are_refused(source):
     """Here the classifier has a name that is not known for one: averaged row by row it would mix classes."""
     sources = [source("a", ["cat", "dog"], 0, head="logits"), source("b", ["dog", "cat"], 1, head="logits")]
-    with pytest.raises(DmmError, match="classes"):
-        check(sources, Recipe())
+    for head in ("union", "first"):
+        with pytest.raises(DmmError, match="classes") as error:
+            check(sources, Recipe(head=head))
+        assert "call it fc, head or classifier" in error.value.hint
