@@ -145,16 +145,16 @@ def single_spec(label: str, size: Iterable[int], mean: Iterable[float], std: Ite
     Raises:
         DmmError: mean and std do not fit the number of channels.
     """
-    size = tuple(size)
+    size, mean, std = tuple(size), _floats(mean), _floats(std)
     if len(size) == 3:
-        mean, std = (values * size[0] if len(values) == 1 else values for values in (_floats(mean), _floats(std)))
-        fits = len(mean) == len(std) == size[0]
+        mean, std = (values * size[0] if len(values) == 1 else values for values in (mean, std))
+        known, told = {size[0]}, f"{size[0]} channels"
     else:
-        mean, std = (values[:1] if len(set(values)) == 1 else values for values in (_floats(mean), _floats(std)))
-        fits = {len(mean), len(std)} <= {1, size[0], size[-1]}
-    if not fits:
+        mean, std = (values[:1] if len(set(values)) == 1 else values for values in (mean, std))
+        known, told = {1, size[0], size[-1]}, f"numbers of {list(size)}"
+    if not {len(mean), len(std)} <= known:
         raise DmmError(
-            f"{label}: {len(mean)} means and {len(std)} deviations for inputs of {list(size)}",
+            f"{label}: {len(mean)} means and {len(std)} deviations for {told}",
             hint="give one value per channel, or one for all, with --mean and --std, or in dmm.input those of numbers",
         )
     return InputSpec(size, mean, std)

@@ -123,7 +123,7 @@ def test_means_and_deviations_belong_to_channels(size, mean, shape):
 
 
 def test_means_of_other_numbers_of_channels_are_refused():
-    with pytest.raises(DmmError, match=r"3 means and 1 deviations for inputs of \[2, 5\]"):
+    with pytest.raises(DmmError, match=r"3 means and 1 deviations for numbers of \[2, 5\]"):
         single_spec("net", (2, 5), (1.0, 2.0, 3.0), (1.0,))
     assert single_spec("net", (2, 5), (0.0,) * 5, (1.0,) * 5) == InputSpec((2, 5), (0.0,), (1.0,))
 

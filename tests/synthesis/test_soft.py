@@ -31,7 +31,7 @@ def test_the_vocabulary_is_that_of_the_embedding_that_looks_the_tokens_up():
     model = Reader()
     spec = joint_spec("reader", model, examples_of(model), {"scale": {"std": [2.0]}}, (), ())
     assert isinstance(spec, JointSpec) and spec.names == ("scale", "words")
-    assert spec.parts["words"] == TokenSpec((4,), 7) and spec.parts["scale"].std == (2.0,) * 3
+    assert spec.parts["words"] == TokenSpec((4,), 7) and spec.parts["scale"].std == (2.0,)
     model.words = nn.Identity()
     with pytest.raises(DmmError, match="Reader does not take its example_inputs"):
         joint_spec("reader", model, examples_of(model), {}, (), ())
