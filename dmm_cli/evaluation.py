@@ -36,7 +36,7 @@ class LabelledData:
 
     Attributes:
         images: uint8 (N, C, H, W), or paths of image files to decode when they are needed; or all inputs of a network,
-            those that are no images float (N, ...).
+            those that are no images numbers, float32, or tokens, int64 (N, ...).
         labels: int64 (N,), or None where the data have none and need none.
         classes: names, or empty where the data have none.
     """
@@ -176,8 +176,10 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Pixels may be bytes; other integers are tokens, int64."""
-    return torch.from_numpy(array if array.dtype == np.uint8 or array.dtype.kind == "f" else array.astype(np.int64))
+    """Pixels may be bytes; other integers are tokens, int64, and other numbers float32."""
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str], tuple[str, ...]]:

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,43 +66,67 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
 
 
 class Outputs:
-    """Files that take their places one after the other at the end of the block, or, if it fails, not at all.
-
-    All of them have been written and synced by then. Where one place is refused, those that were free go with it.
-    """
+    """Files that take their places together, see ``together``."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Path, Path, bool]] = []  # temporary file, place, force
         self._first: list[Callable[[], None]] = []
+        self._last: list[Callable[[], None]] = []
+        self._new: list[tuple[Path, os.stat_result]] = []  # places that were free, and the files that go there
 
     def before(self, action: Callable[[], None]) -> None:
         """Something to do when all files are complete, and none is in its place yet."""
         self._first.append(action)
 
+    def after(self, action: Callable[[], None]) -> None:
+        """Something to do when all are in their places; where it fails, those that were free are free again."""
+        self._last.append(action)
+
     def add(self, temporary: Path, path: Path, force: bool) -> None:
         """A complete file, and where it goes; see ``atomic_write``."""
         self._waiting.append((temporary, path, force))
 
-    def __enter__(self) -> Outputs:
-        return self
+    def place(self) -> None:
+        """Give every file its place."""
+        for action in self._first:
+            action()
+        for temporary, path, force in self._waiting:
+            if not os.path.lexists(path):
+                self._new.append((path, temporary.stat()))
+            with _told(path):
+                _place(temporary, path, force)
+        for action in self._last:
+            action()
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        claimed: list[Path] = []
-        try:
-            if kind is None:
-                for action in self._first:
-                    action()
-                for temporary, path, force in self._waiting:
-                    with _told(path):
-                        _place(temporary, path, force)
-                    claimed += [] if force else [path]
-        except BaseException:
-            for path in claimed:
-                path.unlink(missing_ok=True)
-            raise
-        finally:
-            for temporary, *_rest in self._waiting:
+    def undo(self) -> None:
+        """Free the places that were free, unless the file there is another's."""
+        for path, own in self._new:
+            with suppress(OSError):
+                if os.path.samestat(own, path.lstat()):
+                    path.unlink()
+
+    def clear(self) -> None:
+        """Remove temporary files."""
+        for temporary, *_rest in self._waiting:
+            with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def together() -> Iterator[Outputs]:
+    """Outputs that take their places one after the other at the end of the block, or, if it fails, not at all.
+
+    All of them have been written and synced by then. Where one place is refused, places that were free stay so.
+    """
+    outputs = Outputs()
+    try:
+        yield outputs
+        outputs.place()
+    except BaseException:
+        outputs.undo()
+        raise
+    finally:
+        outputs.clear()
 
 
 @contextmanager
@@ -216,7 +240,7 @@ def write_files(contents: Mapping[Path, bytes], *, force: bool = False) -> None:
     """
     for path in contents:
         check_output(path, force=force)
-    with Outputs() as outputs:
+    with together() as outputs:
         for path, content in contents.items():
             with atomic_write(path, force=force, outputs=outputs) as file:
                 file.write(content)

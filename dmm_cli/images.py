@@ -24,6 +24,12 @@ class InputSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not self.is_image and len(set(values)) == 1:
+                object.__setattr__(self, name, values[:1])  # said once, however often it was
+
     @property
     def is_image(self) -> bool:
         """Whether it is of pixels."""

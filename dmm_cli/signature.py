@@ -118,9 +118,11 @@ def joint_spec(
     words = vocabularies(model, examples)
     mean, std = tuple(mean), tuple(std)
     if (mean or std) and all(part.dim() != 4 for part in examples.parts.values()):
+        numbers = [name for name in examples.parts if name not in words]
+        stated = f'state those of numbers in dmm.input: {{"{numbers[0]}": {{"mean": [0.5], "std": [2]}}}}'
         raise DmmError(
             f"--mean and --std are of images, and {label} takes none: {listed(examples.parts)}",
-            hint=f'state them in dmm.input: {{"{next(iter(examples.parts))}": {{"mean": [0.5], "std": [2]}}}}',
+            hint=stated if numbers else None,
         )
     specs = []
     for name, part in examples.parts.items():
@@ -146,13 +148,13 @@ def single_spec(label: str, size: Iterable[int], mean: Iterable[float], std: Ite
         DmmError: mean and std do not fit the number of channels.
     """
     size, mean, std = tuple(size), _floats(mean), _floats(std)
+    counts = {len(mean), len(std)} - {1}
     if len(size) == 3:
+        fits, told = counts <= {size[0]}, f"{size[0]} channels"
         mean, std = (values * size[0] if len(values) == 1 else values for values in (mean, std))
-        known, told = {size[0]}, f"{size[0]} channels"
     else:
-        mean, std = (values[:1] if len(set(values)) == 1 else values for values in (mean, std))
-        known, told = {1, size[0], size[-1]}, f"numbers of {list(size)}"
-    if not {len(mean), len(std)} <= known:
+        fits, told = len(counts) < 2 and counts <= {size[0], size[-1]}, f"numbers of {list(size)}"
+    if not fits:
         raise DmmError(
             f"{label}: {len(mean)} means and {len(std)} deviations for {told}",
             hint="give one value per channel, or one for all, with --mean and --std, or in dmm.input those of numbers",

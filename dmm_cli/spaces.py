@@ -6,6 +6,7 @@ Legend: B examples, F numbers of a vector, V tokens of a vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,24 @@ class JointSpec:
 
 
 Spec = InputSpec | TokenSpec | JointSpec
+
+
+def parsed(record: dict[str, Any]) -> Spec:
+    """The spec of a JSON record, as files keep it.
+
+    Raises:
+        ValueError: it tells of no input.
+        KeyError, TypeError: it is damaged.
+    """
+    if isinstance(record.get("vocabulary"), int):
+        return TokenSpec(tuple(record["size"]), record["vocabulary"])
+    if "size" in record and isinstance(record["size"], list):
+        return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
+    if isinstance(record.get("specs"), list):  # as recorded statistics have it
+        return JointSpec(tuple(record["names"]), tuple(map(parsed, record["specs"])))
+    if not record:
+        raise ValueError("no input")
+    return JointSpec(tuple(record), tuple(parsed(part) for part in record.values()))
 
 
 def in_words(spec: Spec) -> str:

@@ -19,7 +19,7 @@ from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
 from dmm_cli.report import console
-from dmm_cli.spaces import TokenSpec
+from dmm_cli.spaces import JointSpec, TokenSpec
 
 SPEC = InputSpec((1, 2, 2), (0.0,), (1.0,))
 
@@ -376,3 +376,21 @@ def test_archives_that_are_none(tmp_path):
         np.save(file, images)
     with pytest.raises(DmmError, match=r"cannot read .*a\.npz"):
         evaluation.load_labelled(path)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "uint16", "int32", "int64", "uint64", ">i4", "uint8"])
+def test_tokens_may_be_integers_of_any_kind(tmp_path, kind):
+    tokens = np.array([[0, 2], [1, 1]])
+    np.savez(tmp_path / "data.npz", words=tokens.astype(kind), labels=np.zeros(2, np.int64))
+    data = evaluation.load_labelled(tmp_path / "data.npz", ["words"])
+    batch = data.batch(0, 2, JointSpec(("words",), (TokenSpec((2,), 3),)))
+    assert batch.parts["words"].dtype == torch.int64 and np.array_equal(batch.parts["words"], tokens)
+
+
+@pytest.mark.parametrize("kind", ["float16", ">f4", "float64"])
+def test_numbers_may_be_floats_of_any_kind(tmp_path, kind):
+    values = np.array([[0.5, 2.0], [1.0, -1.0]])
+    np.savez(tmp_path / "data.npz", values=values.astype(kind), labels=np.zeros(2, np.int64))
+    data = evaluation.load_labelled(tmp_path / "data.npz", ["values"])
+    batch = data.batch(0, 2, JointSpec(("values",), (InputSpec((2,), (0.5,), (2.0,)),)))
+    assert np.allclose(batch.parts["values"], (values - 0.5) / 2)

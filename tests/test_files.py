@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from dmm_cli import files
 from dmm_cli.errors import DmmError
-from dmm_cli.files import Outputs, atomic_write, check_output, write_behind, write_bytes, write_text
+from dmm_cli.files import atomic_write, check_output, together, write_behind, write_bytes, write_text
 
 
 def test_content_and_mode(tmp_path):
@@ -48,7 +48,7 @@ def test_outputs_take_their_places_together_or_not_at_all(tmp_path):
     first.write_bytes(b"old")
 
     def write(fails: bool) -> None:
-        with Outputs() as outputs:
+        with together() as outputs:
             with atomic_write(first, force=True, outputs=outputs) as file:
                 file.write(b"new")
             outputs.before(lambda: seen.append(first.read_bytes()))
@@ -64,6 +64,27 @@ def test_outputs_take_their_places_together_or_not_at_all(tmp_path):
     write(fails=False)
     assert first.read_bytes() == second.read_bytes() == b"new" and seen == [b"old"]
     assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("stage", ["sync", "after"])
+def test_places_that_were_free_are_free_again_where_one_fails(tmp_path, monkeypatch, force, stage):
+    first, second, calls = tmp_path / "first", tmp_path / "second", []
+
+    def fail() -> None:
+        calls.append(stage)
+        if len(calls) == 2 or stage == "after":
+            raise KeyboardInterrupt
+
+    if stage == "sync":
+        monkeypatch.setattr(files, "_sync_directory", lambda _: fail())
+    with pytest.raises(KeyboardInterrupt), together() as outputs:
+        for path in (first, second):
+            with atomic_write(path, force=force, outputs=outputs) as file:
+                file.write(b"new")
+        if stage == "after":
+            outputs.after(fail)
+    assert calls and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("links", [True, False])

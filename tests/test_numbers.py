@@ -19,7 +19,7 @@ from dmm_cli.alignment.trace import trace
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.signature import single_spec
-from dmm_cli.spaces import space_of
+from dmm_cli.spaces import JointSpec, parsed, space_of
 
 SIZES = {"signal": (2, 24), "volume": (1, 6, 6, 6), "vector": (12,)}
 
@@ -44,7 +44,14 @@ class Net(nn.Module):
         return self.head(features.flatten(2).mean(2) if features.dim() > 2 else features)
 
 
-net = Net
+class ByName(Net):
+    """Takes its input by name alone."""
+
+    def forward(self, *, values: torch.Tensor) -> torch.Tensor:
+        return super().forward(values)
+
+
+net, by_name = Net, ByName
 
 
 def saved(path: Path, kind: str, tensors: dict | None = None, seed: int = 0, **stated: list[float]) -> Path:
@@ -102,6 +109,15 @@ def test_units_in_another_order_are_put_in_order(tmp_path, kind):
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_what_cannot_be_called_by_position_is_not_aligned(tmp_path):
+    paths = [saved(tmp_path / f"{seed}.safetensors", "vector", seed=seed) for seed in range(2)]
+    flags = ["--arch", "test_numbers:by_name,kind=vector", "-o", tmp_path / "out.safetensors"]
+    refused = dmm("align", *paths, *flags)
+    assert refused.exit_code == 2 and "which their forward takes first" in refused.stderr
+    assert "dmm merge --align never" in refused.stderr
+    assert dmm("merge", *paths, "--align", "never", *flags).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("size", "mean", "shape"),
     [
@@ -122,10 +138,25 @@ def test_means_and_deviations_belong_to_channels(size, mean, shape):
     assert torch.allclose(space_of(spec).to_bytes(seen), values, atol=1e-6)
 
 
-def test_means_of_other_numbers_of_channels_are_refused():
-    with pytest.raises(DmmError, match=r"3 means and 1 deviations for numbers of \[2, 5\]"):
-        single_spec("net", (2, 5), (1.0, 2.0, 3.0), (1.0,))
-    assert single_spec("net", (2, 5), (0.0,) * 5, (1.0,) * 5) == InputSpec((2, 5), (0.0,), (1.0,))
+@pytest.mark.parametrize(
+    ("mean", "std", "told"),
+    [
+        ((1.0, 2.0, 3.0), (1.0,), "3 means and 1"),
+        ((3.0,) * 7, (1.0,), "7 means and 1"),
+        ((1.0, 2.0), (1.0,) * 5, "2 means and 5"),
+    ],
+)
+def test_means_of_other_numbers_of_channels_are_refused(mean, std, told):
+    with pytest.raises(DmmError, match=rf"{told} deviations for numbers of \[2, 5\]"):
+        single_spec("net", (2, 5), mean, std)
+
+
+def test_what_is_said_once_or_of_every_channel_is_the_same():
+    once = InputSpec((2, 5), (0.5,), (1.0,))
+    assert single_spec("net", (2, 5), (0.5,) * 5, (1.0,) * 5) == once
+    record = {"values": {"size": [2, 5], "mean": [0.5] * 5, "std": [1.0] * 2}}
+    assert parsed(record) == JointSpec(("values",), (once,))
+    assert parsed({"names": ["values"], "specs": [record["values"]]}) == parsed(record)
 
 
 def test_flags_of_images_are_refused_where_there_are_none(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from .. import architectures, loading
 from ..checkpoint import Checkpoint, require_finite, save_checkpoint
 from ..errors import DmmError, listed, printable
-from ..examples import named
+from ..examples import IMAGES, named
 from ..files import Outputs
 from ..header import ITEM_SIZE
 from ..images import InputSpec
@@ -220,15 +221,17 @@ def image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     """The size of an input, without the batch axis.
 
     Raises:
-        DmmError: there are several inputs, or tokens.
+        DmmError: there are several inputs, or tokens, or forward takes others first.
     """
-    parts = list(named(architectures.input_spec(source, model)).items())
-    if len(parts) == 1 and isinstance(parts[0][1], InputSpec):
-        return parts[0][1].size
-    taken = f"{'several inputs' if len(parts) > 1 else 'tokens'} ({listed(name for name, _ in parts)})"
+    parts = named(architectures.input_spec(source, model))
+    name, only = next(iter(parts.items()))
+    taken = [one.name for one in signature(model.forward).parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    if len(parts) == 1 and isinstance(only, InputSpec) and name in (IMAGES, *taken[:1]):
+        return only.size
     raise DmmError(
-        f"{source.path} takes {taken}, and dmm aligns networks of images, or of one input of numbers",
-        hint="dmm merge --align never merges checkpoints as they are, which keeps what those of one start know",
+        f"{source.path} takes {listed(parts)}: dmm aligns networks of images, or of one input of numbers, which their "
+        "forward takes first",
+        hint="dmm merge --align never takes checkpoints as they are",
     )
 
 

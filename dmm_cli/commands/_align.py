@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError, listed, printable
-from ..files import Outputs
+from ..files import together
 from ..inputs import Source, resolve_source
 from ..merging.method import require_share
 from ..registry import mistyped
@@ -205,7 +205,7 @@ def write_aligned(
 ) -> None:
     """Write every aligned checkpoint to the path of its label, with its parent and the reference in its metadata."""
     to = lineage(records(reference))
-    with Outputs() as outputs:
+    with together() as outputs:
         for alignment in found:
             source = alignment.source
             own = {"dmm.sources": lineage(records([source])), "dmm.reference": to, **inherited([source])}

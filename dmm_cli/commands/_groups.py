@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..digest import Hashes, glance
 from ..errors import DmmError, listed, printable
-from ..files import Outputs, check_output, remove, write_text
+from ..files import Outputs, check_output, remove, together, write_files, write_text
 from ..inputs import Source, files_of, resolve_source, twins
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
@@ -133,8 +133,9 @@ def merge_groups(
     check_each(sources, [group.members for group in grouping.groups], recipe)
     parameters = effective_parameters(METHODS.load(recipe.method), recipe.parameters)
     check_outputs(to, grouping, inputs_of(sources, recipe))
+    earlier = earlier_files([to.group(group.name) for group in grouping.groups], to.record)
     with to.made(), aligned_copies(sources, grouping.groups, aligning, to.directory, team.on_progress) as ordered:
-        outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration)
+        outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration, earlier)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
     # units side by side meet zeros, so that lengths are expected to shrink
     odd = [] if ordered.widened else [line for outcome in outcomes for line in _odd_lengths(outcome)]
@@ -188,10 +189,15 @@ def _merge_each(
     recipe: Recipe,
     team: Team,
     recalibration: Recalibration | None,
+    earlier: Sequence[Path],
 ) -> tuple[list[Outcome], dict[str, Recalibrated]]:
-    """What every merge found out, and by group what recalibration did; all groups take their places at the end."""
-    outcomes, recalibrated = [], {}
-    earlier = earlier_files([to.group(group.name) for group in grouping.groups], to.record)
+    """What every merge found out, and by group what recalibration did; all groups take their places at the end.
+
+    Args:
+        earlier: files of a merge of before, which go then.
+    """
+    outcomes: list[Outcome] = []
+    recalibrated: dict[str, Recalibrated] = {}
 
     def make_way() -> None:
         """Nothing is to tell of a mixture of old and new, were the process killed while groups take their places."""
@@ -199,9 +205,14 @@ def _merge_each(
         if to.record and to.force:
             remove(to.record)
 
-    with Outputs() as outputs:
+    def write_indexes() -> None:
+        indexes = {outcome.path: outcome.index.encode() for outcome in outcomes if outcome.index}
+        write_files(indexes, force=to.force)
+
+    with together() as outputs:
         if team.ranks.is_first:
             outputs.before(make_way)
+        outputs.before(team.ranks.wait)
         for group in grouping.groups:
             if recalibration and len(group.members) > 1:
                 outcome, recalibrated[group.name] = _written(
@@ -210,10 +221,9 @@ def _merge_each(
             else:
                 outcome = _merge_group(sources, group, len(grouping.groups), to, recipe, team, outputs)
             outcomes.append(outcome)
-    team.ranks.wait()
-    for outcome in outcomes:
-        if outcome.index and team.ranks.is_first:
-            write_text(outcome.path, outcome.index, force=to.force)
+        outputs.after(team.ranks.wait)
+        if team.ranks.is_first:
+            outputs.after(write_indexes)
     return outcomes, recalibrated
 
 

@@ -112,12 +112,16 @@ def _whose(source: Source, key: str) -> tuple[str, str]:
 
 def require_input(statistics: Source, spec: Spec) -> None:
     """Raise DmmError unless images were prepared for the recording as the teacher takes them now."""
-    from ..spaces import in_words
+    from ..spaces import in_words, parsed
 
     if "dmm.input" not in statistics.metadata:
         raise DmmError(f"statistics {statistics.path} do not tell which input they are of (dmm.input)", hint=AGAIN)
     given = read_record(statistics.metadata["dmm.input"], f"dmm.input of {statistics.path}")
-    if given != json.loads(json.dumps(asdict(spec))):
+    try:
+        same = parsed(given) == spec
+    except (ValueError, KeyError, TypeError, AttributeError):  # it is damaged
+        same = False
+    if not same:
         flags = (("--input-size", "size"), ("--mean", "mean"), ("--std", "std"))
         wanted = [f"{flag} {str(given[key]).strip('[]').replace(' ', '')}" for flag, key in flags if key in given]
         raise DmmError(

@@ -12,7 +12,7 @@ import typer
 
 from ..devices import require_device_name
 from ..errors import DmmError, listed
-from ..files import Outputs
+from ..files import together
 from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
 from ..metadata import class_names
 from . import _options as options
@@ -138,7 +138,7 @@ def record_sources(
         networks.append(network)
         files.append((path, *contents))
     inputs = [*files_of([*sources, *([owner] if owner else [])]), data]
-    with Outputs() as outputs:
+    with together() as outputs:
         for path, arrays, metadata in files:
             path.parent.mkdir(exist_ok=True)
             save_arrays(path, arrays, metadata, inputs=inputs, force=force, outputs=outputs)

@@ -18,7 +18,7 @@ import numpy as np
 from ..checkpoint import Checkpoint, replace_metadata, write_checkpoint
 from ..devices import cores
 from ..digest import Hashes
-from ..files import Outputs, atomic_write, check_output, remove
+from ..files import Outputs, atomic_write, check_output, remove, together
 from ..header import Layout, file_order
 from ..inputs import Source
 from ..ranks import Ranks
@@ -96,11 +96,11 @@ def merge(
     work = _Work(tensors, mine, hashes, on_progress)
     ranks.wait()  # a file that another process has just written must not look like one that was there
     parents = [*files, *([base] if base else [])]
-    with one_blas_thread(), nullcontext(outputs) if outputs else Outputs() as together:
+    with one_blas_thread(), nullcontext(outputs) if outputs else together() as placed:
         if index:  # one that stood there would tell of a mixture, were the process killed in between; without force
             # there is none, unless another merge has come first: then no shard takes its place
-            together.before(partial(remove if force else check_output, index))
-        _write(mine, parents, work, metadata, final_metadata, together, force)
+            placed.before(partial(remove if force else check_output, index))
+        _write(mine, parents, work, metadata, final_metadata, placed, force)
     measured = {name: ratio for part in ranks.gather(work.lengths()) for name, ratio in part.items()}
     order = (name for layout in shards.values() for name in file_order(layout))
     lengths = {name: measured[name] for name in order if name in measured}

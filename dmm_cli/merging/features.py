@@ -4,9 +4,9 @@ As in RegMean++ (Nguyen et al., 2025) the images of every parent go through the 
 are solved already, and BatchNorm works with the statistics of each batch, since its own are still to be found.
 For methods with the trait "outputs" they also go through their parent as it is. Where a partial merge keeps units of
 one parent side by side with others, that parent says what these are to give for the images of all.
-Linear layers and 2-D convolutions of one group are solved. What else there is stays the weighted mean: biases,
-grouped convolutions, padding other than by a number of zeros, subclasses that change their weights or inputs, tied
-weights, and layers whose inputs are not of single images.
+Linear layers and convolutions of one group, over one axis or two, are solved. What else there is stays the
+weighted mean: biases, grouped convolutions and those of volumes, padding other than by a number of zeros, subclasses
+that change their weights or inputs, tied weights, and layers whose inputs are not of single images.
 
 Legend: N checkpoints, B images of a batch, P positions, S features of a position, R x S a weight.
 """

@@ -16,7 +16,7 @@ from ..names import is_head
 
 POLICIES = {
     "union": "one row per class of any checkpoint, by the names in dmm.classes",
-    "first": "the first checkpoint's head, whatever the others hold",
+    "first": "the first checkpoint's head, if known by its name, whatever the others hold",
 }
 
 

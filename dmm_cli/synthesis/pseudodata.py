@@ -9,16 +9,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..checkpoint import Checkpoint, save_arrays
 from ..errors import DmmError, printable
 from ..examples import Examples, joined, named
-from ..images import InputSpec
 from ..inputs import Source
-from ..spaces import JointSpec, Spec, TokenSpec
+from ..spaces import JointSpec, Spec, parsed
 from .kind import KIND, REQUIRED, require_arrays, require_pseudo_data
 
 
@@ -126,7 +124,7 @@ def load_pseudo_data(source: Source) -> PseudoData:
     path = source.path
     require_pseudo_data(source)
     try:
-        spec, teachers = _spec(json.loads(source.metadata["dmm.input"])), _teachers(source.metadata["dmm.teachers"])
+        spec, teachers = parsed(json.loads(source.metadata["dmm.input"])), _teachers(source.metadata["dmm.teachers"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DmmError(
             f"the metadata of pseudo-data file {path} are damaged",
@@ -142,16 +140,6 @@ def load_pseudo_data(source: Source) -> PseudoData:
     for name, count in (("targets", arrays["logits"].shape[1]), ("teacher_id", len(teachers))):
         _require_numbers_of(path, name, arrays[name], count)
     return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec)
-
-
-def _spec(record: dict[str, Any]) -> Spec:
-    if isinstance(record.get("vocabulary"), int):
-        return TokenSpec(tuple(record["size"]), record["vocabulary"])
-    if "size" in record and isinstance(record["size"], list):
-        return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
-    if not record:
-        raise ValueError("no input")
-    return JointSpec(tuple(record), tuple(_spec(part) for part in record.values()))
 
 
 def _teachers(text: str) -> tuple[TeacherRecord, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -162,8 +163,8 @@ def two_groups(nets, first: str, second: str, *flags, code: int = 0):
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
-def test_groups_are_replaced_together_or_not_at_all(nets, tmp_path, monkeypatch, fails_at):
-    """Until all groups are complete the old ones stay; from then on no merge.json tells of a mixture."""
+def test_groups_stay_until_all_are_complete_and_no_record_tells_of_a_mixture(nets, tmp_path, monkeypatch, fails_at):
+    """From then on, if only the process is ended in between, each is the old or the new one, and merge.json is gone."""
     two_groups(nets, "x", "q")
     out, replace, calls = tmp_path / "out", os.replace, []
     groups = [out / f"group-{number}.safetensors" for number in range(2)]
@@ -197,3 +198,18 @@ def test_a_group_whose_place_another_merge_takes_meanwhile_goes_with_the_others(
     refused = two_groups(nets, "x", "q", code=2)
     assert "the output exists" in refused.stderr and "group-1" in refused.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {"group-1.safetensors": b"of another"}
+
+
+def test_groups_whose_index_cannot_be_written_go(nets, tmp_path, monkeypatch):
+    def refusing(call, place):
+        def wrapped(*arguments, **options):
+            if str(arguments[place]).endswith("group-1.safetensors.index.json"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(os, "link", refusing(os.link, 1))
+    monkeypatch.setattr(os, "open", refusing(os.open, 0))
+    refused = two_groups(nets, "x", "q", "--max-shard-size", 70, code=2)
+    assert "group-1.safetensors.index.json: No space left" in refused.stderr and not (tmp_path / "out").exists()
