@@ -113,7 +113,7 @@ def test_what_cannot_be_called_by_position_is_not_aligned(tmp_path):
     paths = [saved(tmp_path / f"{seed}.safetensors", "vector", seed=seed) for seed in range(2)]
     flags = ["--arch", "test_numbers:by_name,kind=vector", "-o", tmp_path / "out.safetensors"]
     refused = dmm("align", *paths, *flags)
-    assert refused.exit_code == 2 and "which their forward takes first" in refused.stderr
+    assert refused.exit_code == 2 and "takes values, and dmm aligns networks of images" in refused.stderr
     assert "dmm merge --align never" in refused.stderr
     assert dmm("merge", *paths, "--align", "never", *flags).exit_code == 0
 

@@ -228,8 +228,9 @@ def image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     taken = [one.name for one in signature(model.forward).parameters.values() if one.kind is not one.KEYWORD_ONLY]
     if len(parts) == 1 and isinstance(only, InputSpec) and name in (IMAGES, *taken[:1]):
         return only.size
+    inputs = f"several inputs ({listed(parts)})" if len(parts) > 1 else listed(parts)
     raise DmmError(
-        f"{source.path} takes {listed(parts)}: dmm aligns networks of images, or of one input of numbers, which their "
+        f"{source.path} takes {inputs}, and dmm aligns networks of images, or of one input of numbers that their "
         "forward takes first",
         hint="dmm merge --align never takes checkpoints as they are",
     )
