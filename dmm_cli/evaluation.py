@@ -168,18 +168,16 @@ def _require_input(path: Path, name: str, array: np.ndarray, count: int) -> None
     others = array.dtype.kind in "fiu" and array.ndim > 1 and name != IMAGES
     if not images and not others:
         told = "uint8 [N, C, H, W]" + ("" if name == IMAGES else ", or numbers, float, or tokens, int64, [N, ...]")
-        raise DmmError(
-            f"{printable(name)} of {path} must be {told}, not {array.dtype} {list(array.shape)}",
-        )
+        raise DmmError(f"{printable(name)} of {path} must be {told}, not {array.dtype} {list(array.shape)}")
     if others and not np.isfinite(array).all():
         raise DmmError(f"{printable(name)} of {path} hold NaN or infinity")
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
     """Pixels may be bytes; other integers are tokens, int64, and other numbers float32."""
-    if array.dtype == np.uint8:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64, copy=False)
+    return torch.from_numpy(array)
 
 
 def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str], tuple[str, ...]]:

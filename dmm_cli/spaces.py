@@ -5,7 +5,7 @@ Legend: B examples, F numbers of a vector, V tokens of a vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -47,8 +47,15 @@ class JointSpec:
 Spec = InputSpec | TokenSpec | JointSpec
 
 
+def recorded(spec: Spec) -> dict[str, Any]:
+    """A spec as files keep it, in JSON: several inputs by name."""
+    if isinstance(spec, JointSpec):
+        return {name: asdict(part) for name, part in spec.parts.items()}
+    return asdict(spec)
+
+
 def parsed(record: dict[str, Any]) -> Spec:
-    """The spec of a JSON record, as files keep it.
+    """The inverse of ``recorded``.
 
     Raises:
         ValueError: it tells of no input.
@@ -58,8 +65,6 @@ def parsed(record: dict[str, Any]) -> Spec:
         return TokenSpec(tuple(record["size"]), record["vocabulary"])
     if "size" in record and isinstance(record["size"], list):
         return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
-    if isinstance(record.get("specs"), list):  # as recorded statistics have it
-        return JointSpec(tuple(record["names"]), tuple(map(parsed, record["specs"])))
     if not record:
         raise ValueError("no input")
     return JointSpec(tuple(record), tuple(parsed(part) for part in record.values()))

@@ -19,7 +19,7 @@ from dmm_cli.alignment.trace import trace
 from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.signature import single_spec
-from dmm_cli.spaces import JointSpec, parsed, space_of
+from dmm_cli.spaces import JointSpec, parsed, recorded, space_of
 
 SIZES = {"signal": (2, 24), "volume": (1, 6, 6, 6), "vector": (12,)}
 
@@ -156,7 +156,7 @@ def test_what_is_said_once_or_of_every_channel_is_the_same():
     assert single_spec("net", (2, 5), (0.5,) * 5, (1.0,) * 5) == once
     record = {"values": {"size": [2, 5], "mean": [0.5] * 5, "std": [1.0] * 2}}
     assert parsed(record) == JointSpec(("values",), (once,))
-    assert parsed({"names": ["values"], "specs": [record["values"]]}) == parsed(record)
+    assert parsed(json.loads(json.dumps(recorded(parsed(record))))) == parsed(record)
 
 
 def test_flags_of_images_are_refused_where_there_are_none(tmp_path):

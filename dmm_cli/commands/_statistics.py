@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +21,13 @@ Pair = tuple[str, str]  # SHA-256 of the checkpoint whose data it is, and of the
 
 def describe(model: Source, owner: Source | None, spec: Spec, images: int, counts: Sequence[int]) -> dict[str, str]:
     """Metadata of a file of statistics, for ``stamp``: whose, which input, how many images of which classes."""
+    from ..spaces import recorded
+
     facts = {
         "kind": KIND,
         "model": _named(model),
         **({"owner": _named(owner)} if owner else {}),
-        "input": json.dumps(asdict(spec), sort_keys=True),
+        "input": json.dumps(recorded(spec), sort_keys=True),
         "images": str(images),
     }
     return {**facts, "class_counts": json.dumps(list(counts))} if counts else facts

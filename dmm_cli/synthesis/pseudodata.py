@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint, save_arrays
 from ..errors import DmmError, printable
 from ..examples import Examples, joined, named
 from ..inputs import Source
-from ..spaces import JointSpec, Spec, parsed
+from ..spaces import Spec, parsed, recorded
 from .kind import KIND, REQUIRED, require_arrays, require_pseudo_data
 
 
@@ -106,11 +106,10 @@ def save_pseudo_data(
     Every input is a tensor of its own name: ``images``, where there is one.
     """
     arrays = {**named(data.images), **{name: getattr(data, name) for name in (*REQUIRED, "bn_loss")}}
-    parts = {name: asdict(part) for name, part in named(data.spec).items()}
     record = {
         "dmm.kind": KIND,
         "dmm.teachers": json.dumps([vars(teacher) for teacher in data.teachers], sort_keys=True),
-        "dmm.input": json.dumps(parts if isinstance(data.spec, JointSpec) else asdict(data.spec), sort_keys=True),
+        "dmm.input": json.dumps(recorded(data.spec), sort_keys=True),
     }
     save_arrays(path, arrays, {**metadata, **record}, inputs=inputs, force=force)
 
