@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -54,6 +55,8 @@ FACTORIES = [
 
 grant(FACTORIES)
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: as many tests as there are cores run at once
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the suite in the background ignores it
 
 
@@ -64,8 +67,8 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    torch.set_num_threads(1)
 
 
 @contextmanager
@@ -246,12 +249,35 @@ def shell(*arguments: object, code: str | None = None, **options) -> subprocess.
     )
 
 
-def in_two_processes(*arguments: object, cwd: Path | None = None) -> str:
-    """What torchrun's two processes print together, given a program of Python or ``-m module`` with its arguments."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+def under_torchrun(*arguments: object, cwd: Path) -> str:
+    """What two processes of torchrun print together that run the command line."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmm_cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launch, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
+    """Python with these arguments, as one of two processes of torchrun."""
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **together, **own, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def in_two_processes(program: str, *arguments: object) -> list[str]:
+    """What each of two processes prints that run a program of Python together, as under torchrun."""
+    port = free_port()
+    started = [start(rank, port, "-c", program, *arguments) for rank in range(2)]
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    return printed

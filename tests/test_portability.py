@@ -33,7 +33,7 @@ LINUX_ALONE = [
 
 def test_what_macos_lacks_is_not_needed(tmp_path):
     assert {"fdatasync", "sched_getaffinity"} <= set(LINUX_ALONE)
-    short = ["--synthesize-steps", 12, "--count", 64, "--distill-steps", 2]
+    short = ["--synthesize-steps", 2, "--count", 8, "--distill-steps", 2]
     code = WITHOUT.format(lacking=", ".join(map(repr, LINUX_ALONE)))
     done = shell("run", *SITES, "-o", tmp_path / "out", *short, code=code)
     assert done.returncode == 0 and (tmp_path / "out" / "report.html").exists(), done.stderr

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIGITS, ROOT, digits_as_pseudo_data, small_net
+from conftest import DIGITS, digits_as_pseudo_data, free_port, in_two_processes, small_net, start
 from safetensors.numpy import save_file
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
@@ -35,7 +32,7 @@ def fail(self, stage, done, total, **numbers):
     raise DmmError("no further")
 
 seen = []
-for port, words, trouble in json.loads(sys.argv[1]):
+for port, words, trouble in json.loads(sys.argv[1])[int(os.environ["RANK"])]:
     os.environ["MASTER_PORT"] = str(port)
     if trouble == "disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
@@ -48,20 +45,6 @@ print(json.dumps(seen))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start(rank: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Python with these arguments, as one of two processes."""
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **together, **own, **environment}
-    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
-
-
 def in_turn(*commands: Sequence[Sequence[object]], trouble: Sequence[str | None] = ()) -> list[list[tuple]]:
     """Exit codes, messages and threads of two processes that run commands together, one after the other.
 
@@ -69,13 +52,12 @@ def in_turn(*commands: Sequence[Sequence[object]], trouble: Sequence[str | None]
         commands: each for the first process, and for the second. trouble: of the first, for every command.
     """
     ports = [free_port() for _ in commands]
-    started = []
+    plans = []
     for rank in range(2):
         troubles = trouble if trouble and rank == 0 else [None] * len(commands)
         words = [[str(word) for word in command[rank]] for command in commands]
-        plan = json.dumps(list(zip(ports, words, troubles, strict=True)))
-        started.append(start(rank, "-c", PROGRAM, plan))
-    return [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+        plans.append(list(zip(ports, words, troubles, strict=True)))
+    return [json.loads(printed.splitlines()[-1]) for printed in in_two_processes(PROGRAM, json.dumps(plans))]
 
 
 @pytest.fixture
@@ -132,8 +114,7 @@ def test_a_process_whose_neighbour_fails_says_so(tmp_path, pseudo):
 
 def test_a_process_whose_neighbour_never_comes_can_be_ended(tmp_path):
     port = free_port()
-    command = ["merge", *map(str, SITES[:2]), "-o", str(tmp_path / "out.safetensors")]
-    process = start(0, "-m", "dmm_cli", *command, MASTER_PORT=str(port))
+    process = start(0, port, "-m", "dmm_cli", "merge", *SITES[:2], "-o", tmp_path / "out.safetensors")
     with socket.socket() as neighbour:
         while neighbour.connect_ex(("127.0.0.1", port)):  # until it listens, and waits
             assert process.poll() is None

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, digits_as_pseudo_data, dmm, in_two_processes, small_net
+from conftest import DIGITS, digits_as_pseudo_data, dmm, small_net, under_torchrun
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
@@ -341,7 +341,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, monkeypatch, sources, fl
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    shown = in_two_processes("-m", "dmm_cli", *arguments, cwd=folders[1])
+    shown = under_torchrun(*arguments, cwd=folders[1])
     monkeypatch.chdir(folders[0])
     assert dmm(*arguments).exit_code == 0
     assert shown.count("written") == 1

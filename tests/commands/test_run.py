@@ -6,11 +6,13 @@ import json
 import re
 import resource
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import DIGITS, dmm, shell, two_generators
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -105,10 +107,11 @@ def test_a_result_of_other_checkpoints_stays_unless_forced(done, tmp_path):
         assert result.exit_code == 2 and "holds a run of other checkpoints" in result.stderr
         assert "of site-e" in result.stderr and "--force" in result.stderr
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    forced = dmm(*command, "--force")
-    assert forced.exit_code == 0, forced.stderr
-    assert not (out / "evaluation.json").exists() and not (out / "linear-merge-of-all.safetensors").exists()
-    assert dmm("run", *reversed(SITES[:2]), "-o", out, *SHORT).exit_code == 0
+    with two_generators():
+        forced = dmm(*command, "--force")
+        assert forced.exit_code == 0, forced.stderr
+        assert not (out / "evaluation.json").exists() and not (out / "linear-merge-of-all.safetensors").exists()
+        assert dmm("run", *reversed(SITES[:2]), "-o", out, *SHORT).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -173,10 +176,19 @@ def test_with_a_base_it_merges_what_the_commands_do(tmp_path):
     assert (out / "merged" / "group-0.safetensors").read_bytes() == alone.read_bytes()
 
 
-def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
-    """Of images of so many steps the merge recognises 95 % and more; of half of them 88 to 98, and 90 are wanted."""
+def twin(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """A checkpoint like site a in everything but the tensors that are changed."""
+    tensors = load_file(SITES[0])
+    with safe_open(SITES[0], "pt") as file:
+        save_file({**tensors, **change(tensors)}, path, file.metadata())
+    return path
+
+
+def test_where_nothing_diverges_only_batchnorm_is_reset(tmp_path):
+    """Site a and one that hardly differs: of their images the merge recognises 94 % and more, and 90 are wanted."""
     out = tmp_path / "out"
-    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 160, "--count", 64]
+    near = twin(tmp_path / "near.safetensors", lambda tensors: {"fc.weight": 1.01 * tensors["fc.weight"]})
+    command = ["run", SITES[0], near, "-o", out, "--synthesize-steps", 60, "--count", 32]
 
     def changed() -> set[str]:
         merged = load_file(out / "merged" / "group-0.safetensors")
@@ -196,7 +208,8 @@ def test_another_seed_drops_others_at_random(tmp_path):
     command = ["run", *SITES[:2], "--base", DIGITS / "base.safetensors", "--method", "dare_linear", *short]
     merged = []
     for out, seed in (("one", 0), ("one", 1), ("two", 1)):
-        result = dmm(*command, "-o", tmp_path / out, "--seed", seed)
+        with two_generators():
+            result = dmm(*command, "-o", tmp_path / out, "--seed", seed)
         assert result.exit_code == 0, result.stderr
         merged.append((tmp_path / out / "merged" / "group-0.safetensors").read_bytes())
     assert merged[0] != merged[1] == merged[2]
@@ -205,12 +218,10 @@ def test_another_seed_drops_others_at_random(tmp_path):
 def test_where_a_merge_of_one_group_forgets_it_is_distilled(tmp_path, monkeypatch):
     """A twin of site a for negatives: its first layer is negated, and the mean of the two sees nothing."""
     monkeypatch.setattr("dmm_cli.commands.run.DistillSettings", partial(Settings, steps=20))
-    tensors = load_file(SITES[0])
-    with safe_open(SITES[0], "pt") as file:
-        metadata = file.metadata()
-    twin, out = tmp_path / "negatives.safetensors", tmp_path / "out"
-    save_file({**tensors, "conv1.weight": -tensors["conv1.weight"]}, twin, metadata)
-    result = dmm("run", SITES[0], twin, "-o", out, "--synthesize-steps", 12, "--count", 64)
+    out = tmp_path / "out"
+    negative = twin(tmp_path / "negatives.safetensors", lambda tensors: {"conv1.weight": -tensors["conv1.weight"]})
+    with two_generators():
+        result = dmm("run", SITES[0], negative, "-o", out, "--synthesize-steps", 12, "--count", 64)
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in (out / "merged").glob("*.safetensors")] == ["group-0.safetensors"]
     assert re.search(r"the merge recognises \d+\.\d % of the pseudo-images of \S+: it has to learn", result.stderr)
@@ -276,9 +287,11 @@ def test_a_directory_that_cannot_be_made_is_found_before_anything_is_computed(pl
 
 
 def test_rare_knowledge_survives(tmp_path):
-    """A quarter of the default effort must already beat the ensemble, and know the digits of the lone sites."""
+    """An eighth of the default effort must already beat the ensemble, and know the digits of the lone sites."""
     out = tmp_path / "out"
-    result = dmm("run", *SITES, "-o", out, "--data", DATA, "--synthesize-steps", 100, "--distill-steps", 200)
+    effort = ["--synthesize-steps", 80, "--distill-steps", 300, "--count", 128]
+    with two_generators():
+        result = dmm("run", *SITES, "-o", out, "--data", DATA, *effort)
     assert result.exit_code == 0, result.stderr
     rows = accuracies(out)
     assert rows["dmm run"] > rows["ensemble"] + 15 and rows["dmm run"] > rows["linear merge of all"] + 40

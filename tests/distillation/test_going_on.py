@@ -102,21 +102,19 @@ def test_a_batch_that_cannot_be_shared_is_refused(count):
 
 PROGRAM = """
 import sys
-sys.path.append({tests!r})
+sys.path.append(sys.argv[1])
 from safetensors.torch import save_file
 from test_going_on import CPU, Host, taught
 from dmm_cli.ranks import joined
 with joined() as ranks:
     weights, _ = taught(False, Host(CPU, ranks=ranks))
-    save_file(weights, {folder!r} + "/" + str(ranks.rank) + ".safetensors")
+    save_file(weights, f"{sys.argv[2]}/{ranks.rank}.safetensors")
 """
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Where no layer looks at the whole batch, the mean of two gradients is the gradient; only rounding differs."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    in_two_processes(program)
+    in_two_processes(PROGRAM, Path(__file__).parent, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     one, _ = taught(False, Host(CPU))
     start = student(False).state_dict()

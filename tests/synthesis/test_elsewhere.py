@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, Watcher, divergence, dmm
+from conftest import DIGITS, Watcher, divergence, dmm, two_generators
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -86,7 +86,8 @@ def test_images_look_in_other_networks_as_the_data_do(recorded, tmp_path, engine
     found, spec = {}, teachers(recorded, "ce")[1]
     for name, flags in {"without": [], "with": ["--statistics", file]}.items():
         out = tmp_path / f"{name}.safetensors"
-        result = dmm("synthesize", SITES["e"], SITES["c"], *steps, *flags, "-o", out, "--json")
+        with two_generators():
+            result = dmm("synthesize", SITES["e"], SITES["c"], *steps, *flags, "-o", out, "--json")
         assert result.exit_code == 0, result.output
         data, manifest = load_file(out), json.loads(result.stdout)
         assert manifest["teachers"][0]["elsewhere"] == [str(file)] * len(flags[1:])
@@ -135,10 +136,11 @@ def test_an_interrupted_synthesis_with_witnesses_goes_on_to_the_same_bytes(recor
         synthesize_sources(sources, path, Settings(12, 9, 4), **how)
         return path.read_bytes()
 
-    whole = made("whole", Watcher())
-    with pytest.raises(KeyboardInterrupt):
-        made("parts", Watcher(0.6))
-    assert made("parts", Watcher()) == whole
+    with two_generators():
+        whole = made("whole", Watcher())
+        with pytest.raises(KeyboardInterrupt):
+            made("parts", Watcher(0.6))
+        assert made("parts", Watcher()) == whole
     with safe_open(tmp_path / "whole.safetensors", "np") as file:
         assert sorted(json.loads(file.metadata()["dmm.statistics"])) == sorted(f.sha256 for f in files.values())
 

@@ -24,7 +24,7 @@ from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
 HOST = Host(CPU)
-QUICK = {"generator": Settings(64, 60, 32), "pixels": Settings(32, 120, 32, engine="pixels")}
+QUICK = {"generator": Settings(64, 60, 16), "pixels": Settings(32, 80, 32, engine="pixels")}
 
 
 def teachers(*names: str):
@@ -117,7 +117,8 @@ def test_a_view_in_half_the_bits_computes_what_autocast_does_and_leaves_its_teac
 def test_a_known_prior_is_kept():
     (owner,), spec = teachers("d")
     given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")
-    data, *_ = synthesize([given], spec, Settings(40, 30, 32), HOST)
+    with two_generators():
+        data, *_ = synthesize([given], spec, Settings(40, 20, 16), HOST)
     assert data.teachers[0].prior[7:9] == (0.25, 0.75)
 
 

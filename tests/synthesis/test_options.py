@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, dmm
+from conftest import DIGITS, dmm, two_generators
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -222,7 +222,8 @@ def test_images_are_sought_on_which_the_student_disagrees(tmp_path, engine):
     agreement = {}
     for name, flags in {"without": [], "with": ["--student", SITES["b"], "--loss", "adversarial=1"]}.items():
         out = tmp_path / f"{name}.safetensors"
-        assert dmm("synthesize", SITES["a"], *sizes, *flags, "-o", out).exit_code == 0
+        with two_generators():
+            assert dmm("synthesize", SITES["a"], *sizes, *flags, "-o", out).exit_code == 0
         held = load_file(out)
         images = PixelSpace(InputSpec((1, 16, 16), (0.3,), (0.38,))).from_bytes(torch.from_numpy(held["images"]))
         with torch.no_grad():
