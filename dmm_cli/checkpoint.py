@@ -123,7 +123,10 @@ class Checkpoint:
         first = header.data_start + info.start + start * ITEM_SIZE[info.dtype]
         view, offset = memoryview(buffer), first
         while view:
-            count = os.preadv(self._descriptors[header.path], [view], offset)
+            try:
+                count = os.preadv(self._descriptors[header.path], [view], offset)
+            except OSError as error:  # here, where it is known which file it is of
+                raise DmmError(f"cannot read {header.path}: {error.strerror}") from error
             if count == 0:
                 raise DmmError(f"{header.path} was truncated while tensor {printable(info.name)} was read")
             view, offset = view[count:], offset + count
@@ -275,8 +278,7 @@ def require_finite(source: Source, name: str, values: np.ndarray) -> float:
     Raises:
         DmmError: the block holds NaN or infinity.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = float(np.dot(values, values))  # one read of the block; NaN and infinity go through the sum
+    squares = squared_length(values)  # one read of the block; NaN and infinity go through the sum
     if not np.isfinite(squares):
         bad = int(np.count_nonzero(~np.isfinite(values)))
         if bad:
@@ -286,6 +288,13 @@ def require_finite(source: Source, name: str, values: np.ndarray) -> float:
                 hint="this checkpoint diverged or was damaged; leave it out",
             )
     return squares
+
+
+def squared_length(values: np.ndarray) -> float:
+    """The sum of squares of a block (n,), in float64 where it is too large for the block's dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(values, values))
+        return squares if np.isfinite(squares) else float(np.dot(wide := values.astype(np.float64), wide))
 
 
 def require_variances(source: Source, name: str, values: np.ndarray) -> None:

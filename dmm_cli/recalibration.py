@@ -92,9 +92,9 @@ def repair(
 
     ``W' = (t / s) W`` and ``b' = (t / s) (b - m) + u``: m and s are the channel's mean and deviation in the
     model, once all layers before are set right, u and t the weighted means of the parents' (REPAIR, Jordan et
-    al., ICLR 2023). Channels correspond to one another across parents. A layer without a bias keeps its mean. Of one
-    that a pass uses several times, m, s, u and t are means over its uses. Layers with tied weights stay as they are,
-    and so do those whose output does not scale with their weights, since they standardise these.
+    al., ICLR 2023). Channels correspond to one another across parents. Of a layer without a bias the mean is scaled
+    along. Of one that a pass uses several times, m, s, u and t are means over its uses. Layers with tied weights stay
+    as they are, and so do those whose output does not scale with their weights, since they standardise these.
 
     Args:
         parents: modules of the same architecture, in eval mode; used one at a time.

@@ -17,6 +17,8 @@ from threadpoolctl import threadpool_limits
 from .checkpoint import Checkpoint, require_finite
 from .header import TensorInfo
 
+SMALLEST = 1e-24  # squared norm of a block: what 65536 float32 products lose to underflow is less than 1e-9 of it
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -46,6 +48,11 @@ def one_blas_thread() -> AbstractContextManager[object]:
     How BLAS splits a product among threads decides the order of its sums, and with it the last bits.
     """
     return threadpool_limits(1, "blas")
+
+
+def fit_float32(squares: np.ndarray) -> bool:
+    """Whether rows of these squared lengths have float32 products that neither overflow nor are lost to underflow."""
+    return bool(((squares > SMALLEST) & (squares < np.inf)).all())
 
 
 class Until(NamedTuple):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -94,6 +95,16 @@ def test_a_file_cut_while_open_is_an_error_not_a_crash(write):
     with pytest.raises(DmmError, match="truncated while tensor w"), Checkpoint(resolve_source(str(path))) as file:
         os.truncate(path, 1000)
         file.floats("w")
+
+
+def test_a_disk_that_fails_is_an_error_of_the_file_that_was_read(write, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    source = resolve_source(str(write("a", w=np.ones(4, np.float32))))
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(DmmError, match=r"cannot read .*a\.safetensors: Input/output error"):
+        save_like(tmp_path / "b.safetensors", source, {}, {})
 
 
 def test_a_file_replaced_while_open_is_noticed(write):

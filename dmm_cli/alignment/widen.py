@@ -200,7 +200,8 @@ class _Trial:
         mask = _mask(self._spec, chosen)
         try:
             pairs = zip(self._states, self._before, strict=True)
-            return max(found for states, before in pairs for found in self._differences(states, before, mask))
+            found = [one for states, before in pairs for one in self._differences(states, before, mask)]
+            return float(np.max(found))  # NaN if one is
         except DmmError:
             return float("inf")
 

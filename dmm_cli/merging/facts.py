@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..streaming import fit_float32
 from .magnitude import Selection
 from .method import require_share
 
@@ -40,7 +41,7 @@ class Fact(Protocol):
 
 
 class Gram:
-    """Inner products (N, N), float32 within a block and float64 between blocks."""
+    """Inner products (N, N), float32 within a block, where they fit, and float64 between blocks."""
 
     rounds = 1
 
@@ -48,11 +49,9 @@ class Gram:
         self._total = np.zeros((count, count))
 
     def measure(self, rows: np.ndarray) -> np.ndarray:
-        products = np.empty((len(rows), len(rows)))
-        for i, row in enumerate(rows):  # pair by pair: BLAS takes nine times as long for a product of three long rows
-            for j in range(i, len(rows)):
-                products[i, j] = products[j, i] = np.dot(row, rows[j])
-        return products
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = _products(rows)
+            return products if fit_float32(np.diag(products)) else _products(rows.astype(np.float64))
 
     def add(self, contribution: np.ndarray) -> None:
         self._total += contribution
@@ -62,6 +61,14 @@ class Gram:
 
     def result(self) -> np.ndarray:
         return self._total
+
+
+def _products(rows: np.ndarray) -> np.ndarray:
+    products = np.empty((len(rows), len(rows)))
+    for i, row in enumerate(rows):  # pair by pair: BLAS takes nine times as long for a product of three long rows
+        for j in range(i, len(rows)):
+            products[i, j] = products[j, i] = np.dot(row, rows[j])
+    return products
 
 
 class Known:

@@ -8,6 +8,7 @@ from .method import Facts
 
 COLLINEAR = 1.0 - 1e-6  # beyond this cosine the mean on the sphere is the linear one to 3e-7
 TOLERANCE, ITERATIONS = 1e-9, 200
+CANCELLED = 1e-5  # squared length of a mean of unit vectors: cosines come from float32 products, good to 1e-6
 
 
 def karcher(facts: Facts) -> np.ndarray:
@@ -41,4 +42,4 @@ def karcher(facts: Facts) -> np.ndarray:
 def _unit(coefficients: np.ndarray, cosines: np.ndarray) -> np.ndarray | None:
     """Coefficients scaled so that their combination has length 1, None where it vanishes."""
     squared = coefficients @ cosines @ coefficients
-    return coefficients / np.sqrt(squared) if squared > 1e-12 else None
+    return coefficients / np.sqrt(squared) if squared > CANCELLED else None

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, encode_floats, require_variances
+from ..checkpoint import Checkpoint, encode_floats, require_variances, squared_length
 from ..digest import Hashes
 from ..errors import DmmError, printable
 from ..header import FLOAT8, Layout, TensorInfo
@@ -114,7 +114,10 @@ class Tensors:
     def pieces(self, name: str) -> Iterator[Piece]:
         """The pieces a tensor is merged in."""
         info, rule = self._infos[name], self._rule(self._infos[name])
-        whole = self.on_matrices and self._matrix_shape(name) if rule == self._merge else rule != self._equal
+        if rule == self._merge:
+            whole = self.on_matrices and self._matrix_shape(name)
+        else:
+            whole = rule not in (self._equal, self._first)
         return pieces(info, max(info.numel, 1) if whole else BLOCK)
 
     def blocks(self, name: str) -> Iterator[Piece]:
@@ -191,8 +194,10 @@ class Tensors:
 
     def _rule(self, info: TensorInfo) -> Callable[[TensorInfo, Piece], Part]:
         kind = kind_of(info.name)
+        if kind == COUNTER:
+            return self._largest
         if not info.is_float:
-            return self._largest if kind == COUNTER else self._equal
+            return self._equal
         if info.name in self._kept:
             return self._first
         if self._union and info.name in self._union.tensors:
@@ -235,7 +240,7 @@ class Tensors:
         else:
             drowned = self._merge_tasks(info, piece, rows, base, known, out=merged)
             merged += base
-        length = float(np.dot(merged, merged))
+        length = squared_length(merged)
         if not np.isfinite(length) and not np.isfinite(merged).all():
             raise DmmError(f"merging tensor {printable(info.name)} overflows", hint="lower the scale or the weights")
         return Part(self._encode(info, merged), length, squares, drowned)
@@ -335,13 +340,15 @@ class Tensors:
 
     def _head(self, info: TensorInfo, piece: Piece) -> Part:
         width = info.numel // info.shape[0]
+        step = max(1, BLOCK // max(width, 1))  # rows read at a time
         total = np.zeros((len(self._union.classes), width))  # (K, width)
         shares = _class_shares(self._union.places, self._given[info.name], len(total))  # (all checkpoints, K)
         files = self._reading[1:] if self._base else self._reading
-        for file, places, share in zip(files, map(list, self._union.places), shares, strict=True):
-            if share.any():
-                rows, _ = read_rows([file], Piece(info.name, 0, file.source.tensors[info.name].numel))
-                total[places] += share[places, None] * rows.reshape(len(places), width)
+        for file, places, share in zip(files, map(np.array, self._union.places), shares, strict=True):
+            for start in range(0, len(places), step) if share.any() else ():
+                own = places[start : start + step]
+                rows, _ = read_rows([file], Piece(info.name, start * width, (start + len(own)) * width))
+                total[own] += share[own, None] * rows.reshape(len(own), width)
         return Part(self._encode(info, total.reshape(-1)))
 
     def _first(self, info: TensorInfo, piece: Piece) -> Part:
@@ -349,8 +356,10 @@ class Tensors:
         return Part(self._encode(info, rows[0]))
 
     def _largest(self, info: TensorInfo, piece: Piece) -> Part:
-        values = [file.array(info.name) for file in self._parents(info.name)]
-        return Part(np.maximum.reduce(values).reshape(-1).view(np.uint8))
+        files = self._parents(info.name)
+        if info.is_float:  # as some leave counters that cast all they have
+            return Part(self._encode(info, read_rows(files, piece)[0].max(0)))
+        return Part(np.maximum.reduce([file.array(info.name) for file in files]).reshape(-1).view(np.uint8))
 
     def _equal(self, info: TensorInfo, piece: Piece) -> Part:
         files = self._parents(info.name)
@@ -394,17 +403,20 @@ def _blocks(piece: Piece) -> Iterator[tuple[Piece, slice]]:
 def _blend(rows: np.ndarray, coefficients: np.ndarray, *, out: np.ndarray) -> np.ndarray:
     """Fill ``out`` (n,) with ``sum_i c_i rows_i``; overwrites all rows but the first.
 
-    Computed as the first row and weighted differences from it, so that equal rows come back bit for bit.
+    A mean is computed as the first row and weighted differences from it, so that equal rows come back bit for bit.
+    Where the coefficients have another sum, as of slerp and karcher, which lengthen the chord, a long first row would
+    drown the others.
     """
     first, others = rows[0], rows[1:]
-    if not len(others):
+    if not len(others):  # as it is, to the sign of its zeros
         return np.multiply(first, rows.dtype.type(coefficients[0]), out=out)
+    if abs(float(coefficients.sum()) - 1.0) >= 1e-12:
+        return np.matmul(coefficients.astype(rows.dtype), rows, out=out)
     np.subtract(others, first, out=others)
     weights = coefficients[1:].astype(rows.dtype)
     if len(others) == 1:
         np.multiply(others[0], weights[0], out=out)  # BLAS leaves a single row to a slow loop
     else:
         np.matmul(weights, others, out=out)
-    total = float(coefficients.sum())  # above 1 for slerp and karcher, which lengthen the chord
-    out += first if abs(total - 1.0) < 1e-12 else rows.dtype.type(total) * first
+    out += first
     return out

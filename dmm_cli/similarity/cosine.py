@@ -6,8 +6,7 @@ import numpy as np
 
 from ..header import TensorInfo
 from ..names import is_weight
-
-SMALLEST = 1e-24  # squared norm of a block: what 65536 float32 products lose to underflow is less than 1e-9 of it
+from ..streaming import fit_float32
 
 
 class Cosine:
@@ -39,8 +38,7 @@ def products(block: np.ndarray) -> np.ndarray:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         gram = block @ block.T
-        own = np.diag(gram)
-        if not ((own > SMALLEST) & (own < np.inf)).all():
+        if not fit_float32(np.diag(gram)):
             wide = block.astype(np.float64)
             gram = wide @ wide.T
     return gram

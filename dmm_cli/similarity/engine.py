@@ -36,7 +36,7 @@ def compute_similarity(
     measures: Sequence[str] = ("cosine", "sign", "bn"),
     on_progress: Progress | None = None,
 ) -> SimilarityReport:
-    """Compare checkpoints, tensor by tensor, in float64.
+    """Compare checkpoints, block by block; what blocks contribute is added in float64.
 
     Checkpoints of different architectures are not comparable: their entries are None, as long as there are two of
     one architecture, and neither base nor reference.

@@ -52,6 +52,33 @@ def test_weights_that_happen_to_be_zero_hide_nothing():
         verify("x", model, wrong, random_image(wrong, np.random.default_rng(0)), (6,))
 
 
+class Root(nn.Module):
+    """Its function is none where a parameter is negative; the head starts at zero."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+        self.scale = nn.Parameter(torch.linspace(0.001, 3.0, 6))
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.first(x * (self.scale - self.shift).sqrt())))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.001])
+def test_outputs_that_are_no_numbers_do_not_pass(shift):
+    """Near weights at a border of what is allowed are allowed, too, or the function is not known to be the same."""
+    model = Root(shift).eval()
+    spec = trace(model, (6,))
+    wrong = replace(spec, tensors={name: axes for name, axes in spec.tensors.items() if name != "head.weight"})
+    image = random_image(spec, np.random.default_rng(0))
+    with pytest.raises(DmmError, match="would not compute the same function"):
+        verify("x", model, wrong, image, (6,))
+    if not shift:
+        assert verify("x", Root(shift).eval(), spec, image, (6,)) < 1e-12
+
+
 def test_nothing_moved_is_nothing_changed():
     model = lively("networks:gated")
     spec = trace(model, (6,))
