@@ -1,8 +1,8 @@
 """Frozen BatchNorm layers that measure their input as they normalise it, in one pass over it each way, on a GPU.
 
 What limits a step on a GPU are bytes, not products: apart, statistics, normalisation and ReLU read or write every
-feature map some twenty times, forward and backward, many of them in float32. Here they do five times. Where a residual
-block ends, the sum with its shortcut and the ReLU behind it are done in the same pass.
+feature map some twenty times, forward and backward, many of them in float32. Here they do five times. A ReLU that
+follows is done in the same pass and, where a residual block ends, the sum with its shortcut before it.
 
 Legend: B images, C channels, H height, W width, R = B * H * W rows, G groups of rows.
 """
@@ -118,11 +118,11 @@ def _back(
 class _Measured(torch.autograd.Function):
     """Features (B, C, H, W), normalised, with the mean of their distance to the running mean and their variance.
 
-    A shortcut (B, C, H, W) is added to the normalised ones, and the sum rectified.
+    A shortcut (B, C, H, W) is added to the normalised ones; rectified with one always, else where that is wanted.
     """
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor, layer: FusedNorm, shortcut: torch.Tensor | None = None):
+    def forward(ctx, features: torch.Tensor, layer: FusedNorm, shortcut: torch.Tensor | None, rectify: bool):
         features, shortcut = _rows(features), None if shortcut is None else _rows(shortcut)
         batch, channels, *sides = features.shape
         rows = batch * sides[0] * sides[1]
@@ -134,12 +134,12 @@ class _Measured(torch.autograd.Function):
         shift, variance = torch.empty(2, channels, device=features.device)
         _normalise[groups, blocks](
             features, shortcut if adds else features, result, sums, *known, rows, channels, per_group, layer.eps,
-            adds or layer.rectifies, adds, TILE_ROWS, width,
+            adds or rectify, adds, TILE_ROWS, width,
         )  # fmt: skip
         few = (triton.cdiv(channels, SUM_CHANNELS),)
         _add_up[few](sums, shift, variance, groups, rows, channels, SUMS, SUM_CHANNELS)
         ctx.save_for_backward(features, result if adds else features, shift, *known)
-        ctx.eps, ctx.rectifies, ctx.adds, ctx.width = layer.eps, adds or layer.rectifies, adds, width
+        ctx.eps, ctx.rectifies, ctx.adds, ctx.width = layer.eps, adds or rectify, adds, width
         return result, shift, variance
 
     @staticmethod
@@ -154,7 +154,7 @@ class _Measured(torch.autograd.Function):
             grad_shift.contiguous(), grad_variance.contiguous(), rows, channels, ctx.eps, ctx.rectifies, ctx.adds,
             BACK_ROWS, ctx.width, num_warps=BACK_WARPS,
         )  # fmt: skip
-        return grad_features, None, grad_shortcut
+        return grad_features, None, grad_shortcut, None
 
 
 def _rows(features: torch.Tensor) -> torch.Tensor:
@@ -165,23 +165,24 @@ class FusedNorm(SelfMeasuring, nn.BatchNorm2d):
     """A frozen BatchNorm that measures its input, and does what alone follows it in the same pass.
 
     Attributes:
-        rectifies: whether a ReLU in place was found to follow.
-        ends_block: whether a shortcut was found to be added in place, and a ReLU in place to follow.
+        waits: whether a ReLU in place was found to follow, at once or when a shortcut was added in place.
     """
 
-    rectifies = ends_block = False
+    waits = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if isinstance(input, Unsummed):
+        if isinstance(input, Waiting):
             input = input.settled()
-        return Unsummed.of(input, self) if self.ends_block else self.normalised(input)
+        return Waiting.of(input, self) if self.waits else self.normalised(input)
 
-    def normalised(self, features: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        """Of features (B, C, H, W); with a shortcut (B, C, H, W) their rectified sum."""
-        result, shift, variance = _Measured.apply(features, self, shortcut)
+    def normalised(
+        self, features: torch.Tensor, shortcut: torch.Tensor | None = None, rectify: bool = False
+    ) -> torch.Tensor:
+        """Of features (B, C, H, W), or rectified; with a shortcut (B, C, H, W) their rectified sum."""
+        result, shift, variance = _Measured.apply(features, self, shortcut, rectify)
         if self.tell:
             self.tell(shift, variance)
-        if shortcut is None and not self.ends_block:  # a ReLU is to see what follows
+        if not self.waits:  # a ReLU is to see what follows
             result.made_by, result.made_as, result.made_in = self, result._version, result.grad_fn
         return result
 
@@ -199,17 +200,11 @@ class FusedReLU(nn.ReLU):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if isinstance(input, Unsummed):
+        if isinstance(input, Waiting):
             return input.rectified() if self.inplace else super().forward(input)
         norm = getattr(input, "made_by", None)
-        if norm is None or not self.inplace:
-            return super().forward(input)
-        if input._version == input.made_as:
-            if norm.rectifies:
-                return input
-            norm.rectifies = True
-        elif not norm.rectifies and _is_sum(input):
-            norm.ends_block = True
+        if norm is not None and self.inplace:
+            norm.waits = norm.waits or input._version == input.made_as or _is_sum(input)
         return super().forward(input)
 
 
@@ -221,7 +216,7 @@ def _is_sum(features: torch.Tensor) -> bool:
     return node.next_functions[0][0] is features.made_in and node._saved_alpha == 1
 
 
-class _Waiting(torch.autograd.Function):
+class _Unread(torch.autograd.Function):
     """Features as they are; no gradient goes this way, past the layer that waits with them."""
 
     @staticmethod
@@ -230,29 +225,29 @@ class _Waiting(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        raise RuntimeError("a gradient went past a normalisation that waited for a sum: what follows it changed")
+        raise RuntimeError("a gradient went past a normalisation that waited for its ReLU: what follows it changed")
 
 
-class Unsummed(torch.Tensor):
-    """Features (B, C, H, W) whose ``FusedNorm`` waits for a shortcut, and then for the ReLU.
+class Waiting(torch.Tensor):
+    """Features (B, C, H, W) whose ``FusedNorm`` waits for the ReLU, and before it for a shortcut.
 
     For whatever else is done with it, it is the normalised features, or their sum.
     """
 
     @classmethod
-    def of(cls, features: torch.Tensor, norm: FusedNorm) -> Unsummed:
+    def of(cls, features: torch.Tensor, norm: FusedNorm) -> Waiting:
         """Features that are not normalised yet."""
-        waiting = _Waiting.apply(features).as_subclass(cls)
+        waiting = _Unread.apply(features).as_subclass(cls)
         waiting.features, waiting.norm, waiting.shortcut, waiting.done = features, norm, None, None
         waiting.versions, waiting.learns = [features._version], torch.is_grad_enabled()
         return waiting
 
     def rectified(self) -> torch.Tensor:
-        """The ReLU of the sum, which stays what this is."""
-        if self.shortcut is None or self.done is not None:
-            return F.relu_(self.settled())
+        """The ReLU of what this is by now, and it stays that."""
+        if self.done is not None:
+            return F.relu_(self.done)
         self._require_unchanged()
-        self.done = self.norm.normalised(self.features, self.shortcut)
+        self.done = self.norm.normalised(self.features, self.shortcut, rectify=True)
         return self.done
 
     def settled(self) -> torch.Tensor:
@@ -268,7 +263,7 @@ class Unsummed(torch.Tensor):
         """Raise RuntimeError where what is read only now was written to since it was given."""
         given = [self.features] if self.shortcut is None else [self.features, self.shortcut]
         if [part._version for part in given] != self.versions:
-            raise RuntimeError("features of a residual block were changed in place before its ReLU")
+            raise RuntimeError("features were changed in place between their normalisation and its ReLU")
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -77,8 +77,7 @@ def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, to
     first = None
     for turn in range(3):
         found = passed(fused, images.to(DEVICE, dtype), [*means, other.to(DEVICE)])
-        assert [norm.rectifies for norm in fused.norms] == [True, False, False]
-        assert [norm.ends_block for norm in fused.norms] == [False, True, False]
+        assert [norm.waits for norm in fused.norms] == [True, True, False]
         first = first or found  # what follows a layer is learned in this pass, and must not be seen in its bits
         assert all(map(torch.equal, first, found))
         for mine, theirs in zip(found, expected, strict=True):
@@ -86,8 +85,8 @@ def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, to
 
 
 def check_waiting() -> None:
-    """A layer that waits for its sum is the normalised features to whatever comes instead."""
-    from dmm_cli.synthesis.fusednorm import FusedReLU, Unsummed, fuse_norms
+    """A layer that waits for its ReLU is the normalised features to whatever comes instead."""
+    from dmm_cli.synthesis.fusednorm import FusedReLU, Waiting, fuse_norms
     from dmm_cli.synthesis.statistics import ShiftedMoments
 
     plain = network(4).norms[0]
@@ -100,8 +99,8 @@ def check_waiting() -> None:
         told = []
         if layer is norm:
             norm.tell = lambda *moments: told.append(moments)
-            assert isinstance(layer(given[0]), Unsummed) == norm.ends_block
-            assert len(told) == (not norm.ends_block)
+            assert isinstance(layer(given[0]), Waiting) == norm.waits
+            assert len(told) == (not norm.waits)
         answer = then(layer(given[0]), given[1])
         return [answer, *torch.autograd.grad(answer.sin().sum(), given, allow_unused=True)]
 
@@ -110,13 +109,13 @@ def check_waiting() -> None:
         return waits
 
     def rectified_in_place(waits, other):
-        act = relu if type(waits) is Unsummed else nn.ReLU(inplace=True)
+        act = relu if type(waits) is Waiting else nn.ReLU(inplace=True)
         waits += other
         act(waits)
         return waits * 1
 
     def without_a_sum(waits, other):
-        return (relu if type(waits) is Unsummed else nn.ReLU(inplace=True))(waits) + 0 * other
+        return (relu if type(waits) is Waiting else nn.ReLU(inplace=True))(waits) + 0 * other
 
     def only_half(waits, other):
         return waits.add_(other, alpha=0.5) * waits.shape[1]
@@ -127,7 +126,7 @@ def check_waiting() -> None:
 
     def normalised_again(waits, other):
         waits = summed(waits, other)
-        return (norm if type(waits) is Unsummed else plain)(waits)
+        return (norm if type(waits) is Waiting else plain)(waits)
 
     def looked_at_without_gradients(waits, other):
         with torch.no_grad():
@@ -135,7 +134,7 @@ def check_waiting() -> None:
         return summed(waits, other)
 
     relu(summed(norm(features.to(DEVICE).requires_grad_(True)), shortcut.to(DEVICE)))
-    assert norm.ends_block
+    assert norm.waits
     others = [
         only_half,
         to_all_alike,
@@ -160,6 +159,43 @@ def check_waiting() -> None:
     for then, words in ((past_the_layer, "a gradient went past"), (changed_before_its_relu, "changed in place")):
         with pytest.raises(RuntimeError, match=words):
             follow(norm, then)
+
+
+class Readers(nn.Module):
+    """Features that are read before their ReLU overwrites them, and a layer that is used once with and once without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.joined, self.shared = (nn.BatchNorm2d(3) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.gated(images)
+        gate = features.mean((2, 3), keepdim=True).sigmoid()
+        features = self.joined(gate * self.relu(features))
+        both = torch.cat([features, -features], 1)
+        features = self.shared(self.relu(self.shared(self.relu(features))))
+        return torch.cat([both, features], 1)
+
+
+def check_readers() -> None:
+    from dmm_cli.synthesis.fusednorm import fuse_norms
+
+    torch.manual_seed(0)
+    plain = Readers().eval().requires_grad_(False).to(DEVICE)
+    for layer in (plain.gated, plain.joined, plain.shared):
+        layer.running_mean.normal_()
+    fused = fuse_norms(copy.deepcopy(plain), DEVICE)
+    images = torch.randn(2, 3, 5, 6, device=DEVICE)
+    for turn in range(3):
+        found = []
+        for model in (plain, fused):
+            given = images.clone().requires_grad_(True)
+            answer = model(given)
+            found.append([answer, *torch.autograd.grad(answer.sin().sum(), given)])
+        assert fused.gated.waits and fused.joined.waits and fused.shared.waits
+        for theirs, mine in zip(*found, strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5), turn
 
 
 def in_interpreter(call: str) -> None:
@@ -192,11 +228,18 @@ def check_others() -> None:
     assert all(type(layer).__module__.startswith("torch.") for layer in others)
 
 
-def test_a_layer_that_waits_for_a_sum_takes_whatever_comes():
+def test_a_layer_that_waits_for_its_relu_takes_whatever_comes():
     if ON_GPU:
         check_waiting()
     else:
         in_interpreter("check_waiting()")
+
+
+def test_what_reads_features_before_their_relu_sees_them_unrectified():
+    if ON_GPU:
+        check_readers()
+    else:
+        in_interpreter("check_readers()")
 
 
 def test_other_layers_stay_as_they_are():
