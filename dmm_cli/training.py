@@ -104,6 +104,7 @@ class Replay(Generic[Result]):
 
     def __init__(self, function: Callable[..., Result], device: torch.device, pool: object = None) -> None:
         self._function, self._device, self._pool, self._calls = function, device, pool, 0
+        self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Inputs, ...] = ()
         self._result: Result
@@ -129,8 +130,8 @@ class Replay(Generic[Result]):
         return [cls(function, device, pool) for function in functions]
 
     def _aside(self, inputs: tuple[Inputs, ...]) -> Result:
-        """Called on a stream of its own, as capture demands of the steps before it."""
-        stream = torch.cuda.Stream(self._device)
+        """Called on a stream of its own, as capture demands of the steps before it; memory belongs to a stream."""
+        stream = self._stream = self._stream or torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             result = self._function(*inputs)
@@ -164,7 +165,9 @@ class Worker(Protocol):
 def work_through(
     jobs: Sequence[Callable[[], Worker]], stage: str, steps: int, host: Host, begun: Sequence[int] = ()
 ) -> None:
-    """Train every worker, saving it every ``SAVE_EVERY`` seconds, at its end, and when the user interrupts.
+    """Train every worker, saving it every ``SAVE_EVERY`` seconds and at its end.
+
+    When the user interrupts it is saved as well, but not on a GPU, where that comes in the midst of a step.
 
     Args:
         jobs: make the workers, each just before its turn. stage: its name, and steps of each, for the progress.
