@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 
+from .errors import DmmError
 from .manifest import History
 
 POINTS = 60
@@ -49,3 +51,10 @@ class Recorder:
         """All curves."""
         names = self._points[0] if self._points else {}
         return History(tuple(self._steps), {name: tuple(point[name] for point in self._points) for name in names})
+
+
+def require_finite_terms(terms: Mapping[str, float], step: int, hint: str) -> None:
+    """Raise DmmError for a term that is NaN or infinite: what was computed from it will not recover."""
+    lost = next((name for name, value in terms.items() if not math.isfinite(value)), None)
+    if lost:
+        raise DmmError(f"{lost.replace('_', ' ')} is {terms[lost]} in step {step}", hint=hint)

@@ -18,6 +18,7 @@ from .errors import DmmError, blamed_on, printable
 
 IMAGES = "images"  # what files call the input of a network that has one
 ORIGIN = "dmm_origin"  # attribute of a network: what messages call it, its file
+RULED_OUT = 30.0  # below the largest logit of a sample: a probability that float32 does not add to one
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def require_finite(model: nn.Module, logits: torch.Tensor) -> None:
             f"{called(model)} answers with NaN or infinity on {lost} of {len(logits)} samples",
             hint="its weights are finite: look for an overflow or a division by zero in its forward",
         )
+
+
+def floored(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K), those of minus infinity ``RULED_OUT`` below the largest of their row: numbers to reckon with."""
+    return torch.where(logits.isneginf(), logits.detach().amax(1, keepdim=True) - RULED_OUT, logits)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..examples import Inputs, answer, hooked
+from ..examples import Inputs, answer, floored, hooked
 from .convex import minimise
 from .lessons import BLOCK, Lessons
 
@@ -45,8 +45,8 @@ def offsets(logits: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -
         logits: float64 (N, K). wanted: probabilities (N, K). weights: (N,).
     """
     shifts = logits.new_zeros(logits.shape[1], requires_grad=True)
-    shares = weights / weights.sum()
-    minimise(lambda: shares @ F.cross_entropy(logits + shifts, wanted, reduction="none"), [shifts])
+    shares, finite = weights / weights.sum(), floored(logits)
+    minimise(lambda: shares @ F.cross_entropy(finite + shifts, wanted, reduction="none"), [shifts])
     return (shifts - shifts.mean()).detach()
 
 

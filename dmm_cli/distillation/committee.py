@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..examples import Inputs, answer, hooked, on_input, require_finite
+from ..examples import Inputs, answer, floored, hooked, on_input, require_finite
 from .convex import minimise
 
 RIDGE = 200.0  # weight of the squared slopes beside the loss of all images; of 10,000, three times it measures alike
@@ -74,7 +74,7 @@ def _testimony(teacher: nn.Module, inputs: Inputs) -> torch.Tensor:
     require_finite(teacher, logits)
     rows = [part for part in held[-1:] if len(part) == len(logits)]  # not of one that works on places as rows
     features = [part.flatten(1, -2).mean(1) if part.dim() > 2 else part for part in rows]  # (B, F)
-    return torch.cat([logits.float(), *[part.float() for part in features]], 1)
+    return torch.cat([floored(logits.float()), *[part.float() for part in features]], 1)
 
 
 def fit(

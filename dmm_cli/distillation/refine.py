@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..curves import Recorder
+from ..curves import Recorder, require_finite_terms
 from ..errors import DmmError
 from ..examples import ORIGIN, Inputs, answer, called
 from ..manifest import ClassRetention, History, Retention
@@ -121,12 +121,15 @@ class Pupil:
         """Take the steps that are left, giving the newest point of the curves after each."""
         # processes exchange gradients, which a graph does not hold
         step = self._step if self._host.ranks.count > 1 else Replay(self._step, self._host.device)
+        rate = self._settings.learning_rate
+        hint = f"the student diverged, or rules classes out by minus infinity: try --learning-rate below {rate:g}"
         shown: dict[str, float] = {}
         while self.done < self._settings.steps:
             terms = step(*self._batch())
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
                 shown = self._recorder.add(self.done - 1, terms)
+                require_finite_terms(shown, self.done, hint)
             yield {name: value for name, value in shown.items() if name in SHOWN}
 
     def save(self) -> None:

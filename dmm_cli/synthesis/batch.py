@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..curves import Recorder
+from ..curves import Recorder, require_finite_terms
 from ..examples import Inputs, each, joined, named
 from ..layout import channels_last
 from ..manifest import History
@@ -22,7 +22,7 @@ from ..runtime import generator as random_stream
 from ..spaces import Space, noise
 from ..training import Replay, Trainer
 from .jitter import draw_moves, moved
-from .objective import Objective, require_finite_terms
+from .objective import UNSOUND, Objective
 from .plateau import Plateau
 from .resolution import blocks, halved
 from .task import Task
@@ -147,7 +147,7 @@ class Batch:
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
                 shown = self._recorder.add(self.done - 1, terms)
-                require_finite_terms(shown, self.done)
+                require_finite_terms(shown, self.done, UNSOUND)
             yield shown
 
     def save(self) -> None:

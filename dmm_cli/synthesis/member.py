@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..curves import Recorder
+from ..curves import Recorder, require_finite_terms
 from ..examples import Inputs, cat, each
 from ..runtime import generator as random_stream
 from ..runtime import mixed_precision, seeded
@@ -20,7 +20,7 @@ from ..training import Replay, Trainer
 from .average import PoolStatistics
 from .jitter import draw_moves, moved
 from .network import LATENT, drawing
-from .objective import Objective, require_finite_terms
+from .objective import UNSOUND, Objective
 from .plateau import Plateau
 from .prior import draw_targets
 from .task import Task
@@ -104,7 +104,7 @@ class Member:
             self._trainer.advance()
             if self._priors and self.recorder.wants(self.done - 1):
                 shown = self.recorder.add(self.done - 1, terms)
-                require_finite_terms(shown, self.done)
+                require_finite_terms(shown, self.done, UNSOUND)
             yield shown
 
     def _step(self, turn: int, latent: torch.Tensor, *drawn: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from .teacher import Teacher
 
 DEFAULT_WEIGHTS = {"norm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
 RECORDED_ELSEWHERE = {"cross_norm": 1.0}  # where statistics of a teacher's data in other networks are known
+UNSOUND = "are weights and normalisation statistics those of a network that works? dmm evaluate tells"
 AGAINST_STUDENT = {"adversarial": 0.001}  # where there is a student; more makes images that merely fool it
 
 
@@ -58,13 +58,3 @@ class Objective:
 
     def _weighted(self, terms):
         return (self.weights[name] * term for name, term in terms.items())
-
-
-def require_finite_terms(terms: Mapping[str, float], step: int) -> None:
-    """Raise DmmError for a term that is NaN or infinite: what was computed from it will not recover."""
-    lost = next((name for name, value in terms.items() if not math.isfinite(value)), None)
-    if lost:
-        raise DmmError(
-            f"{lost.replace('_', ' ')} is {terms[lost]} in step {step}",
-            hint="are weights and normalisation statistics those of a network that works? dmm evaluate tells",
-        )

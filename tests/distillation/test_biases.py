@@ -57,6 +57,16 @@ def test_images_count_by_their_weights():
     assert found.sum().item() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_class_that_is_ruled_out_leaves_the_offsets_of_the_others_finite():
+    stream = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 500, 4, generator=stream, dtype=torch.float64)
+    logits[:, 3] = -torch.inf
+    other[:, 3] -= 100.0
+    found = offsets(logits, other.softmax(1), torch.ones(500).double())
+    given, wanted = (values.softmax(1).mean(0) for values in (logits + found, other))
+    assert given.tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "student",
     [

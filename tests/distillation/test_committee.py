@@ -78,6 +78,21 @@ def test_the_committee_counts_every_class_alike():
     assert answers[0, 0].item() == pytest.approx(answers[0, 1].item(), abs=1e-3)
 
 
+class Certain(Half):
+    """The same, but the classes that it does not know are ruled out."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        return logits.masked_fill(logits == -5.0, -torch.inf)
+
+
+def test_teachers_that_rule_classes_out_are_believed_as_others_are():
+    data = lessons()
+    teachers = [Certain((0, 1), slice(0, 4), 0.0), Certain((2, 3), slice(4, 8), 30.0)]
+    answers = data.committee(teachers, Settings())(data.show(torch.arange(400)))
+    assert answers.isfinite().all() and (answers.argmax(1) == data.targets).float().mean() > 0.98
+
+
 def test_views_are_answered_as_they_are_shown():
     data = lessons()
     committee = data.committee(TEACHERS, Settings())

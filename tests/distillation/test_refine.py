@@ -11,6 +11,7 @@ from dmm_cli.distillation import losses
 from dmm_cli.distillation.lessons import Lessons
 from dmm_cli.distillation.refine import refine
 from dmm_cli.distillation.settings import Settings
+from dmm_cli.errors import DmmError
 from dmm_cli.evaluation import load_labelled
 from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source
@@ -68,6 +69,21 @@ def test_the_same_seed_gives_the_same_weights():
         refine(model, layers, real_lessons(), [site("a"), site("d")], Settings(steps=5, batch=32), CPU)
         weights.append(copy.deepcopy(model.state_dict()))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_distillation_at_once():
+    class Masked(nn.Module):
+        """Rules one class out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = site("a")
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.own(images).index_fill(1, torch.tensor([7]), -torch.inf)
+
+    with pytest.raises(DmmError, match="loss is inf in step 1"):
+        refine(Masked(), [], real_lessons(), [site("a"), site("d")], Settings(steps=3, batch=32), CPU)
 
 
 def test_no_step_needs_no_teacher_and_leaves_the_weights():

@@ -215,6 +215,15 @@ def test_agreement_is_one_less_the_jensen_shannon_divergence():
     assert got == pytest.approx(1 - js.mean() / np.log(2), abs=1e-5)
 
 
+def test_classes_that_are_ruled_out_have_an_agreement_and_a_gradient():
+    teacher, student = normal(4, 5).index_fill(1, torch.tensor([0, 1]), -torch.inf), normal(4, 5, seed=1)
+    both = student.index_fill(1, torch.tensor([1]), -torch.inf)
+    almost = [logits.clamp_min(-60.0) for logits in (teacher, both)]
+    assert seen_by(teacher, both) == pytest.approx(seen_by(*almost), abs=1e-6)
+    adversarial(Observation(teacher, teacher, torch.zeros(4), [], both.requires_grad_())).backward()
+    assert both.grad.isfinite().all() and both.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("engine", ENGINES.names())
 def test_images_are_sought_on_which_the_student_disagrees(tmp_path, engine):
     sizes = ["--count", 32, "--batch", 16, "--steps", 30, "--engine", engine, "--class-prior", "1,1,1,1,1,0,0,0,0,0"]

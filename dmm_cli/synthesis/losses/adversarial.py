@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ...examples import floored
 from . import Observation
 
 
@@ -15,7 +16,7 @@ def adversarial(seen: Observation) -> torch.Tensor:
     JS is the Jensen-Shannon divergence of their probabilities, as in DeepInversion's adaptive competition (Yin et al.,
     CVPR 2020): images are sought that the teacher has still to teach.
     """
-    teacher, student = (logits.float().log_softmax(1) for logits in (seen.logits, seen.student_logits))
+    teacher, student = (floored(logits.float()).log_softmax(1) for logits in (seen.logits, seen.student_logits))
     middle = torch.logaddexp(teacher, student) - math.log(2.0)  # (B, K)
     parts = [(own.exp() * (own - middle)).sum(1) for own in (teacher, student)]
     return 1.0 - (parts[0] + parts[1]).mean() / (2.0 * math.log(2.0))
