@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class Unit(NamedTuple):
 
     teacher: int
     start: int
+    size: int
 
     @property
     def name(self) -> str:
@@ -36,6 +38,7 @@ class Unit(NamedTuple):
 class PixelEngine:
     """Optimises ``settings.count`` images of each teacher, ``settings.batch`` at a time, apart from one another.
 
+    Where these are no multiple, batches are smaller and nearly equal: a few left over would have no statistics.
     Every batch is drawn from a random stream of its own, so that neither their order nor the process that makes
     one matters; processes share the batches.
 
@@ -47,8 +50,10 @@ class PixelEngine:
 
     def __init__(self, task: Task) -> None:
         self._task, self._settings, self._host = task, task.settings, task.host
-        starts = range(0, self._settings.count, self._settings.batch)
-        self._units = [Unit(number, start) for number in range(len(task.teachers)) for start in starts]
+        count, batches = self._settings.count, -(-self._settings.count // self._settings.batch)
+        parts = list(pairwise(count * place // batches for place in range(batches + 1)))
+        teachers = range(len(task.teachers))
+        self._units = [Unit(number, start, end - start) for number in teachers for start, end in parts]
         self.steps = Steps(0, 0)
 
     def explore(self) -> list[torch.Tensor]:
@@ -81,7 +86,7 @@ class PixelEngine:
                 yield made.images, made.targets
 
     def _targets(self, prior: torch.Tensor, unit: Unit, stream: torch.Generator) -> torch.Tensor:
-        return draw_targets(prior, min(self._settings.batch, self._settings.count - unit.start), stream)
+        return draw_targets(prior, unit.size, stream)
 
     def _optimise(self, jobs: Sequence[Job], stage: str) -> None:
         """Make the batches that are not there yet, telling progress as that of ``stage``."""

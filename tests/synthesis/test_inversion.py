@@ -14,12 +14,14 @@ from dmm_cli.errors import DmmError
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.runtime import Host
+from dmm_cli.savepoint import Savepoint
 from dmm_cli.synthesis import ENGINES
 from dmm_cli.synthesis.inversion import synthesize
 from dmm_cli.synthesis.objective import Objective
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 from dmm_cli.synthesis.settings import Settings
 from dmm_cli.synthesis.statistics import NormLayer
+from dmm_cli.synthesis.task import Task
 from dmm_cli.synthesis.teacher import require_statistics
 
 CPU = torch.device("cpu")
@@ -87,6 +89,15 @@ def test_same_seed_same_bytes_and_another_seed_other_images(tmp_path, engine):
     first, second, other = (file.read_bytes() for file in files)
     assert first == second, "whatever the number of threads"
     assert first != other
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(17, [8, 9]), (32, [16, 16]), (33, [11, 11, 11]), (5, [5])])
+def test_no_batch_is_of_a_few_images_left_over(count, sizes):
+    owners, spec = teachers("e")
+    owners = [replace(owners[0], prior=torch.eye(10)[9])]
+    engine = ENGINES.load("pixels")(Task(owners, spec, Settings(count, 1, 16, engine="pixels"), Host(CPU, Savepoint())))
+    engine.fit([owners[0].prior])
+    assert [len(targets) for _, targets in engine.candidates(0, owners[0].prior)] == sizes
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())
