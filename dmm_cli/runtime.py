@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -162,7 +162,7 @@ def parallel(jobs: Sequence[Callable[[Callable[[], bool]], None]], host: Host) -
 
     with ThreadPoolExecutor(workers(host.device, host.ranks.local)) as pool:
         try:
-            for future in [pool.submit(alone, job) for job in jobs]:
+            for future in as_completed([pool.submit(alone, job) for job in jobs]):
                 future.result()
         except BaseException:
             stop.set()

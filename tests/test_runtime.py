@@ -54,16 +54,21 @@ def test_parallel_jobs_run_on_one_thread_each_and_leave_the_rest_alone():
     assert torch.get_num_threads() == threads
 
 
-def test_a_failing_job_stops_the_others():
+@pytest.mark.parametrize("fails_first", [True, False])
+def test_a_failing_job_stops_the_others(monkeypatch, fails_first):
+    monkeypatch.setattr("dmm_cli.runtime.cores", lambda: 2)
+    until = time.monotonic() + 2
+
     def fail(stop):
         raise ValueError("inside")
 
     def wait(stop):
         while not stop():
+            assert time.monotonic() < until
             time.sleep(0.01)
 
     with pytest.raises(ValueError, match="inside"):
-        parallel([fail, wait], Host(CPU))
+        parallel([fail, wait] if fails_first else [wait, fail], Host(CPU))
 
 
 def test_products_are_taken_in_the_precision_that_was_asked_for():
