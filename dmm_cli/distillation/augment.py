@@ -35,15 +35,16 @@ def posed(inputs: Inputs, poses: torch.Tensor) -> Inputs:
 def deform(images: torch.Tensor, poses: torch.Tensor) -> torch.Tensor:
     """Move, turn, scale and shear every image (B, C, H, W) as its pose (B, POSE), in units of the limits, says.
 
-    What comes in from outside repeats the border.
+    What comes in from outside repeats the border. A turn is one of pixels, whatever the sides.
     """
     turn, lean, width, height, across, along = poses.unbind(1)  # (B,) each
     angle, shear = ROTATION * turn, SHEAR * lean
     wide, high = 1.0 + SCALE * width, 1.0 + SCALE * height
     right, down = 2.0 * SHIFT * across, 2.0 * SHIFT * along  # the grid spans [-1, 1]
     cosine, sine = angle.cos(), angle.sin()
-    first = torch.stack([wide * cosine, shear - sine, right], 1)
-    second = torch.stack([shear + sine, high * cosine, down], 1)
+    tall = images.shape[2] / images.shape[3]
+    first = torch.stack([wide * cosine, shear - sine * tall, right], 1)
+    second = torch.stack([shear + sine / tall, high * cosine, down], 1)
     maps = torch.stack([first, second], 1).to(images.device)  # (B, 2, 3)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

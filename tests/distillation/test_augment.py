@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -24,6 +26,18 @@ def test_deformations_stay_within_their_limits():
     assert mass.min() > 64 * 0.7 and mass.max() < 64 * 1.4
     flat = torch.full((2, 1, 8, 8), 0.7)
     assert torch.allclose(deform(flat, draw_poses(2, 1.0, stream())), flat, atol=1e-6), "the border is repeated"
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 64), (64, 16)])
+def test_a_turn_keeps_angles(height, width):
+    """By the axis of a bar, whose pixels are counted."""
+    images = torch.zeros(1, 1, height, width)
+    images[:, :, height // 2 - 1 : height // 2 + 1, width // 2 - 8 : width // 2 + 8] = 1.0
+    turned = deform(images, torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.0, 0.0]]))[0, 0]
+    down, across = turned.nonzero().double().sub(torch.tensor([height - 1, width - 1]) / 2).T
+    weights = turned[turned != 0].double()
+    slope = (weights * down * across).sum() / (weights * across.square()).sum()
+    assert abs(math.degrees(math.atan(slope))) == pytest.approx(12, abs=1)
 
 
 def test_a_pose_of_zeros_changes_nothing():
