@@ -164,5 +164,6 @@ class Batch:
         total, terms = self._objective(self._teacher, moved(images, *moves), targets, turn)
         if not half:
             self._pixels.remember(total.detach())
+        self._objective.require_gradient(total)
         self._trainer.descend(total)
         return terms

@@ -27,6 +27,7 @@ from .task import Task
 from .teacher import Teacher, random_example
 
 JUDGED = 512  # candidates that are held as float numbers at once
+LOWEST = torch.finfo(torch.float16).min  # logit in a file
 
 
 class Outcome(NamedTuple):
@@ -136,7 +137,7 @@ class Harvest:
             self._images[name][rows] = part.numpy()
         self._arrays["targets"][rows] = targets.numpy()
         self._arrays["teacher_id"][rows] = len(self._records)
-        self._arrays["logits"][rows] = logits.numpy()
+        self._arrays["logits"][rows] = storable(logits).numpy()
         self._arrays["confidence"][rows] = confidence.numpy()
         self._rows += len(targets)
 
@@ -149,3 +150,10 @@ class Harvest:
             teachers=tuple(self._records),
             spec=self._spec,
         )
+
+
+def storable(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K) for float16: rows that it cannot hold are moved to a largest of 0, which leaves their softmax."""
+    beyond = (logits.half().isinf() & logits.isfinite()).any(1, keepdim=True)
+    moved = (logits - logits.amax(1, keepdim=True)).clamp_min(LOWEST)
+    return torch.where(beyond, moved, logits)

@@ -117,7 +117,9 @@ class Member:
         images = self._paint(latent, condition)  # in one pass, so that its normalisation sees all teachers
         parts = moved(images, *moves).split([len(target) for target in targets])
         outcomes = [self._objective(*batch, turn) for batch in zip(self._teachers, parts, targets, strict=True)]
-        self._trainer.descend(torch.stack([total for total, _ in outcomes]).sum())
+        loss = torch.stack([total for total, _ in outcomes]).sum()
+        self._objective.require_gradient(loss)
+        self._trainer.descend(loss)
         return {name: torch.stack([terms[name] for _, terms in outcomes]).mean() for name in outcomes[0][1]}
 
     def explored(self, count: int) -> list[torch.Tensor]:

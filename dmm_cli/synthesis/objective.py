@@ -52,6 +52,15 @@ class Objective:
         terms = {name: loss(seen) for name, loss in self._losses.items()}
         return torch.stack(list(self._weighted(terms))).sum(), {name: term.detach() for name, term in terms.items()}
 
+    def require_gradient(self, total: torch.Tensor) -> None:
+        """Raise DmmError for a total loss that no input changes, as roughness of images is where there are none."""
+        if not total.requires_grad:
+            raise DmmError(
+                "no loss that has a weight depends on what teachers are shown",
+                evidence=[f"--loss {name}={self.weights[name]:g}" for name in self._losses],
+                hint="give --loss norm or cross_entropy a weight",
+            )
+
     def total(self, terms: Mapping[str, float]) -> float:
         """Total loss by its terms, as curves hold them."""
         return sum(self._weighted(terms))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import DIGITS, two_generators
@@ -11,18 +12,18 @@ from safetensors.numpy import load_file, save_file
 
 from dmm_cli.commands.synthesize import load_teachers
 from dmm_cli.errors import DmmError
-from dmm_cli.images import PixelSpace
+from dmm_cli.images import InputSpec, PixelSpace
 from dmm_cli.inputs import resolve_source, resolve_sources
 from dmm_cli.runtime import Host
 from dmm_cli.savepoint import Savepoint
 from dmm_cli.synthesis import ENGINES
-from dmm_cli.synthesis.inversion import synthesize
+from dmm_cli.synthesis.inversion import storable, synthesize
 from dmm_cli.synthesis.objective import Objective
 from dmm_cli.synthesis.pseudodata import load_pseudo_data, save_pseudo_data
 from dmm_cli.synthesis.settings import Settings
 from dmm_cli.synthesis.statistics import NormLayer
 from dmm_cli.synthesis.task import Task
-from dmm_cli.synthesis.teacher import require_statistics
+from dmm_cli.synthesis.teacher import Teacher, require_statistics
 
 CPU = torch.device("cpu")
 HOST = Host(CPU)
@@ -145,6 +146,13 @@ def test_the_file_comes_back(tmp_path, drawn):
     assert got.teacher_index(data.teachers[1].sha256) == 1 and got.teacher_index("0") is None
 
 
+def test_logits_beyond_float16_are_stored_by_their_differences():
+    logits = torch.tensor([[9e4, 8e4, -9e4], [3.0, -torch.inf, -65510.0], [65504.0, 0.1, 2.0]])
+    held = storable(logits).numpy().astype(np.float16)
+    assert held[0].tolist() == [0.0, -10000.0, -65504.0]
+    assert np.array_equal(held[1:], logits[1:].numpy().astype(np.float16))
+
+
 def test_files_that_are_not_pseudo_data():
     with pytest.raises(DmmError, match="not a pseudo-data file"):
         load_pseudo_data(resolve_source(str(DIGITS / "test.safetensors")))
@@ -174,6 +182,17 @@ def test_damaged_metadata_are_an_error(tmp_path, drawn, key, value):
 def test_losses_are_named():
     with pytest.raises(DmmError, match="unknown inversion loss: batch_norm"):
         Objective({"batch_norm": 1.0})
+
+
+@pytest.mark.parametrize("engine", ENGINES.names())
+def test_losses_that_no_input_changes_are_refused(engine):
+    """How rough images are, where there are none."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)).eval()
+    layers = [NormLayer(model[1], model[1].running_mean, model[1].running_var)]
+    teacher = Teacher("vectors", "0" * 64, model.requires_grad_(False), layers, 3, torch.ones(3) / 3)
+    weights = {"norm": 0.0, "cross_entropy": 0.0, "total_variation": 1.0}
+    with pytest.raises(DmmError, match="depends on what teachers are shown"):
+        synthesize([teacher], InputSpec((6,), (0.0,), (1.0,)), Settings(4, 2, 4, engine=engine, weights=weights), HOST)
 
 
 def test_teachers_without_statistics_are_refused():
