@@ -5,6 +5,7 @@ Legend: B examples, F numbers of a vector, V tokens of a vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,6 +92,18 @@ def example(spec: Spec, device: torch.device | str = "cpu") -> Inputs:
 def noise(spec: Spec, count: int, stream: torch.Generator) -> Inputs:
     """Free parameters of all inputs, standard normal numbers."""
     return joined({name: torch.randn(count, *part.free, generator=stream) for name, part in named(spec).items()})
+
+
+def each_image(inputs: Inputs, spec: Spec, function: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+    """A function of every input of pixels (B, C, H, W) apart; tokens that are drawn may have as many dimensions."""
+    specs = named(spec)
+    return joined({name: function(part) if specs[name].is_image else part for name, part in named(inputs).items()})
+
+
+def images_of(inputs: Inputs, spec: Spec) -> Inputs:
+    """The inputs of pixels (B, C, H, W), without the others."""
+    specs = named(spec)
+    return joined({name: part for name, part in named(inputs).items() if specs[name].is_image})
 
 
 class VectorSpace:

@@ -29,7 +29,7 @@ def draw_poses(count: int, strength: float, stream: torch.Generator) -> torch.Te
 
 def posed(inputs: Inputs, poses: torch.Tensor) -> Inputs:
     """Images (B, C, H, W) in poses (B, POSE); other inputs as they are."""
-    return each(inputs, lambda part: deform(part, poses) if part.dim() == 4 else part)
+    return each(inputs, lambda part: deform(part, poses) if _is_image(part) else part)
 
 
 def deform(images: torch.Tensor, poses: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def patched(inputs: Inputs, others: Inputs, patches: torch.Tensor) -> Inputs:
     """Images (B, C, H, W) with patches (B, 4) of others in the same place; inputs that are no images stay."""
 
     def patch(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        if image.dim() != 4:
+        if not _is_image(image):
             return image
         top, left, bottom, right = patches[:, :, None].unbind(1)  # (B, 1) each
         rows, columns = (_middles(side, image.device) for side in image.shape[2:])
@@ -74,6 +74,11 @@ def patched(inputs: Inputs, others: Inputs, patches: torch.Tensor) -> Inputs:
         return torch.where(high[:, None, :, None] & wide[:, None, None, :], other, image)
 
     return joined({name: patch(part, named(others)[name]) for name, part in named(inputs).items()})
+
+
+def _is_image(part: torch.Tensor) -> bool:
+    """Whether an input is of pixels, (B, C, H, W), as tokens of three dimensions are not."""
+    return part.dim() == 4 and part.is_floating_point()
 
 
 def _middles(side: int, device: torch.device) -> torch.Tensor:
@@ -93,7 +98,7 @@ def add_noise(inputs: Inputs, strength: float, stream: torch.Generator) -> Input
     def disturb(part: torch.Tensor) -> torch.Tensor:
         if not part.is_floating_point():
             return part
-        limit = NOISE if part.dim() == 4 else SPREAD * part.std(0, correction=0)
+        limit = NOISE if _is_image(part) else SPREAD * part.std(0, correction=0)
         level = strength * torch.rand(len(part), *[1] * (part.dim() - 1), generator=stream)
         noise = level * torch.randn(part.shape, generator=stream)
         return part + noise.to(part.device) * limit

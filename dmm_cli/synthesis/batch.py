@@ -19,7 +19,7 @@ from ..layout import channels_last
 from ..manifest import History
 from ..runtime import Host
 from ..runtime import generator as random_stream
-from ..spaces import Space, noise
+from ..spaces import Space, each_image, noise
 from ..training import Replay, Trainer
 from .jitter import draw_moves, moved
 from .objective import UNSOUND, Objective
@@ -106,13 +106,13 @@ class Batch:
 
     def __init__(self, task: Task, job: Job) -> None:
         self._name, self._objective = job.name, job.objective
-        self._settings, self._host, self._space = task.settings, task.host, task.space()
+        self._settings, self._host, self._spec, self._space = task.settings, task.host, task.spec, task.space()
         self._teacher = task.teachers[job.teacher].view()
         stream = random_stream(self._settings.seed, "pixels", job.name)
         self._targets = job.draw(stream)
         start = noise(task.spec, len(self._targets), stream)
         if self._settings.coarse:
-            start = each(start, blocks)
+            start = each_image(start, task.spec, blocks)
         start = each(start, channels_last).to(self._host.device)
         self._pixels = Pixels(start, self._space, self._settings.keep_best)
         self._trainer = Trainer(self._pixels, LEARNING_RATE, self._settings.steps, stream, BETAS, WARM_UP)
@@ -160,8 +160,8 @@ class Batch:
         self._host.savepoint.save(self._name, arrays, notes)
 
     def _step(self, half: bool, turn: int, targets: torch.Tensor, *moves: torch.Tensor) -> dict[str, torch.Tensor]:
-        images = halved(self._pixels()) if half else self._pixels()
-        total, terms = self._objective(self._teacher, moved(images, *moves), targets, turn)
+        images = halved(self._pixels(), self._spec) if half else self._pixels()
+        total, terms = self._objective(self._teacher, moved(images, self._spec, *moves), targets, turn)
         if not half:
             self._pixels.remember(total.detach())
         self._objective.require_gradient(total)

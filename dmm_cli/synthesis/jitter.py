@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..examples import Inputs, each
+from ..examples import Inputs
+from ..spaces import Spec, each_image
 from .settings import Settings
 
 
@@ -20,7 +21,7 @@ def draw_moves(count: int, settings: Settings, stream: torch.Generator) -> tuple
     return (torch.cat([shifts, flips]),)
 
 
-def moved(inputs: Inputs, *moves: torch.Tensor) -> Inputs:
+def moved(inputs: Inputs, spec: Spec, *moves: torch.Tensor) -> Inputs:
     """Every image flipped and rolled by its own draw, as DeepInversion moves whole batches; other inputs as they are.
 
     One gather by index: a CUDA graph replays it, and its gradient is exact, since every pixel has one place. The
@@ -31,7 +32,7 @@ def moved(inputs: Inputs, *moves: torch.Tensor) -> Inputs:
     """
     if not moves:
         return inputs
-    return each(inputs, lambda part: _gathered(part, *moves) if part.dim() == 4 else part)
+    return each_image(inputs, spec, lambda part: _gathered(part, *moves))
 
 
 def _gathered(images: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:

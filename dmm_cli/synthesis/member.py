@@ -43,7 +43,7 @@ class Member:
         self._originals = task.teachers
         copies: dict[nn.Module, nn.Module] = {}
         self._teachers = [_pooling(teacher.view(copies), settings.norm_average) for teacher in task.teachers]
-        self._space = task.space()
+        self._spec, self._space = task.spec, task.space()
         widths = torch.tensor([0, *(teacher.num_classes for teacher in task.teachers)])
         self._offsets = widths.cumsum(0)[:-1].tolist()
         with seeded(settings.seed, "generator weights", number):
@@ -115,7 +115,7 @@ class Member:
         moves, targets = drawn[: -len(self._teachers)], drawn[-len(self._teachers) :]
         condition = torch.cat([t + o for t, o in zip(targets, self._offsets, strict=True)])
         images = self._paint(latent, condition)  # in one pass, so that its normalisation sees all teachers
-        parts = moved(images, *moves).split([len(target) for target in targets])
+        parts = moved(images, self._spec, *moves).split([len(target) for target in targets])
         outcomes = [self._objective(*batch, turn) for batch in zip(self._teachers, parts, targets, strict=True)]
         loss = torch.stack([total for total, _ in outcomes]).sum()
         self._objective.require_gradient(loss)

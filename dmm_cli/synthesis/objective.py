@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..errors import DmmError
 from ..examples import Inputs
+from ..spaces import Spec, images_of
 from . import LOSSES
 from .teacher import Teacher
 
@@ -25,13 +27,18 @@ class Objective:
         weights: loss name to weight; a weight of 0 switches a loss off. Missing ones take their default.
         teachers: whether any of them has witnesses decides a default.
         student: frozen, for the losses that compare it with the teacher.
+        spec: of the inputs, by which losses of images know them.
 
     Raises:
         DmmError: there is no loss of that name, or none has a weight.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], teachers: Sequence[Teacher] = (), student: nn.Module | None = None
+        self,
+        weights: Mapping[str, float],
+        teachers: Sequence[Teacher] = (),
+        student: nn.Module | None = None,
+        spec: Spec | None = None,
     ) -> None:
         defaults = DEFAULT_WEIGHTS | (RECORDED_ELSEWHERE if any(teacher.witnesses for teacher in teachers) else {})
         defaults |= {} if student is None else AGAINST_STUDENT
@@ -42,13 +49,15 @@ class Objective:
                 "no loss is left to minimise",
                 hint="give --loss norm a weight; cross_entropy alone does where --class-prior tells the class mix",
             )
-        self._student = student
+        self._student, self._spec = student, spec
 
     def __call__(
         self, teacher: Teacher, images: Inputs, targets: torch.Tensor, turn: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Total loss (scalar) and its unweighted terms, detached; ``turn`` chooses the witness."""
         seen = teacher.observe(images, targets, self._student, turn)
+        if self._spec is not None:
+            seen = replace(seen, images=images_of(images, self._spec))
         terms = {name: loss(seen) for name, loss in self._losses.items()}
         return torch.stack(list(self._weighted(terms))).sum(), {name: term.detach() for name, term in terms.items()}
 

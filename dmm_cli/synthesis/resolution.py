@@ -16,23 +16,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import summary
-from ..examples import Inputs, each, forward, joined, named
-from ..spaces import Spec
+from ..examples import Inputs, forward, joined, named
+from ..spaces import Spec, each_image
 from .teacher import Teacher
 
 SMALLEST = 128  # pixels of a side; below, half of it shows too little
 
 
 def blocks(noise: torch.Tensor) -> torch.Tensor:
-    """Noise (B, ...); of images the same number in every block of 2 x 2 pixels."""
-    if noise.dim() != 4:
-        return noise
+    """Noise (B, C, H, W) that is the same number in every block of 2 x 2 pixels."""
     return noise[..., ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)  # (B, C, H, W)
 
 
-def halved(inputs: Inputs) -> Inputs:
+def halved(inputs: Inputs, spec: Spec) -> Inputs:
     """Images (B, C, H, W) at half the resolution; other inputs as they are."""
-    return each(inputs, lambda part: F.avg_pool2d(part, 2) if part.dim() == 4 else part)
+    return each_image(inputs, spec, lambda part: F.avg_pool2d(part, 2))
 
 
 @torch.no_grad()
@@ -47,7 +45,7 @@ def why_whole(teachers: Sequence[Teacher], spec: Spec, device: torch.device, stu
     models = {teacher.label: teacher.model for teacher in teachers} | ({"the student": student} if student else {})
     for name, model in models.items():
         try:
-            forward(model, halved(zeros))
+            forward(model, halved(zeros, spec))
         except Exception as error:  # whatever a network says to it
             return f"{name} takes one size only: {summary(error)}"
     return ""

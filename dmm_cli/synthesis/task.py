@@ -31,11 +31,12 @@ class Task:
 
     def objective(self) -> Objective:
         """What images are made for."""
-        return Objective(self.settings.weights, self.teachers, self.student)
+        return Objective(self.settings.weights, self.teachers, self.student, self.spec)
 
     def exploring(self) -> Objective:
         """The statistics alone, whatever the class: by these images a class prior is estimated."""
-        return Objective({**self.settings.weights, "cross_entropy": 0.0, "adversarial": 0.0}, self.teachers)
+        weights = {**self.settings.weights, "cross_entropy": 0.0, "adversarial": 0.0}
+        return Objective(weights, self.teachers, spec=self.spec)
 
     def space(self) -> Space:
         """Of the input, on the host's device."""

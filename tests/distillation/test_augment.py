@@ -72,6 +72,12 @@ def test_numbers_get_noise_in_their_own_deviation_and_tokens_none():
     assert torch.equal(named(posed(inputs, torch.ones(4000, 6)))["numbers"], numbers)
 
 
+def test_tokens_of_three_dimensions_are_no_images():
+    tokens = torch.arange(4 * 27).view(4, 3, 3, 3)
+    assert torch.equal(posed(tokens, torch.ones(4, 6)), tokens)
+    assert torch.equal(patched(tokens, -tokens, torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(4, 4)), tokens)
+
+
 def test_patches_cover_the_share_of_an_image_that_they_are_to():
     zeros, ones = torch.zeros(4000, 1, 32, 32), torch.ones(4000, 1, 32, 32)
     covered = patched(zeros, ones, draw_patches(4000, 0.5, stream())).mean((1, 2, 3))

@@ -27,6 +27,7 @@ from dmm_cli.loading import load_model
 from dmm_cli.report import console
 from dmm_cli.runtime import Host
 from dmm_cli.savepoint import Savepoint
+from dmm_cli.spaces import JointSpec, TokenSpec
 from dmm_cli.synthesis import ENGINES
 from dmm_cli.synthesis.average import PoolStatistics
 from dmm_cli.synthesis.batch import Batch, Job, Pixels
@@ -34,6 +35,7 @@ from dmm_cli.synthesis.inversion import synthesize
 from dmm_cli.synthesis.jitter import draw_moves, moved
 from dmm_cli.synthesis.losses import Observation
 from dmm_cli.synthesis.losses.adversarial import adversarial
+from dmm_cli.synthesis.losses.total_variation import total_variation
 from dmm_cli.synthesis.objective import Objective
 from dmm_cli.synthesis.plateau import WINDOW, Plateau
 from dmm_cli.synthesis.resolution import why_whole
@@ -55,7 +57,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_every_image_moves_by_its_own_draw_and_the_gradient_comes_back():
     images = normal(3, 2, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
     moves = torch.tensor([[1, 0, -2], [0, 3, -1], [0, 1, 1]])
-    got = moved(images, moves)
+    spec = InputSpec((2, 5, 7), (0.5,) * 2, (0.5,) * 2)
+    got = moved(images, spec, moves)
     expected = torch.stack(
         [images[0].roll(1, 1), images[1].flip(2).roll(3, 2), images[2].flip(2).roll((-2, -1), (1, 2))]
     )
@@ -64,11 +67,27 @@ def test_every_image_moves_by_its_own_draw_and_the_gradient_comes_back():
     (grad,) = torch.autograd.grad((got * weights).sum(), images, retain_graph=True)
     (wanted,) = torch.autograd.grad((expected * weights).sum(), images)
     assert torch.equal(grad, wanted)
-    both = Examples({"image": images, "vector": normal(3, 4)})
-    assert (
-        torch.equal(moved(both, moves).parts["image"], got)
-        and moved(both, moves).parts["vector"] is both.parts["vector"]
-    )
+    both = Examples({"image": images, "vector": normal(3, 4), "tokens": normal(3, 2, 5, 7)})
+    joint = JointSpec(tuple(both.parts), (spec, InputSpec((4,), (0.0,), (1.0,)), TokenSpec((2, 5), 7)))
+    parts = moved(both, joint, moves).parts
+    assert torch.equal(parts["image"], got)
+    assert all(parts[name] is both.parts[name] for name in ("vector", "tokens"))
+
+
+def test_roughness_is_that_of_images_alone():
+    """Weights of tokens have as many dimensions where these have two."""
+    inputs = Examples({"image": normal(2, 1, 4, 4), "tokens": normal(2, 3, 3, 5)})
+    joint = JointSpec(tuple(inputs.parts), (InputSpec((1, 4, 4), (0.5,), (0.5,)), TokenSpec((3, 3), 5)))
+
+    class Blind(torch.nn.Module):
+        def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            return image.new_zeros(len(image), 2)
+
+    weights = {"norm": 0.0, "cross_entropy": 0.0, "total_variation": 1.0}
+    teacher, targets = Teacher("blind", "0", Blind(), [], 2), torch.zeros(2).long()
+    objective = Task([teacher], joint, Settings(weights=weights), HOST).objective()
+    alone = Observation(inputs.parts["image"], targets.float(), targets, [])
+    assert objective(teacher, inputs, targets)[0] == total_variation(alone)
 
 
 def test_draws_stay_within_what_is_asked_for_and_nothing_is_drawn_for_nothing():

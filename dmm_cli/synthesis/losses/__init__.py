@@ -18,7 +18,7 @@ class Observation:
     """One batch of images and what the teacher made of it.
 
     Attributes:
-        images: (B, C, H, W), normalised, or all inputs of the teacher.
+        images: (B, C, H, W), normalised, or all inputs of the teacher that are images.
         logits: (B, K).
         targets: (B,), the wanted class of each image.
         layers: the statistics at every normalisation layer, in forward order.
