@@ -20,6 +20,12 @@ def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def batch_norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Those whose running statistics are of whole batches: InstanceNorm's variances are the means of every image's."""
+    of_images = nn.modules.instancenorm._InstanceNorm
+    return [(name, layer) for name, layer in norm_layers(model) if not isinstance(layer, of_images)]
+
+
 @dataclass(frozen=True)
 class NormInput:
     """A normalisation layer, and where its input has channels: their number, and the dimension they are in."""

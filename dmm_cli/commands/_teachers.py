@@ -171,11 +171,11 @@ def _witnesses(
 
 
 def _known_layers(model: nn.Module, statistics: Source | None, spec: Spec, device: torch.device) -> list[NormLayer]:
-    """Layers with running statistics, and those with recorded ones, which win; in module order."""
-    from ..norms import norm_layers
+    """Layers with running statistics of batches, and those with recorded ones, which win; in module order."""
+    from ..norms import batch_norm_layers
     from ..synthesis.statistics import NormLayer
 
-    running = norm_layers(model)
+    running = batch_norm_layers(model)
     known = {name: NormLayer(layer, layer.running_mean, layer.running_var) for name, layer in running}
     if statistics is not None:
         known |= _recorded_layers(model, statistics, spec, device)

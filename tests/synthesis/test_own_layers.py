@@ -87,6 +87,32 @@ def test_a_whole_record_makes_no_warning_where_a_layer_is_idle(digits, tmp_path)
     assert "leaves out" not in result.stderr and (result.exit_code == 0 or "recognises none" in result.stderr)
 
 
+class PerImage(Classifier):
+    """A network that normalises every image, and keeps the mean of their variances."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self.norm = nn.InstanceNorm1d(1, track_running_stats=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(images.flatten(2)).flatten(1))
+
+
+def test_statistics_of_every_image_are_recorded_as_those_of_batches(digits, tmp_path):
+    net, stats, out = (tmp_path / f"{name}.safetensors" for name in ("net", "stats", "out"))
+    model = PerImage().train()
+    with torch.no_grad():
+        model(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    metadata = {"dmm.arch": f"{__name__}:PerImage", "dmm.input": json.dumps(INPUT)}
+    save_file({name: value.numpy() for name, value in model.state_dict().items()}, net, metadata)
+    flags = ["--count", 8, "--steps", 2, "--batch", 8, "--class-prior", "1,1,1", "-o", out]
+    refused = dmm("synthesize", net, *flags)
+    assert refused.exit_code == 2 and "0 BatchNorm layers" in refused.stderr and "dmm record" in refused.stderr
+    assert dmm("record", net, "--data", digits, "-o", stats).exit_code == 0
+    result = dmm("synthesize", net, "--statistics", stats, *flags)
+    assert result.exit_code == 0 or "recognises none" in result.stderr, result.stderr
+
+
 class Uncalled(nn.Module):
     """A network that normalises by its layer's numbers, and not by the layer."""
 
