@@ -134,10 +134,14 @@ def _measured(model: nn.Module, layers: list[NormLayer], images: Inputs) -> tupl
 
 
 def _convert(model: nn.Module) -> None:
-    """Weights of plain products and convolutions in bfloat16; whoever shares them keeps them as they are."""
+    """Weights of plain products and convolutions in bfloat16; whoever shares them keeps them as they are.
+
+    A layer whose weight is computed from other parameters, as by ``torch.nn.utils.weight_norm``, is not plain.
+    """
     for module in model.modules():
-        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            for name, value in module.named_parameters(recurse=False):
+        held = dict(module.named_parameters(recurse=False))
+        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and held.keys() <= {"weight", "bias"}:
+            for name, value in held.items():
                 setattr(module, name, nn.Parameter(value.bfloat16(), requires_grad=False))
 
 

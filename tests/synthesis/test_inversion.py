@@ -126,6 +126,15 @@ def test_a_view_in_half_the_bits_computes_what_autocast_does_and_leaves_its_teac
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_are_computed_from_others_are_no_plain_ones():
+    model = torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(6, 4)), torch.nn.Linear(4, 3))
+    model.requires_grad_(False)(torch.zeros(1, 6))
+    view = Teacher("normed", "0" * 64, model, [], 3, precision="bfloat16").view()
+    found = {name: value.dtype for name, value in view.model.named_parameters()}
+    assert {name for name, dtype in found.items() if dtype == torch.bfloat16} == {"1.weight", "1.bias"}
+
+
 def test_a_known_prior_is_kept():
     (owner,), spec = teachers("d")
     given = replace(owner, prior=torch.tensor([0.0] * 7 + [0.25, 0.75, 0.0]), prior_from="--class-prior")
