@@ -125,6 +125,7 @@ class Pupil:
         hint = f"the student diverged, or rules classes out by minus infinity: try --learning-rate below {rate:g}"
         shown: dict[str, float] = {}
         while self.done < self._settings.steps:
+            self._separate_dropout()
             terms = step(*self._batch())
             self._trainer.advance()
             if self._recorder.wants(self.done - 1):
@@ -146,6 +147,15 @@ class Pupil:
         torch.set_rng_state(torch.from_numpy(state.arrays["dropout"]))
         if self._host.device.type == "cuda":
             torch.cuda.set_rng_state(torch.from_numpy(state.arrays["dropout_cuda"]), self._host.device)
+
+    def _separate_dropout(self) -> None:
+        """Draw other masks than the first process, which goes on with the global stream, as one alone does.
+
+        By the number of the step, so that what the first keeps is all it takes to go on.
+        """
+        if not self._host.ranks.is_first:
+            stream = random_stream(self._settings.seed, "dropout", self._host.ranks.rank, self.done)
+            torch.manual_seed(stream.initial_seed())
 
     def _batch(self) -> tuple[torch.Tensor, Inputs]:
         """This process's part of a batch: numbers of views (B,) and their images under noise (B, C, H, W)."""

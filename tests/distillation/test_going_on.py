@@ -100,6 +100,38 @@ def test_a_batch_that_cannot_be_shared_is_refused(count):
         taught(False, Host(CPU, ranks=Ranks(0, count)))
 
 
+class Drawing(nn.Module):
+    """Notes what it draws, as dropout would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[tuple[float, ...]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.drawn.append(tuple(torch.rand(3).tolist()))
+        return images
+
+
+class Echo(Ranks):
+    """Hears itself from every process."""
+
+    def gather(self, value: object) -> list[object]:
+        return [value] * self.count
+
+
+def test_every_process_draws_dropout_of_its_own(monkeypatch):
+    monkeypatch.setattr("dmm_cli.distillation.refine._shared", lambda student: student)
+    drawn = []
+    for ranks in (Echo(0, 1), Echo(0, 2), Echo(1, 2), Echo(1, 2)):
+        layer = Drawing()
+        model = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 3))
+        refine(model, [], lessons(), teachers(), Settings(steps=3, batch=8), Host(CPU, ranks=ranks))
+        drawn.append(layer.drawn)
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3], "the first draws what one alone does"
+    assert len({*drawn[1], *drawn[2]}) == 6
+
+
 PROGRAM = """
 import sys
 sys.path.append(sys.argv[1])
