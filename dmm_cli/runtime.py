@@ -86,8 +86,12 @@ def generator(seed: int, *salt: int | str) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, *salt: int | str) -> Iterator[None]:
-    """Make torch's global stream (used by weight initialisation) depend on seed and salt; restores it after."""
-    with torch.random.fork_rng(devices=[]):
+    """Make torch's global streams (used by weight initialisation) depend on seed and salt; restores them after.
+
+    Of GPUs that of the current one, since others are not used; of none where none is yet.
+    """
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=used):
         torch.manual_seed(generator(seed, *salt).initial_seed())
         yield
 

@@ -45,6 +45,22 @@ def test_streams_depend_on_seed_and_salt_alone():
         assert torch.equal(torch.rand(3), first)
 
 
+def test_the_stream_of_a_gpu_is_restored_too(monkeypatch):
+    """By a number in its place."""
+    state = [5]
+    for name, stand_in in {
+        "is_initialized": lambda: True,
+        "current_device": lambda: 0,
+        "get_rng_state": lambda device: list(state),
+        "set_rng_state": lambda held, device: state.__setitem__(0, held[0]),
+        "manual_seed_all": lambda seed: state.__setitem__(0, seed),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with seeded(0, "x"):
+        assert state != [5], "dropout on it depends on the seed"
+    assert state == [5]
+
+
 def test_parallel_jobs_run_on_one_thread_each_and_leave_the_rest_alone():
     seen = []
     threads = torch.get_num_threads()
