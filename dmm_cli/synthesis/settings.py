@@ -45,5 +45,5 @@ class Settings:
 
     @property
     def coarse_steps(self) -> int:
-        """Steps at half the resolution."""
-        return round(self.coarse * self.steps)
+        """Steps at half the resolution; the last one is never among them."""
+        return min(round(self.coarse * self.steps), self.steps - 1)

@@ -382,6 +382,10 @@ def test_blocks_of_pixels_are_one_until_the_full_resolution(large):
     assert [torch.equal(*pair) for pair in zip(shown, blocks, strict=True)] == [True] * 3 + [False] * 3
 
 
+def test_the_last_step_is_at_full_resolution():
+    assert [Settings(steps=steps, coarse=0.9).coarse_steps for steps in (1, 4, 10, 300)] == [0, 3, 9, 270]
+
+
 def test_where_half_the_resolution_does_not_do_all_steps_are_whole(large, tmp_path):
     sizes = ["--engine", "pixels", "--count", 4, "--batch", 4, "--steps", 4, "--coarse", 50, "--json"]
     loss = ["--loss", "cross_entropy=20"]
