@@ -180,7 +180,11 @@ class JointGenerator(nn.Module):
 
 
 def drawing(spec: Spec, conditions: int) -> nn.Module:
-    """A network that draws what a spec describes; for its arguments see ``Generator``."""
+    """A network that draws what a spec describes; for its arguments see ``Generator``.
+
+    An image of one pixel has no places: of one such image a part of a mixture could not normalise its channels.
+    """
     if isinstance(spec, JointSpec):
         return JointGenerator(spec, conditions)
-    return (Mixture if spec.is_image else NumberGenerator)(spec.free, conditions)
+    has_places = spec.is_image and spec.size[1:] != (1, 1)
+    return (Mixture if has_places else NumberGenerator)(spec.free, conditions)

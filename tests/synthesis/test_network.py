@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dmm_cli.synthesis.network import LATENT, Generator, Mixture, Resample, Style
+from dmm_cli.images import InputSpec
+from dmm_cli.synthesis.network import LATENT, Generator, Mixture, Resample, Style, drawing
+from dmm_cli.synthesis.settings import PARTS
 
 CONDITIONS = 3
 
@@ -38,6 +40,12 @@ def test_only_zeros_leave_a_frame(edges, frame):
     network.project.bias.data.copy_(bias.expand(-1, network.project.out_features // len(bias)).flatten())
     image = drawn(network, 1)
     assert bool(image.var((2, 3)).max() > 1e-6) == frame
+
+
+def test_an_image_of_one_pixel_is_drawn():
+    network = drawing(InputSpec((3, 1, 1), (0.5,) * 3, (0.5,) * 3), CONDITIONS).train()
+    count = PARTS  # one for each part of a mixture
+    assert network(torch.randn(count, LATENT), torch.zeros(count).long()).shape == (count, 3, 1, 1)
 
 
 def test_a_margin_is_drawn_and_cut_off():
