@@ -136,8 +136,10 @@ def load_pseudo_data(source: Source) -> PseudoData:
         images = {name: file.array(name) for name in inputs}
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
     _require_rows(path, spec, images, arrays)
-    for name, count in (("targets", arrays["logits"].shape[1]), ("teacher_id", len(teachers))):
+    numbers = {"targets": (arrays["logits"].shape[1], np.int64), "teacher_id": (len(teachers), np.int16)}
+    for name, (count, kind) in numbers.items():
         _require_numbers_of(path, name, arrays[name], count)
+        arrays[name] = arrays[name].astype(kind, copy=False)
     return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec)
 
 

@@ -155,6 +155,16 @@ def test_the_file_comes_back(tmp_path, drawn):
     assert got.teacher_index(data.teachers[1].sha256) == 1 and got.teacher_index("0") is None
 
 
+def test_numbers_of_another_kind_are_read_as_those_we_write(tmp_path, drawn):
+    data, path = drawn["pixels"].data, tmp_path / "p.safetensors"
+    others = {"targets": data.targets.astype(np.int32), "teacher_id": data.teacher_id.astype(np.uint8)}
+    save_pseudo_data(path, replace(data, **others), {})
+    got = load_pseudo_data(resolve_source(str(path)))
+    for name in others:
+        assert (getattr(got, name) == getattr(data, name)).all()
+        assert getattr(got, name).dtype == getattr(data, name).dtype
+
+
 def test_logits_beyond_float16_are_stored_by_their_differences():
     logits = torch.tensor([[9e4, 8e4, -9e4], [3.0, -torch.inf, -65510.0], [65504.0, 0.1, 2.0]])
     held = storable(logits).numpy().astype(np.float16)
