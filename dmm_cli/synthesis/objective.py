@@ -16,8 +16,8 @@ from .teacher import Teacher
 
 DEFAULT_WEIGHTS = {"norm": 1.0, "cross_entropy": 0.1, "total_variation": 0.0}
 RECORDED_ELSEWHERE = {"cross_norm": 1.0}  # where statistics of a teacher's data in other networks are known
-UNSOUND = "are weights and normalisation statistics those of a network that works? dmm evaluate tells"
 AGAINST_STUDENT = {"adversarial": 0.001}  # where there is a student; more makes images that merely fool it
+UNSOUND = "are weights and normalisation statistics those of a network that works? dmm evaluate tells"  # a hint
 
 
 class Objective:
