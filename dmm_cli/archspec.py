@@ -39,6 +39,11 @@ def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), values
 
 
+def name_of(text: str) -> str:
+    """The timm name or the factory that ``parse_arch`` finds, whatever its arguments."""
+    return _split(text)[0].strip()
+
+
 def stated_classes(text: str) -> int | None:
     """How many classes a timm name's arguments say there are; None where they do not, or it is a factory's."""
     name, arguments = parse_arch(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .archspec import parse_arch
+from .archspec import name_of, parse_arch
 from .errors import DmmError, printable, told_by
 from .inputs import Source
 
@@ -42,7 +42,7 @@ def require_trust(source: Source) -> None:
 
 def module_of(factory: str) -> str:
     """The module of ``package.module:factory,name=value``; empty for anything else."""
-    name = factory.partition(",")[0]
+    name = name_of(factory)  # what would be imported, wherever its arguments begin
     return name.partition(":")[0] if ":" in name else ""
 
 

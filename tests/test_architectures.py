@@ -139,6 +139,18 @@ def test_a_file_does_not_choose_what_code_runs(tmp_path, monkeypatch):
     assert mark.exists()
 
 
+@pytest.mark.parametrize("module", ["(a,b", "'a,b", " a_b "])
+def test_whatever_the_name_of_a_module_it_is_not_imported_without_trust(module, tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    (tmp_path / f"{module.strip()}.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nfrom torch.nn import Identity as net\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    save_file({}, tmp_path / "net.safetensors", {"dmm.arch": f"{module}:net"})
+    result = dmm("evaluate", tmp_path / "net.safetensors", "--data", tmp_path / "nothing.npz")
+    assert result.exit_code == 2 and "asks for code to be run" in result.stderr and not mark.exists()
+
+
 def test_the_flag_beats_metadata_beats_config(tmp_path):
     _, source = saved(tmp_path, "resnet18,num_classes=3", {"dmm.arch": "resnet18,num_classes=3"})
     assert arch.identify(source, "resnet34").spec == "resnet34"
