@@ -49,6 +49,14 @@ class Group(TyperGroup):
         with guard():
             return super().invoke(ctx)
 
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        """All options; what is done in place of a command is said on the line, not with DMM_VERSION=1 elsewhere."""
+        params = super().get_params(ctx)
+        for param in params:
+            if param.is_eager or not param.expose_value:
+                param.allow_from_autoenv = False
+        return params
+
 
 app = typer.Typer(
     cls=Group,

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import DEFAULT
 from ..errors import DmmError, EmptyPath, printable
 from ..registry import did_you_mean, mistyped
 from ..synthesis import ENGINES, presets
-from ..trust import grant, module_of
+from ..trust import grant, is_granted, module_of
 
 FORMATS = ("table", "json", "tsv", "md")
 SOURCES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP", "DEFAULT")  # of an option's value, nearest to the user first
@@ -92,10 +93,19 @@ Quiet = Annotated[bool, option("--quiet", "-q", help="Print only the essential, 
 DryRun = Annotated[bool, option("--dry-run", help="Check the inputs, print the plan, write nothing.")]
 
 
-def _trusted(arch: str | None) -> str | None:
-    """Whoever names a factory by hand trusts its module in the files too."""
-    if arch and module_of(arch):
-        grant([module_of(arch)])
+def _trusted(context: typer.Context, arch: str | None) -> str | None:
+    """Whoever names a factory by hand trusts its module in the files too; who only has a dmm.toml does not."""
+    module = module_of(arch or "")
+    source = context.get_parameter_source("arch")
+    found = source is not None and source.name == "DEFAULT_MAP" and context.parent.params["config"] is None
+    if module and found and not is_granted(arch):
+        raise DmmError(
+            f"arch of {context.info_name} in {DEFAULT} asks for code to be run: {printable(arch)}",
+            hint=f"if you know that code, say so: dmm --trust {printable(module)} COMMAND ..., "
+            f"or name the file: dmm --config {DEFAULT} COMMAND ...",
+        )
+    if module:
+        grant([module])
     return arch
 
 

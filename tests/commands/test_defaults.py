@@ -103,3 +103,28 @@ def test_a_misspelt_variable_of_the_environment_is_refused(tmp_path, monkeypatch
     result = dmm(*command)
     assert result.exit_code == 2 and "DMM_MERGE_METOD in the environment" in result.stderr
     assert "did you mean DMM_MERGE_METHOD?" in result.stderr
+
+
+def test_an_automatic_file_of_defaults_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DMM_TRUST", "")
+    (tmp_path / "code_of_defaults.py").write_text("open('mark', 'w').close()\nfrom torch.nn import Identity as net\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dmm.toml").write_text('[inspect]\narch = "code_of_defaults:net"\n')
+    result = dmm("inspect", SITES[0])
+    assert result.exit_code == 2 and "dmm.toml asks for code to be run: code_of_defaults:net" in result.stderr
+    assert "dmm --trust code_of_defaults" in result.stderr and not (tmp_path / "mark").exists()
+    for words in (["--trust", "code_of_defaults"], ["--config", "dmm.toml"]):
+        monkeypatch.setenv("DMM_TRUST", "")
+        assert "does not fit" in dmm(*words, "inspect", SITES[0]).stderr
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("VERSION", "1"), ("VERSION", "1.0.0"), ("HELP", "1"), ("INSTALL_COMPLETION", "?"), ("SHOW_COMPLETION", "?")],
+)
+def test_what_only_prints_words_is_asked_for_on_the_line_alone(name, value, monkeypatch):
+    monkeypatch.setenv(f"DMM_{name}", value)
+    result = dmm("inspect", SITES[0], "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["label"] == "site-a", result.stderr
