@@ -15,10 +15,10 @@ from ..devices import require_device_name, require_precision
 from ..distillation.settings import Settings
 from ..errors import CheckFailed, DmmError, capped, printable
 from ..files import check_output
-from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources
+from ..inputs import Source, files_of, named_files, resolve_source, resolve_sources, twins
 from ..metadata import class_names
 from ..ranks import Ranks, joined
-from ..synthesis.kind import require_pseudo_data
+from ..synthesis.kind import require_made_from, require_pseudo_data
 from . import _options as options
 from ._provenance import inherited, lineage, records, stamp
 from ._run import epilog, resumable, standard_input
@@ -101,6 +101,9 @@ def distill(
     for teacher in sources:
         require_told([teacher], untold(teacher, arch))
     require_same_class_names([*sources, *students])  # pseudo-data know teachers by their files: a hint changes others
+    require_made_from(pseudo, sources)
+    for _, teacher in twins(sources):
+        raise DmmError(f"{teacher.path} is among the teachers twice", hint="name it once")
 
     from ..report.console import Progress, emit_plan, status
 
@@ -240,9 +243,7 @@ def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source]
 
 
 def _require_lessons_of_each(data: PseudoData, places: Sequence[int], teachers: Sequence[Source]) -> None:
-    for number, (place, teacher) in enumerate(zip(places, teachers, strict=True)):
-        if place in places[:number]:
-            raise DmmError(f"{teacher.path} is among the teachers twice", hint="name it once")
+    for place, teacher in zip(places, teachers, strict=True):
         if not (data.teacher_id == place).any():
             raise DmmError(f"the pseudo-data hold no image of {teacher.path}", hint="make them again: dmm synthesize")
 

@@ -27,7 +27,7 @@ from ..merging.recipe import DTYPES, Recipe
 from ..ranks import joined
 from ..registry import Registry
 from ..shards import parse_size
-from ..synthesis.kind import require_pseudo_data
+from ..synthesis.kind import require_made_from, require_pseudo_data
 from . import _options as options
 from ._align import POLICIES as ALIGN
 from ._align import Aligning
@@ -218,6 +218,8 @@ def _check_plan(
     check_outputs(to, least, inputs_of(sources, recipe), more=least is not known)
     if recipe.features:
         require_pseudo_data(recipe.features)
+        merged = [part.members for part in least.groups if settled and len(part.members) > 1]
+        require_made_from(recipe.features, [sources[i] for members in merged for i in members])
 
 
 def _require_one_group(aligning: Aligning, grouping: Grouping) -> None:

@@ -11,7 +11,7 @@ from ..errors import CheckFailed, DmmError
 from ..inputs import files_of, named_files, resolve_source, resolve_sources
 from ..similarity import MEASURES
 from ..similarity.parts import comparable_parts
-from ..synthesis.kind import require_pseudo_data
+from ..synthesis.kind import require_made_from, require_pseudo_data
 from . import _options as options
 from ._measures import with_aligned, with_cka
 from ._outputs import check_files
@@ -76,6 +76,8 @@ def similarity(
     if pseudo:
         require_pseudo_data(pseudo)
     check_files(output, figure, inputs=[*read, *named_files(checkpoints)], force=force)
+    if pseudo:
+        require_made_from(pseudo, sources)  # last: checkpoints are hashed for it
 
     from ..report.console import Progress, emit, emit_plan, status
 

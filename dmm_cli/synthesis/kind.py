@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from ..errors import DmmError, printable
 from ..inputs import Source
 
@@ -27,3 +30,22 @@ def require_arrays(source: Source, names: tuple[str, ...]) -> None:
         raise DmmError(
             f"pseudo-data file {source.path} is incomplete", evidence=[f"missing {printable(name)}" for name in missing]
         )
+
+
+def require_made_from(data: Source, teachers: Sequence[Source]) -> None:
+    """Raise DmmError for a checkpoint that nothing was made from, in the words of whoever reads the images.
+
+    Metadata that do not tell of teachers are left to them too.
+    """
+    try:
+        told = [(str(item["label"]), str(item["sha256"])) for item in json.loads(data.metadata["dmm.teachers"])]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return
+    known = {digest for _, digest in told}
+    for teacher in teachers:
+        if teacher.sha256 not in known:
+            raise DmmError(
+                f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
+                evidence=[f"it was made from {label} (sha256 {digest[:12]}...)" for label, digest in told],
+                hint="name the teachers the pseudo-data were made from, or synthesize again",
+            )

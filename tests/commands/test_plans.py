@@ -91,6 +91,31 @@ def test_a_checkpoint_in_place_of_pseudo_data_is_refused(tmp_path, command):
     assert words.startswith(f"error: not a pseudo-data file: {SITES[0]}")
 
 
+@pytest.fixture
+def of_one(tmp_path):
+    """Pseudo-data of the first site."""
+    return digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5))])
+
+
+@pytest.mark.parametrize("command", [["distill", SITES[0], *SITES], ["similarity", *SITES], ["merge", *SITES]])
+def test_a_checkpoint_that_no_pseudo_data_were_made_from_is_refused(tmp_path, of_one, command):
+    flag = "--recalibrate" if command[0] == "merge" else "--data"
+    words = refused_by_both(*command, flag, of_one, "-o", tmp_path / "out.safetensors")
+    assert words.startswith(f"error: the pseudo-data hold nothing of teacher {SITES[1]} (sha256 ")
+    assert "it was made from site-a (sha256 " in words
+
+
+def test_groups_of_one_need_no_pseudo_data(tmp_path, of_one):
+    command = ["merge", *SITES, "--recalibrate", of_one, "-o", tmp_path / "out", "--group", "-", "--dry-run"]
+    assert dmm(*command, text=json.dumps({"groups": [["site-a"], ["site-b"]]})).exit_code == 0
+    assert "hold nothing of" in dmm(*command, text=json.dumps({"groups": [["site-a", "site-b"]]})).stderr
+
+
+def test_a_teacher_named_twice_is_refused(tmp_path, of_one):
+    command = ["distill", SITES[1], SITES[0], SITES[0], "--data", of_one, "-o", tmp_path / "out.safetensors"]
+    assert refused_by_both(*command).startswith(f"error: {SITES[0]} is among the teachers twice")
+
+
 def test_teachers_and_students_that_name_other_classes_are_refused(telling, tmp_path):
     names = telling("dmm.classes", '["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]')
     pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITES[0], range(5))])
