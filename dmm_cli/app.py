@@ -163,8 +163,8 @@ def _require_fit(parameter: Any, value: Any) -> None:
     for part in value if several else [value]:
         if isinstance(part, dict) or (isinstance(part, bool) and not getattr(parameter, "is_flag", False)):
             raise ValueError("a number or a string is wanted")
-        if part == "" and parameter.name in options.READ:
-            raise ValueError("it is the path of an input")
+        if part == "" and parameter.name in options.READ | options.WRITTEN:
+            raise ValueError(f"it is the path of an {'input' if parameter.name in options.READ else 'output'}")
 
 
 def _require_one_process(command: str | None) -> None:

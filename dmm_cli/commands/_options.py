@@ -20,6 +20,7 @@ from ..trust import grant, is_granted, module_of
 FORMATS = ("table", "json", "tsv", "md")
 SOURCES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP", "DEFAULT")  # of an option's value, nearest to the user first
 READ = {"against", "base", "data", "owner", "recalibrate", "statistics", "student"}  # parameters: paths of inputs
+WRITTEN = {"figure", "grid", "output"}  # and of outputs
 LARGEST = 2**53  # integers up to here are exact in every reader's JSON
 
 
@@ -36,7 +37,7 @@ def require_paths(parameters: Iterable[Any], line: Sequence[str]) -> None:
 
     Of an empty path Typer makes that of the current directory.
     """
-    flags = {flag for parameter in parameters if parameter.name in READ for flag in parameter.opts}
+    flags = {flag for parameter in parameters if parameter.name in READ | WRITTEN for flag in parameter.opts}
     for word, following in zip_longest(line, line[1:]):
         flag, equals, value = word.partition("=")
         if flag in flags and not value and (equals or following == ""):

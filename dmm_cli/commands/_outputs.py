@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def file_or_directory(
         more: whether there may be others, whose names are not known yet.
 
     Raises:
-        DmmError: there is no output, several names do not fit in one file, one is to go to a file of another kind, or a
-            path cannot or must not be written.
+        DmmError: there is no output, several names do not fit in one file, one is to go to a file of another kind, two
+            have one name, or a path cannot or must not be written.
     """
     if output is None:
         raise DmmError("nowhere to write", hint=f"name a file with -o {example}, or a directory for several")
@@ -60,6 +61,9 @@ def file_or_directory(
         raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
     require_writable(output if output.is_dir() else output.parent)
     paths = tuple(output / f"{name}.safetensors" for name in names)
+    path, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise DmmError(f"{times} outputs for one file: {path}", hint="write them to different directories, one by one")
     for path in paths if output.is_dir() else ():
         check_output(path, inputs=inputs, force=force)
     return paths

@@ -49,6 +49,13 @@ def test_however_it_is_started_it_is_called_dmm():
         (["distill", *SITES[:2], "--data", "", "-o", "out.safetensors"], "--data"),
         (["run", *SITES[:2], "--statistics", "", "-o", "out"], "--statistics"),
         (["run", *SITES[:2], "--data", "", "-o", "out"], "--data"),
+        (["merge", *SITES[:2], "-o", ""], "-o"),
+        (["merge", *SITES[:2], "--output="], "--output"),
+        (["align", *SITES[:2], "-o", ""], "-o"),
+        (["record", SITES[0], "--data", DIGITS / "test.safetensors", "-o", ""], "-o"),
+        (["run", *SITES[:2], "-o", ""], "-o"),
+        (["similarity", *SITES[:2], "--figure", ""], "--figure"),
+        (["inspect", SITES[0], "--grid", ""], "--grid"),
     ],
 )
 def test_an_empty_path_is_not_the_current_directory(tmp_path, monkeypatch, line, what):
@@ -65,6 +72,9 @@ def test_an_empty_path_in_dmm_toml_is_refused(tmp_path, monkeypatch):
     (tmp_path / "dmm.toml").write_text('[evaluate]\ndata = ""\n')
     result = dmm("evaluate", SITES[0])
     assert result.exit_code == 2 and "data of evaluate cannot be '': it is the path of an input" in result.stderr
+    (tmp_path / "dmm.toml").write_text('[merge]\noutput = ""\n')
+    result = dmm("merge", *SITES[:2])
+    assert result.exit_code == 2 and "output of merge cannot be '': it is the path of an output" in result.stderr
 
 
 @pytest.mark.parametrize(

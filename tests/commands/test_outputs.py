@@ -79,6 +79,16 @@ def test_a_directory_whose_name_a_link_to_nothing_has_is_told(tmp_path, command)
         assert "it points to gone" in result.stderr and list(tmp_path.iterdir()) == [link]
 
 
+def test_statistics_of_two_networks_are_two_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/b-c", "a-b/c", "x/c"):
+        Path(name).parent.mkdir()
+        Path(f"{name}.safetensors").write_bytes(SITES[0].read_bytes())
+    names = ["a/b-c.safetensors", "a-b/c.safetensors", "x/c.safetensors"]
+    result = dmm("record", *names, "--owner", SITES[1], "--data", TEST, "-o", "stats", "--force", "--dry-run")
+    assert result.exit_code == 2 and "2 outputs for one file: stats/site-b-in-a-b-c.safetensors" in result.stderr
+
+
 def test_a_report_and_its_figure_are_two_files(tmp_path):
     result = dmm("similarity", *SITES[:2], "-o", tmp_path / "x.png", "--figure", tmp_path / "x.png")
     assert result.exit_code == 2 and "two outputs for one file" in result.stderr and not list(tmp_path.iterdir())
