@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = {".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # of these; EPS would start a program
 IMAGE_FOLDER = "an ImageFolder holds one directory per class, with the images in it"
 
 
@@ -107,9 +108,9 @@ def decode(path: Path, channels: int) -> np.ndarray:
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise DmmError(f"cannot read image {path}: not a regular file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             pixels = np.array(_in_bytes(image, path).convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow calls a broken PNG a syntax error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format, of broken files
         raise DmmError(f"cannot read image {path}: {printable(str(error))}") from None
     return pixels.reshape(1, *pixels.shape[:2], -1).transpose(0, 3, 1, 2)  # (1, C, H, W)
 

@@ -73,6 +73,21 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert result.exit_code == 2 and "not a regular file" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("cut.pgm", b"P5\n9", "Reached EOF while reading header"),
+        ("photo.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n", "cannot identify image file"),
+    ],
+)
+def test_a_broken_image_and_one_of_another_kind_are_named(tmp_path, name, content, words):
+    path = tmp_path / "data" / "7" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    result = dmm("evaluate", SITE, "--data", tmp_path / "data")
+    assert result.exit_code == 2 and f"cannot read image {path}: {words}" in result.stderr, result.stderr
+
+
 def test_wide_integers_that_may_be_of_eight_bits_are_refused(tmp_path):
     (tmp_path / "dark.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0, 200, 255, 255]))  # which tells its white
     assert decode(tmp_path / "dark.pgm", 1).ravel().tolist() == [1, 255]
