@@ -99,6 +99,8 @@ def read_header(path: Path) -> Header:
         if length > min(status.st_size - 8, MAX_HEADER) or length < 2:
             raise _not_safetensors(path, os.pread(descriptor, 512, 0), length, status.st_size)
         text = _read_exactly(descriptor, length, 8)
+    except OSError as error:
+        raise DmmError(f"cannot read {path}: {error.strerror}") from None
     finally:
         os.close(descriptor)
     record = _parse_json(path, text)

@@ -160,6 +160,12 @@ def test_missing_file_suggests_a_neighbour(write):
     assert "did you mean" in message(path.with_name("modle.safetensors"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that opens and is not read")
+def test_a_file_that_cannot_be_read_is_named():
+    with pytest.raises(DmmError, match="cannot read /proc/self/mem: "):
+        read_header(Path("/proc/self/mem"))
+
+
 def test_a_fifo_is_refused_at_once(tmp_path):
     path = tmp_path / "pipe.safetensors"
     os.mkfifo(path)
