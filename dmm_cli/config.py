@@ -35,7 +35,7 @@ def load_config(
 
     try:
         tables = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:  # the latter: of what is nested a thousand deep
         raise DmmError(f"{path} is not valid TOML: {error}") from None
     defaults: dict[str, dict[str, Any]] = {}
     for command, table in tables.items():

@@ -60,7 +60,7 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
     """Raise DmmError when a path to write to is one of the inputs, by whatever name, or one that is not there yet."""
     for source in inputs:
         there = path.exists() and source.exists()
-        if os.path.samefile(path, source) if there else path.resolve() == source.resolve():
+        if os.path.samefile(path, source) if there else os.path.realpath(path) == os.path.realpath(source):
             what = "is" if there else "would be read in place of"
             raise DmmError(f"the output {what} one of the inputs: {path}", hint="name another file with -o")
 

@@ -282,14 +282,17 @@ def read_standard_input(stdin: TextIO | None) -> str:
     """All there is.
 
     Raises:
-        DmmError: there is no standard input.
+        DmmError: there is no standard input, or it is not text.
     """
     if stdin is None:
         raise DmmError(
             "standard input cannot be read: it is closed, or shared by the processes of torchrun",
             hint="write it to a file, and name that: @list.txt, or report.json",
         )
-    return stdin.read().removeprefix(MARK)
+    try:
+        return stdin.read().removeprefix(MARK)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DmmError(f"cannot read standard input: {printable(str(error))}") from None
 
 
 def read_text(path: Path) -> str:

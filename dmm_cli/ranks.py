@@ -85,8 +85,17 @@ class Ranks:
 
 
 def process_count() -> int:
-    """How many processes torchrun started, 1 where it did not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun started, 1 where it did not.
+
+    Raises:
+        DmmError: the environment tells no number.
+    """
+    told = os.environ.get("WORLD_SIZE") or "1"
+    if not told.isdecimal() or int(told) < 1:
+        raise DmmError(
+            f"WORLD_SIZE is not a number of processes: {printable(told)}", hint="unset it, unless torchrun set it"
+        )
+    return int(told)
 
 
 def speaks_for_all() -> bool:

@@ -45,6 +45,8 @@ def remember(digests: Mapping[Path, tuple[Fingerprint, str]]) -> None:
 def _file() -> Path:
     named = os.environ.get("XDG_CACHE_HOME", "")
     cache = named if os.path.isabs(named) else os.path.expanduser("~/.cache")  # the XDG specification says so
+    if not os.path.isabs(cache):
+        raise FileNotFoundError("no home directory")
     return Path(cache) / "dmm" / "sha256.json"
 
 
@@ -52,7 +54,7 @@ def _load() -> dict[str, list]:
     try:
         entries = json.loads(_file().read_text())
         return {path: entry for path, entry in entries.items() if _is_entry(entry)}
-    except (OSError, ValueError, AttributeError):  # not there, or not ours
+    except (OSError, ValueError, AttributeError, RecursionError):  # not there, or not ours
         return {}
 
 

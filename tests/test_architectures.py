@@ -114,6 +114,12 @@ def test_mistyped_arguments_of_an_architecture(spec, hint):
     assert caught.value.hint == hint
 
 
+@pytest.mark.parametrize("value", ["{[]:1}", f"{'(' * 9000}1{')' * 9000}"], ids=["a list as a key", "deep"])
+def test_what_is_no_literal_is_text(value):
+    name, arguments = arch.parse_arch(f"resnet18,x={value}")
+    assert name == "resnet18" and arguments == {"x": value}
+
+
 def test_a_factory_is_called():
     assert isinstance(arch.build("torch.nn:Identity"), torch.nn.Identity)
 

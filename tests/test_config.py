@@ -35,7 +35,9 @@ def test_dashes_and_underscores_are_one(tmp_path):
         ("[merge]\ndry-run = true\ndry_run = false\n", "dry_run of merge is there twice", "leave one out"),
         ("[merge]\na-b-c = 1\na-b_c = 1\n", "a_b_c of merge is there twice", "leave one out"),
         ("[merge\n", "not valid TOML", None),
+        (f"a = {'[' * 9000}\n", "not valid TOML", None),
     ],
+    ids=lambda text: text and text[:40],
 )
 def test_mistakes_are_named(tmp_path, text, what, hint):
     path = write(tmp_path, text)

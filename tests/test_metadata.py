@@ -52,7 +52,11 @@ def test_classes_are_named_in_the_order_of_the_rows(told):
     assert class_names(told()) is class_counts(told()) is None and stated_input(told()) == {}
 
 
-@pytest.mark.parametrize("text", ["[", "5", "[]", '["9"]', "[1, -1]", "[1, true]", "[NaN]", '{"cat": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[", "5", "[]", '["9"]', "[1, -1]", "[1, true]", "[NaN]", '{"cat": 1}', "[Infinity]", f"[1{'0' * 400}]"],
+    ids=lambda text: text[:12],
+)
 def test_damaged_counts_are_refused(told, text):
     with pytest.raises(DmmError, match=r"a\.safetensors: dmm\.class_counts is not a JSON list of numbers"):
         class_counts(told("dmm.class_counts", text))

@@ -103,7 +103,11 @@ def test_the_oldest_are_forgotten(cache, write, monkeypatch):
     assert list(json.loads(cache.read_text())) == [str(path) for path in paths[1:]]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": 1}', '{"PATH": [1, 2, 3, 4, 5, "short"]}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "{", '{"a": 1}', '{"PATH": [1, 2, 3, 4, 5, "short"]}', "\udcff", "[" * 9000],
+    ids=lambda text: text[:40],
+)
 def test_a_damaged_cache_is_replaced(cache, three, content):
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content.replace("PATH", str(three[0])).encode(errors="surrogateescape"))
@@ -116,6 +120,14 @@ def test_without_a_place_to_write_files_are_hashed_each_time(three, tmp_path, mo
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert hashed(three[0]) == sha256(three[0])
+
+
+def test_without_a_home_nothing_is_remembered(three, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "nowhere")  # as ~ stays where the system knows none
+    there = set(tmp_path.iterdir())
+    assert hashed(three[0]) == sha256(three[0]) and set(tmp_path.iterdir()) == there
 
 
 def test_shards_are_remembered_one_by_one(cache, three, tmp_path):

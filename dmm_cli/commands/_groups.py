@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -171,7 +172,7 @@ def _require_same_merge(
         **told,
         groups=[group.members for group in grouping.groups],
         aligning=asdict(aligning),
-        outputs=[str(path.resolve()) if ranks.local == ranks.count else path.name for path in outputs],
+        outputs=[os.path.realpath(path) if ranks.local == ranks.count else path.name for path in outputs],
         max_shard=to.max_shard,
     )
 

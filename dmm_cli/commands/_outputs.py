@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ def check_files(output: Path | None, picture: Path | None = None, *, inputs: Seq
         from ..report.figures import check_drawable
 
         check_drawable(picture)
-    if output and picture and output.resolve() == picture.resolve():
+    if output and picture and os.path.realpath(output) == os.path.realpath(picture):
         raise DmmError(f"two outputs for one file: {picture}")
     for path in filter(None, (output, picture)):
         check_output(path, inputs=inputs, force=force)

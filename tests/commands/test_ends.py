@@ -142,3 +142,25 @@ def test_streams_that_are_closed(tmp_path, closed, flags, code, told):
     assert resolve_source(str(out)).tensors if code == 0 else out.stat().st_size == 0
     if "--json" in flags:
         assert json.loads(result.stdout)["outputs"] == [str(out)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [(b"\xff", "cannot read standard input: 'utf-8' codec"), (None, "cannot read standard input: [Errno")],
+)
+def test_standard_input_that_cannot_be_read_is_told(tmp_path, text, told):
+    """Bytes that are no text, and what is open to be written to."""
+    (tmp_path / "bytes").write_bytes(text or b"")
+    descriptor = os.open(tmp_path / "bytes", os.O_RDONLY if text else os.O_WRONLY)
+    result = shell("similarity", "-", "-q", env={"PYTHONIOENCODING": "utf-8:strict"}, stdin=descriptor)
+    os.close(descriptor)
+    assert result.returncode == 2 and f"error: {told}" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("size", "code"), [("", 0), ("two", 2), ("0", 2)])
+def test_a_number_of_processes_that_is_none(monkeypatch, size, code):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    result = dmm("inspect", SITES[0], "-q")
+    assert result.exit_code == code and result.stderr.startswith("error: WORLD_SIZE is not" if code else ""), (
+        result.stderr
+    )

@@ -89,6 +89,23 @@ def test_statistics_of_two_networks_are_two_files(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "2 outputs for one file: stats/site-b-in-a-b-c.safetensors" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["similarity", *SITES[:2], "-o", "l"], "the output exists: l"),
+        (["similarity", *SITES[:2], "-o", "r.txt", "--figure", "l.png"], "the output exists: l.png"),
+        (["merge", *SITES[:2], "-o", "l.safetensors"], "the output exists: l.safetensors"),
+        (["evaluate", SITES[0], "--data", "l", "-o", "o.json"], "cannot read l: Too many levels of symbolic links"),
+    ],
+)
+def test_links_that_lead_in_circles_are_no_files(tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("l", "l.png", "l.safetensors"):
+        Path(name).symlink_to(name)
+    result = dmm(*command)
+    assert result.exit_code == 2 and f"error: {words}\n" in result.stderr, result.stderr
+
+
 def test_a_report_and_its_figure_are_two_files(tmp_path):
     result = dmm("similarity", *SITES[:2], "-o", tmp_path / "x.png", "--figure", tmp_path / "x.png")
     assert result.exit_code == 2 and "two outputs for one file" in result.stderr and not list(tmp_path.iterdir())
