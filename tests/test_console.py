@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 
 import pytest
 import torch
-from conftest import dmm
+from conftest import DIGITS, dmm
 from networks import lively
 from safetensors.torch import save_file
 
@@ -70,3 +72,30 @@ def test_what_networks_print_does_not_mix_with_the_result(tmp_path, monkeypatch)
     assert short.stdout == "25.0000\n" and rows.stdout.count("\t") and "in " not in rows.stdout
     for place in ("at import", "in the factory", "in example_inputs", "in forward"):
         assert place in whole.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "shown"), [("utf-8", b"\xff", b"\xff"), ("latin1", "模".encode(), b"\\u6a21")]
+)
+def test_results_reach_a_stream_that_cannot_hold_their_letters(tmp_path, monkeypatch, encoding, name, shown):
+    monkeypatch.chdir(tmp_path)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        with console.results_alone():
+            console.emit(os.fsdecode(name) + ".safetensors")
+    stdout.flush()
+    assert stdout.buffer.getvalue() == shown + b".safetensors\n"
+
+
+def test_names_from_outside_are_escaped_in_plans_and_progress(tmp_path, monkeypatch):
+    odd = tmp_path / "a\x1b[31m.safetensors"
+    odd.write_bytes((DIGITS / "site-a.safetensors").read_bytes())
+    monkeypatch.setattr(console, "PATIENCE", -1.0)
+    data = tmp_path / "data.safetensors"
+    save_file({"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, data)
+    command = ["record", odd, "--data", data, "-o", tmp_path / "o.safetensors"]
+    plan = dmm(*command, "--dry-run")
+    assert plan.exit_code == 0 and "a\\x1b[31m" in plan.stdout and "\x1b" not in plan.stdout
+    done = dmm(*command)
+    assert done.exit_code == 0 and "a\\x1b[31m 100%" in done.stderr and "\x1b" not in done.stderr, done.stderr

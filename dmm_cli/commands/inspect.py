@@ -44,8 +44,6 @@ def inspect(
     style = options.chosen_format(format, json)
     source = resolve_source(checkpoint)
     check_files(output, grid, inputs=files_of([source]), force=force)
-    if grid:
-        _draw(source, grid, force)
 
     from ..report.console import emit, status
     from ..report.tables import inspection_tables, render
@@ -54,19 +52,20 @@ def inspect(
     for warning in record.warnings:
         status(f"warning: {warning}")
     if style == "json":
-        emit(dump(record), output, force=force)
+        shown = dump(record)
     elif quiet:
         essential = [tensor.name for tensor in record.tensors] or [record.architecture.spec or "unknown"]
-        emit("\n".join(map(printable, essential)), output, force=force)
+        shown = "\n".join(printable(word, None) for word in essential)
     else:
-        emit(render(inspection_tables(record), style), output, force=force)
+        shown = render(inspection_tables(record), style)
+    emit(shown, output, beside={grid: _drawn(source, grid)} if grid else {}, force=force)
 
 
-def _draw(source: Source, grid: Path, force: bool) -> None:
-    from ..report.figures import image_grid
+def _drawn(source: Source, grid: Path) -> bytes:
+    from ..report.figures import draw_image_grid, encode
     from ..synthesis.pseudodata import load_pseudo_data
 
-    image_grid(load_pseudo_data(source), grid, force=force)
+    return encode(draw_image_grid(load_pseudo_data(source)), grid.suffix[1:])
 
 
 def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = False) -> Inspection:

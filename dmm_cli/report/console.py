@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
 import sys
@@ -19,6 +20,7 @@ from ..ranks import speaks_for_all
 
 INTERVAL = 30.0  # seconds between progress lines off a terminal
 PATIENCE = 0.5  # seconds
+HELD = "dmm.held"  # how letters are written that an encoding lacks
 
 _stdout: ContextVar[TextIO] = ContextVar("stdout")  # where results go while nothing else does
 
@@ -51,13 +53,32 @@ def emit(
     text = text if text.endswith("\n") else text + "\n"
     write_files({**beside, **({output: text.encode()} if output else {})}, force=force)
     if output is None:
-        _stdout.get(sys.stdout).write(text)
+        _write(text, _stdout.get(sys.stdout))
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """Text whose names of files are not in the stream's encoding as their bytes, other letters it lacks escaped."""
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        stream.reconfigure(errors=HELD)
+        stream.write(text)
+
+
+def _held(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(HELD, _held)
 
 
 def emit_plan(words: str, *, as_json: bool) -> None:
     """What a dry run tells; of several processes the first does."""
     if speaks_for_all():
-        emit(json.dumps({"schema": "dmm.plan/1", "plan": words}) if as_json else words)
+        emit(json.dumps({"schema": "dmm.plan/1", "plan": words}) if as_json else printable(words, None))
 
 
 class Progress:
@@ -90,6 +111,7 @@ class Progress:
         return fraction >= share or now >= due
 
     def _show(self, text: str, seconds: float, finished: bool, numbers: dict[str, float]) -> None:
+        text = printable(text, None)
         text += "".join(f"  {name} {value:.4g}" for name, value in numbers.items()) + f"  {seconds:.0f} s"
         if self._live:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DIGITS, dmm
+from conftest import DIGITS, digits_as_pseudo_data, dmm
 from safetensors.numpy import save_file
 
 from dmm_cli.inputs import resolve_source
@@ -66,3 +66,15 @@ def test_an_input_in_a_form_of_its_own_is_no_damage(tmp_path, kind):
         save_file({"a": np.zeros(1)}, path, {"dmm.kind": kind, "dmm.input": text})
         warnings = json.loads(dmm("inspect", path, "--json").stdout)["warnings"]
         assert bool(warnings) == warns and all("dmm.input is not" in line for line in warnings)
+
+
+def test_a_grid_is_drawn_with_the_report_or_not_at_all(tmp_path):
+    pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITE, [0])])
+    result = dmm("inspect", pseudo, "--grid", tmp_path / "g.png", "--arch", "nope")
+    assert result.exit_code == 2 and "nope" in result.stderr and list(tmp_path.iterdir()) == [pseudo]
+
+
+def test_quiet_names_are_whole(tmp_path):
+    path, name = tmp_path / "long.safetensors", "block." * 50 + "weight"
+    save_file({name: np.ones((2, 2), np.float32)}, path, {"dmm.arch": f"resnet18,x={'1' * 300}"})
+    assert dmm("inspect", path, "-q", "--tensors").stdout == f"{name}\n"
