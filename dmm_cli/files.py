@@ -26,24 +26,30 @@ def check_output(path: Path, *, inputs: Iterable[Path] = (), force: bool = False
     """
     refuse_inputs(path, inputs)
     if path.is_dir():
-        raise DmmError(f"the output is a directory: {path}", hint="name a file in it with -o")
+        raise DmmError(f"the output is a directory: {path}", hint="name a file in it")
     if path.exists() and not path.is_file():
-        raise DmmError(f"the output is not a regular file: {path}", hint="leave -o out to write to standard output")
+        raise DmmError(
+            f"the output is not a regular file: {path}",
+            hint="name a file; what is told where -o may be left out goes to standard output then",
+        )
     if os.path.lexists(path) and not force:
         raise _taken(path) from FileExistsError()  # a cause that may go: what was computed until then is kept
+    above = next(filter(os.path.lexists, path.parents))
+    if not above.is_dir():
+        raise DmmError(f"not a directory: {above}", hint="name a place in one")
     if not path.parent.is_dir():
         raise DmmError(f"no such directory: {path.parent}", hint=f"mkdir -p {shlex.quote(str(path.parent))}")
     require_writable(path.parent)
 
 
 def _taken(path: Path) -> DmmError:
-    return DmmError(f"the output exists: {path}", hint="replace it with --force, or name another with -o")
+    return DmmError(f"the output exists: {path}", hint="replace it with --force, or name another")
 
 
 def require_writable(directory: Path) -> None:
     """Raise DmmError where no file can be made in a directory; to be called before the work, not after it."""
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise DmmError(f"cannot write to the directory {directory}", hint="name another with -o, or change its mode")
+        raise DmmError(f"cannot write to the directory {directory}", hint="name another, or change its mode")
 
 
 def refuse_dangling(directory: Path) -> None:
@@ -62,7 +68,7 @@ def refuse_inputs(path: Path, inputs: Iterable[Path]) -> None:
         there = path.exists() and source.exists()
         if os.path.samefile(path, source) if there else os.path.realpath(path) == os.path.realpath(source):
             what = "is" if there else "would be read in place of"
-            raise DmmError(f"the output {what} one of the inputs: {path}", hint="name another file with -o")
+            raise DmmError(f"the output {what} one of the inputs: {path}", hint="name another file")
 
 
 class Outputs:

@@ -90,6 +90,7 @@ def _json_unless_formatted(context: typer.Context, value: bool) -> bool:
 
 
 Json = Annotated[bool, option("--json", callback=_json_unless_formatted, help="Short for --format json.")]
+JsonAlone = Annotated[bool, option("--json", help="Print the result as JSON.")]  # of commands without --format
 Quiet = Annotated[bool, option("--quiet", "-q", help="Print only the essential, one item a line.")]
 DryRun = Annotated[bool, option("--dry-run", help="Check the inputs, print the plan, write nothing.")]
 
@@ -252,8 +253,11 @@ def _require_finite(values: Sequence[float], option: str, text: str | None) -> N
         raise DmmError(f"{option} takes finite numbers, not {text}")
 
 
-def group_rule(text: str) -> str | float:
+def group_rule(text: str, *, records: bool = True) -> str | float:
     """``auto``, ``all`` or a cosine threshold in [-1, 1].
+
+    Args:
+        records: whether the command takes groups from JSON, too.
 
     Raises:
         DmmError: none of them.
@@ -266,7 +270,9 @@ def group_rule(text: str) -> str | float:
         value = float("nan")
     if not -1.0 <= value <= 1.0:
         near = did_you_mean(text, ("auto", "all"))
-        taken = "--group takes auto, all, a cosine between -1 and 1, a JSON file, or - for standard input"
+        cosine = "a cosine between -1 and 1"
+        last = f"{cosine}, a JSON file, or - for standard input" if records else f"or {cosine}"
+        taken = f"--group takes auto, all, {last}"
         raise DmmError(
             f"cannot group by {printable(text)}",
             evidence=[taken] if near else [],

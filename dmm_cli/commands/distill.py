@@ -76,7 +76,7 @@ def distill(
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
-    json: options.Json = False,
+    json: options.JsonAlone = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Refine a student on the pseudo-data of its teachers.

@@ -153,7 +153,7 @@ def merge(
     force: options.Force = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
-    json: options.Json = False,
+    json: options.JsonAlone = False,
 ) -> None:
     """Merge checkpoints of one architecture, all of them or group by group.
 
@@ -161,6 +161,11 @@ def merge(
     Several groups are written to a directory, with merge.json beside them.
     """
     METHODS.check(method)
+    if group == "-" and "-" in (checkpoints or []):
+        raise DmmError(
+            "standard input is read once, and both CKPT and --group are -",
+            hint="name the checkpoints, or leave them out where the JSON for --group names them",
+        )
     record = _group_record(group)
     sources = _sources(checkpoints or [], record)
     if output is None:

@@ -61,7 +61,7 @@ def record(
     device: options.Device = "auto",
     force: options.Force = False,
     quiet: options.Quiet = False,
-    json: options.Json = False,
+    json: options.JsonAlone = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Store mean and variance of the data in front of every normalisation layer.

@@ -101,7 +101,7 @@ def run(
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
-    json: options.Json = False,
+    json: options.JsonAlone = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Group, merge, synthesize and distill: N checkpoints to one, in one directory.
@@ -169,7 +169,7 @@ def _check_arguments(output: Path | None, method: str, group: str, device: str, 
             f"{method} needs pseudo-data, which run makes after it has merged",
             hint=f"dmm synthesize, then dmm merge --method {method} --recalibrate pseudo.safetensors",
         )
-    options.group_rule(group)
+    options.group_rule(group, records=False)
     require_device_name(device)
     if data is not None and not data.exists():
         raise DmmError(f"no such file: {data}")

@@ -75,7 +75,7 @@ def synthesize(
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
-    json: options.Json = False,
+    json: options.JsonAlone = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Invert the BatchNorm statistics of trained checkpoints into labelled pseudo-images.

@@ -413,3 +413,24 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path, monkeypatch, word
     result = dmm(*words, text="{}")
     assert result.exit_code == 2 and told in result.stderr and "hint: " in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_standard_input_is_not_two_arguments(tmp_path):
+    out = ["-o", tmp_path / "out.safetensors"]
+    both = dmm("merge", "-", "--group", "-", *out, text=f"{SITES[0]}\n{SITES[1]}\n")
+    assert both.exit_code == 2 and both.stderr.startswith("error: standard input is read once"), both.stderr
+    for command in (["distill", "-", SITES[1], "--data", SITES[0]], ["synthesize", SITES[0], "--statistics", "-"]):
+        result = dmm(*command, *out, text=f"{SITES[0]}\n")
+        assert result.exit_code == 2 and "or not for this argument\n" in result.stderr, result.stderr
+
+
+def test_run_does_not_offer_groups_from_a_record(tmp_path):
+    for group in ("g.json", "-"):
+        result = dmm("run", *SITES[:2], "-o", tmp_path / "out", "--group", group)
+        assert result.exit_code == 2 and "--group takes auto, all, or a cosine between -1 and 1\n" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["merge", "align", "record", "synthesize", "distill", "run", "similarity"])
+def test_help_speaks_of_a_format_only_where_there_is_one(command):
+    shown = dmm(command, "--help").stdout
+    assert ("Short for --format json." in shown) == ("  --format " in shown)

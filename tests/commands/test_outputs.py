@@ -106,6 +106,27 @@ def test_links_that_lead_in_circles_are_no_files(tmp_path, monkeypatch, command,
     assert result.exit_code == 2 and f"error: {words}\n" in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("file.png", "the output exists: file.png\nhint: replace it with --force, or name another\n"),
+        ("file.png/x.png", "not a directory: file.png\nhint: name a place in one\n"),
+        ("file.png/y/x.png", "not a directory: file.png\n"),
+        ("y/x.png", "no such directory: y\nhint: mkdir -p y\n"),
+    ],
+)
+def test_hints_about_outputs_can_be_followed(tmp_path, monkeypatch, output, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file.png").touch()
+    result = dmm("similarity", *SITES[:2], "--figure", output)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {words}"), result.stderr
+
+
+def test_a_device_in_place_of_an_output_is_not_told_to_be_left_out(tmp_path):
+    result = dmm("synthesize", SITES[0], "-o", "/dev/null")
+    assert result.exit_code == 2 and "hint: name a file; what is told where -o may be left out" in result.stderr
+
+
 def test_a_report_and_its_figure_are_two_files(tmp_path):
     result = dmm("similarity", *SITES[:2], "-o", tmp_path / "x.png", "--figure", tmp_path / "x.png")
     assert result.exit_code == 2 and "two outputs for one file" in result.stderr and not list(tmp_path.iterdir())
