@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -40,6 +41,8 @@ def require_paths(parameters: Iterable[Any], line: Sequence[str]) -> None:
     flags = {flag for parameter in parameters if parameter.name in READ | WRITTEN for flag in parameter.opts}
     for word, following in zip_longest(line, line[1:]):
         flag, equals, value = word.partition("=")
+        if re.fullmatch(r"-\w\w+", word):
+            flag = f"-{word[-1]}"  # -qo is -q -o
         if flag in flags and not value and (equals or following == ""):
             raise EmptyPath(flag)
 

@@ -51,6 +51,7 @@ def test_however_it_is_started_it_is_called_dmm():
         (["run", *SITES[:2], "--data", "", "-o", "out"], "--data"),
         (["merge", *SITES[:2], "-o", ""], "-o"),
         (["merge", *SITES[:2], "--output="], "--output"),
+        (["merge", *SITES[:2], "-qo", ""], "-o"),
         (["align", *SITES[:2], "-o", ""], "-o"),
         (["record", SITES[0], "--data", DIGITS / "test.safetensors", "-o", ""], "-o"),
         (["run", *SITES[:2], "-o", ""], "-o"),
