@@ -84,6 +84,18 @@ class Frozen(nn.Module):
 
 
 @torch.no_grad()
+def test_statistics_of_many_pixels_are_good_to_rounding():
+    """Channels last, torch adds up the values of a channel one by one."""
+    stream = torch.Generator().manual_seed(0)
+    patches = 1 + torch.rand(64, 4, 4, 4, generator=stream)
+    images = patches.repeat_interleave(40, 2).repeat_interleave(40, 3).contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    reset_statistics(model, [model[0]], [images])
+    variance, mean = torch.var_mean(images.double(), (0, 2, 3))
+    assert torch.allclose(model[0].running_mean.double(), mean, rtol=1e-6)
+    assert torch.allclose(model[0].running_var.double(), variance, rtol=1e-6)
+
+
 def test_what_is_no_batchnorm_or_is_not_used_keeps_its_statistics():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.InstanceNorm2d(3, track_running_stats=True), Frozen(3))

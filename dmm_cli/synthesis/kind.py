@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..errors import DmmError, printable
 from ..inputs import Source
@@ -44,8 +44,13 @@ def require_made_from(data: Source, teachers: Sequence[Source]) -> None:
     known = {digest for _, digest in told}
     for teacher in teachers:
         if teacher.sha256 not in known:
-            raise DmmError(
-                f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
-                evidence=[f"it was made from {label} (sha256 {digest[:12]}...)" for label, digest in told],
-                hint="name the teachers the pseudo-data were made from, or synthesize again",
-            )
+            raise nothing_of(teacher, told)
+
+
+def nothing_of(teacher: Source, told: Iterable[tuple[str, str]]) -> DmmError:
+    """The error of a checkpoint that is none of these, by label and SHA-256."""
+    return DmmError(
+        f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
+        evidence=[f"it was made from {label} (sha256 {digest[:12]}...)" for label, digest in told],
+        hint="name the teachers the pseudo-data were made from, or synthesize again",
+    )

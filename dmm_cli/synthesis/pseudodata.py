@@ -17,7 +17,7 @@ from ..errors import DmmError, printable
 from ..examples import Examples, joined, named
 from ..inputs import Source
 from ..spaces import Spec, parsed, recorded
-from .kind import KIND, REQUIRED, require_arrays, require_pseudo_data
+from .kind import KIND, REQUIRED, nothing_of, require_arrays, require_pseudo_data
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,7 @@ class PseudoData:
         """
         place = self.teacher_index(teacher.sha256)
         if place is None:
-            known = [f"it was made from {t.label} (sha256 {t.sha256[:12]}...)" for t in self.teachers]
-            raise DmmError(
-                f"the pseudo-data hold nothing of teacher {teacher.path} (sha256 {teacher.sha256[:12]}...)",
-                evidence=known,
-                hint="name the teachers the pseudo-data were made from, or synthesize again",
-            )
+            raise nothing_of(teacher, [(known.label, known.sha256) for known in self.teachers])
         return place
 
 
