@@ -19,7 +19,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, listed, printable
-from .examples import IMAGES, Inputs, answer, joined, named, require_finite
+from .examples import IMAGES, Inputs, answer, floored, joined, named, require_finite
 from .header import no_such_file
 from .imagefolder import IMAGE_FOLDER, decode, image_folder
 from .images import InputSpec
@@ -341,5 +341,5 @@ def ensembles(logits: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     if len({item.shape for item in logits}) > 1:
         raise DmmError("an ensemble needs models with the same classes")
-    together = torch.stack(list(logits))  # (models, N, K)
+    together = torch.stack(list(map(floored, logits)))  # (models, N, K)
     return {"ensemble": together.softmax(2).mean(0), "ensemble of logits": together.mean(0)}

@@ -287,7 +287,7 @@ def read_standard_input(stdin: TextIO | None) -> str:
     if stdin is None:
         raise DmmError(
             "standard input cannot be read: it is closed, shared by processes of torchrun, or not for this argument",
-            hint="write it to a file, and name that: @list.txt, or report.json",
+            hint="name a file, or write a list to one: @list.txt",
         )
     try:
         return stdin.read().removeprefix(MARK)

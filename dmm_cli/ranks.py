@@ -108,7 +108,7 @@ def joined() -> Iterator[Ranks]:
     """The processes torchrun started, connected with gloo, and their GPUs with nccl; just this one where it did not.
 
     Raises:
-        DmmError: another process is gone before the work was done.
+        DmmError: the environment is not torchrun's; another process is gone before the work was done.
     """
     count = process_count()
     if count == 1:
@@ -119,7 +119,13 @@ def joined() -> Iterator[Ranks]:
     import torch.distributed.nn
 
     previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python would hear of it only when all are here
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except ValueError as error:
+        raise DmmError(
+            f"the environment is not as torchrun makes it: {printable(str(error))}",
+            hint="unset WORLD_SIZE, unless torchrun set it",
+        ) from None
     signal.signal(signal.SIGTERM, previous)
     try:
         yield Ranks(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

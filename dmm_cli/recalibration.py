@@ -83,13 +83,13 @@ def reset_statistics(model: nn.Module, layers: Sequence[nn.Module], batches: Ite
 
 
 def _laid_out(_: nn.Module, inputs: tuple[Any, ...], more: dict[str, Any]) -> tuple[Any, Any]:
-    """Features (B, C, H, W) of more values than ``MOST`` contiguous, as which torch adds them up to rounding.
+    """Features (B, C, ...) of more values than ``MOST`` contiguous, as which torch adds them up to rounding.
 
     Channels last it adds them one by one: of 256 images of 224 x 224 pixels variances came out 3 % wrong.
     """
 
     def lay_out(value: Any) -> Any:
-        large = isinstance(value, torch.Tensor) and value.dim() == 4 and value.numel() > MOST * value.shape[1]
+        large = isinstance(value, torch.Tensor) and value.dim() > 2 and value.numel() > MOST * value.shape[1]
         return value.contiguous() if large and not value.is_cuda else value
 
     return tuple(map(lay_out, inputs)), {name: lay_out(value) for name, value in more.items()}

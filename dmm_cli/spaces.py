@@ -100,7 +100,7 @@ def each_image(inputs: Inputs, spec: Spec, function: Callable[[torch.Tensor], to
     return joined({name: function(part) if specs[name].is_image else part for name, part in named(inputs).items()})
 
 
-def images_of(inputs: Inputs, spec: Spec) -> Inputs:
+def pixels_of(inputs: Inputs, spec: Spec) -> Inputs:
     """The inputs of pixels (B, C, H, W), without the others."""
     specs = named(spec)
     return joined({name: part for name, part in named(inputs).items() if specs[name].is_image})

@@ -52,6 +52,12 @@ def test_an_ensemble_is_the_mean_of_probabilities_or_of_logits():
         evaluation.ensembles([sure, torch.ones(1, 4)])
 
 
+def test_models_that_rule_out_classes_of_one_another_have_an_ensemble_of_logits():
+    first, second = torch.tensor([[1.0, 2.0, -np.inf]]), torch.tensor([[-np.inf, 5.0, 6.0]])
+    together = evaluation.ensembles([first, second])["ensemble of logits"]
+    assert together.isfinite().all() and together.argmax(1) == 1
+
+
 def test_npz_safetensors_and_folders_hold_the_same(tmp_path, write):
     images = np.arange(24, dtype=np.uint8).reshape(6, 1, 2, 2) * 10
     labels = np.array([0, 0, 1, 1, 2, 2])

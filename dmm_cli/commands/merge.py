@@ -195,6 +195,7 @@ def merge(
     known = known_groups([source.label for source in sources], group, record)
     _check_plan(sources, recipe, to, aligning, group, known)
     if dry_run:
+        _require_parents(sources, recipe, known)
         _show_plan(sources, recipe, to, aligning, known, json)
     else:
         _execute(sources, recipe, to, after, aligning, group, known, quiet, json)
@@ -223,7 +224,14 @@ def _check_plan(
     check_outputs(to, least, inputs_of(sources, recipe), more=least is not known)
     if recipe.features:
         require_pseudo_data(recipe.features)
-        merged = [part.members for part in least.groups if settled and len(part.members) > 1]
+
+
+def _require_parents(sources: Sequence[Source], recipe: Recipe, known: Grouping | SimilarityReport | None) -> None:
+    """Refuse pseudo-data that are not of the checkpoints of known groups, as a merge does once it has hashed them."""
+    from ..manifest import Grouping
+
+    if recipe.features and isinstance(known, Grouping):
+        merged = [group.members for group in known.groups if len(group.members) > 1]
         require_made_from(recipe.features, [sources[i] for members in merged for i in members])
 
 

@@ -122,7 +122,7 @@ class Pupil:
         # processes exchange gradients, which a graph does not hold
         step = self._step if self._host.ranks.count > 1 else Replay(self._step, self._host.device)
         rate = self._settings.learning_rate
-        hint = f"the student diverged, or rules classes out by minus infinity: try --learning-rate below {rate:g}"
+        hint = f"the student diverged: try --learning-rate below {rate:g}"
         shown: dict[str, float] = {}
         while self.done < self._settings.steps:
             self._separate_dropout()

@@ -51,7 +51,9 @@ class Gram:
     def measure(self, rows: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             products = _products(rows)
-            return products if fit_float32(np.diag(products)) else _products(rows.astype(np.float64))
+            squares = np.diag(products)
+            fit = fit_float32(squares) or fit_float32(squares[rows.any(1)])  # of rows of zeros they are exact
+            return products if fit else _products(rows.astype(np.float64))
 
     def add(self, contribution: np.ndarray) -> None:
         self._total += contribution

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import DmmError
 from ..examples import Inputs
-from ..spaces import Spec, images_of
+from ..spaces import Spec, pixels_of
 from . import LOSSES
 from .teacher import Teacher
 
@@ -57,7 +57,7 @@ class Objective:
         """Total loss (scalar) and its unweighted terms, detached; ``turn`` chooses the witness."""
         seen = teacher.observe(images, targets, self._student, turn)
         if self._spec is not None:
-            seen = replace(seen, images=images_of(images, self._spec))
+            seen = replace(seen, images=pixels_of(images, self._spec))
         terms = {name: loss(seen) for name, loss in self._losses.items()}
         return torch.stack(list(self._weighted(terms))).sum(), {name: term.detach() for name, term in terms.items()}
 

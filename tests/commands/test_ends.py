@@ -157,6 +157,14 @@ def test_standard_input_that_cannot_be_read_is_told(tmp_path, text, told):
     assert result.returncode == 2 and f"error: {told}" in result.stderr, result.stderr
 
 
+def test_a_process_that_torchrun_did_not_start_says_so(monkeypatch, tmp_path):
+    """As where a variable of before is left over."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = dmm("merge", *SITES[:2], "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2 and "the environment is not as torchrun makes it" in result.stderr, result.stderr
+    assert "RANK" in result.stderr and "hint: unset WORLD_SIZE" in result.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("size", "code"), [("", 0), ("two", 2), ("0", 2)])
 def test_a_number_of_processes_that_is_none(monkeypatch, size, code):
     monkeypatch.setenv("WORLD_SIZE", size)

@@ -184,11 +184,10 @@ def twin(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch
     return path
 
 
-def test_where_nothing_diverges_only_batchnorm_is_reset(tmp_path):
-    """Site a and one that hardly differs: of their images the merge recognises 94 % and more, and 90 are wanted."""
+def test_without_a_divergent_site_only_batchnorm_is_reset(tmp_path):
+    """Of images of so many steps the merge recognises 95 % and more; of half of them 88 to 98, and 90 are wanted."""
     out = tmp_path / "out"
-    near = twin(tmp_path / "near.safetensors", lambda tensors: {"fc.weight": 1.01 * tensors["fc.weight"]})
-    command = ["run", SITES[0], near, "-o", out, "--synthesize-steps", 60, "--count", 32]
+    command = ["run", *SITES[:2], "-o", out, "--synthesize-steps", 160, "--count", 64]
 
     def changed() -> set[str]:
         merged = load_file(out / "merged" / "group-0.safetensors")

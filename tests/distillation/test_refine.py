@@ -71,19 +71,30 @@ def test_the_same_seed_gives_the_same_weights():
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+class Masked(nn.Module):
+    """A site whose logit of one class is always the same."""
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__()
+        self.own, self.value = site(name), value
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.own(images).index_fill(1, torch.tensor([9]), self.value)
+
+
 def test_a_loss_that_is_not_finite_ends_the_distillation_at_once():
-    class Masked(nn.Module):
-        """Rules one class out."""
+    with pytest.raises(DmmError, match="loss is nan in step 1"):
+        refine(Masked("a", torch.nan), [], real_lessons(), [site("a"), site("d")], Settings(steps=3, batch=32), CPU)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.own = site("a")
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.own(images).index_fill(1, torch.tensor([7]), -torch.inf)
-
-    with pytest.raises(DmmError, match="loss is inf in step 1"):
-        refine(Masked(), [], real_lessons(), [site("a"), site("d")], Settings(steps=3, batch=32), CPU)
+def test_a_student_that_rules_a_class_out_learns_the_others():
+    student = Masked("a", -torch.inf).requires_grad_(True)
+    teachers = [Masked(name, -torch.inf) for name in "ad"]
+    layers = [layer for _, layer in norm_layers(student)]
+    settings = Settings(steps=100, batch=64, noise=0.0)
+    history, retention = refine(student, layers, real_lessons(), teachers, settings, CPU)
+    assert retention[1].before == 0.0 and min(told.after for told in retention) > 90
+    assert history.curves["loss"][-1] < 0.2 * history.curves["loss"][0]
 
 
 def test_no_step_needs_no_teacher_and_leaves_the_weights():

@@ -46,6 +46,22 @@ def network(width: int, affine: bool = True) -> Network:
     return model.eval().requires_grad_(False)
 
 
+def watch_fused(model: Network) -> list[tuple[bool, bool]]:
+    """What each layer does in its one pass, as it is done: whether a shortcut is added, and a ReLU."""
+    done = []
+
+    def watched(layer):
+        def normalised(features, shortcut=None, rectify=False):
+            done.append((shortcut is not None, rectify))
+            return type(layer).normalised(layer, features, shortcut, rectify)
+
+        return normalised
+
+    for layer in model.norms:
+        layer.normalised = watched(layer)
+    return done
+
+
 def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, tolerance: float) -> None:
     """Outputs, statistics and gradients against float64 on plain layers, in the first pass and in a later one."""
     from dmm_cli.synthesis.fusednorm import fuse_norms
@@ -70,6 +86,7 @@ def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, to
         (grad,) = torch.autograd.grad(answer.double().sin().sum() + 100 * sum(terms), given)
         return [answer, grad, *(value for part in seen for value in (part.shift, part.variance))]
 
+    done = watch_fused(fused)
     other = torch.linspace(-1, 1, 5)  # statistics that were recorded elsewhere
     means = [norm.running_mean for norm in reference.norms[:2]]
     expected = passed(reference, images.double(), [*means, other.double()])
@@ -78,6 +95,8 @@ def check(width: int, images: torch.Tensor, dtype: torch.dtype, affine: bool, to
     for turn in range(3):
         found = passed(fused, images.to(DEVICE, dtype), [*means, other.to(DEVICE)])
         assert [norm.waits for norm in fused.norms] == [True, True, False]
+        assert done == ([(False, False)] * 3 if turn == 0 else [(False, True), (True, True), (False, False)])
+        done.clear()
         first = first or found  # what follows a layer is learned in this pass, and must not be seen in its bits
         assert all(map(torch.equal, first, found))
         for mine, theirs in zip(found, expected, strict=True):
