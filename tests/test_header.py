@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -160,10 +161,16 @@ def test_missing_file_suggests_a_neighbour(write):
     assert "did you mean" in message(path.with_name("modle.safetensors"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that opens and is not read")
-def test_a_file_that_cannot_be_read_is_named():
-    with pytest.raises(DmmError, match="cannot read /proc/self/mem: "):
-        read_header(Path("/proc/self/mem"))
+def test_a_file_that_cannot_be_read_is_named(write, monkeypatch):
+    """It opens, and the disk fails."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = write("a", w=np.zeros(1, np.float32))
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DmmError, match=r"cannot read .*a\.safetensors: Input/output error"):
+        read_header(path)
 
 
 def test_a_fifo_is_refused_at_once(tmp_path):

@@ -96,14 +96,7 @@ def distill(
     pseudo = resolve_source(str(data))
     read = [*files_of((*students, pseudo, *sources)), *named_files([student, *teachers])]
     check_output(output, inputs=read, force=force)
-    require_pseudo_data(pseudo)
-    require_told(students, arch)
-    for teacher in sources:
-        require_told([teacher], untold(teacher, arch))
-    require_same_class_names([*sources, *students])  # pseudo-data know teachers by their files: a hint changes others
-    require_made_from(pseudo, sources)
-    for _, teacher in twins(sources):
-        raise DmmError(f"{teacher.path} is among the teachers twice", hint="name it once")
+    _require_lessons(pseudo, students, sources, arch)
 
     from ..report.console import Progress, emit_plan, status
 
@@ -124,6 +117,18 @@ def distill(
     status(f"computed on {manifest.device} in {manifest.seconds:.0f} s", quiet=quiet)
     _report(manifest, quiet, json)
     _check(manifest, fail_under)
+
+
+def _require_lessons(data: Source, students: Sequence[Source], teachers: Sequence[Source], arch: str | None) -> None:
+    """Refuse what headers and hashes tell that cannot be taught."""
+    require_pseudo_data(data)
+    require_told(students, arch)
+    for teacher in teachers:
+        require_told([teacher], untold(teacher, arch))
+    require_same_class_names([*teachers, *students])  # pseudo-data know teachers by their files: a hint changes others
+    require_made_from(data, teachers)
+    for _, teacher in twins(teachers):
+        raise DmmError(f"{teacher.path} is among the teachers twice", hint="name it once")
 
 
 def distill_sources(

@@ -161,12 +161,7 @@ def merge(
     Several groups are written to a directory, with merge.json beside them.
     """
     METHODS.check(method)
-    if group == "-" and "-" in (checkpoints or []):
-        raise DmmError(
-            "standard input is read once, and both CKPT and --group are -",
-            hint="name the checkpoints, or leave them out where the JSON for --group names them",
-        )
-    record = _group_record(group)
+    record = _group_record(group, checkpoints or [])
     sources = _sources(checkpoints or [], record)
     if output is None:
         raise DmmError("nowhere to write", hint="name a file or a directory with -o")
@@ -188,10 +183,7 @@ def merge(
     )
     to = Destination(output, parse_size(max_shard_size) if max_shard_size else None, force)
     after = Recalibration(pseudo, arch, device, seed) if pseudo else None
-    aligning = Aligning(align, arch, seed, overlap)
-    aligning.check(len(sources), recipe.base is not None)
-    if recipe.base:  # which says that all checkpoints have one start
-        aligning = replace(aligning, policy="never")
+    aligning = _aligning(Aligning(align, arch, seed, overlap), sources, recipe)
     known = known_groups([source.label for source in sources], group, record)
     _check_plan(sources, recipe, to, aligning, group, known)
     if dry_run:
@@ -291,7 +283,18 @@ def _show_plan(
     )
 
 
-def _group_record(group: str) -> dict | None:
+def _aligning(asked: Aligning, sources: Sequence[Source], recipe: Recipe) -> Aligning:
+    """What is asked for, once it is checked; a base says that all checkpoints have one start."""
+    asked.check(len(sources), recipe.base is not None)
+    return replace(asked, policy="never") if recipe.base else asked
+
+
+def _group_record(group: str, checkpoints: Sequence[str]) -> dict | None:
+    if group == "-" and "-" in checkpoints:
+        raise DmmError(
+            "standard input is read once, and both CKPT and --group are -",
+            hint="name the checkpoints, or leave them out where the JSON for --group names them",
+        )
     if group == "-":
         return read_record(read_standard_input(standard_input()), "standard input")
     if group.endswith(".json"):

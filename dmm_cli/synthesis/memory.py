@@ -69,7 +69,7 @@ class Room:
 
     def _of_an_image(self) -> float:
         """Bytes by which the steps that a process takes at a time grow with every image of their batches."""
-        objective = Objective(self.settings.weights, self.teachers, self.student)
+        objective = Objective(self.settings.weights, self.teachers, self.student, self.spec)
         with deterministic(self.device):
             small, large = (
                 [_kept(teacher, self.spec, objective, batch, self.device) for teacher in self.teachers]

@@ -12,9 +12,8 @@ def total_variation(seen: Observation) -> torch.Tensor:
     """Mean squared difference of vertical and horizontal neighbours of (B, C, H, W), a scalar; the sum over images."""
     total = seen.logits.new_zeros(())
     for images in named(seen.images).values():
-        if images.dim() == 4:
-            rows = images[..., 1:, :] - images[..., :-1, :]
-            columns = images[..., 1:] - images[..., :-1]
-            # an image one pixel high or wide has no neighbours that way, and no mean of them
-            total = total + sum(part.square().mean() for part in (rows, columns) if part.numel())
+        rows = images[..., 1:, :] - images[..., :-1, :]
+        columns = images[..., 1:] - images[..., :-1]
+        # an image one pixel high or wide has no neighbours that way, and no mean of them
+        total = total + sum(part.square().mean() for part in (rows, columns) if part.numel())
     return total
