@@ -26,7 +26,7 @@ from .names import is_head, is_weight
 from .registry import did_you_mean
 from .signature import examples_of, joint_spec, single_spec, with_example_inputs
 from .spaces import Spec
-from .trust import require_trust
+from .trust import require_defined_in_trust, require_trust
 
 FILLING = {
     getattr(torch.ops.aten, name)
@@ -73,19 +73,24 @@ def _timm() -> ModuleType:
         return _imported("timm")
 
 
-def build(spec: str, first_weights: bool = True) -> nn.Module:
+def build(spec: str, first_weights: bool = True, named_by_file: bool = False) -> nn.Module:
     """The module of a spec, on the CPU.
 
     Args:
         first_weights: whether timm's networks get random weights; else memory is left as it is found, to be loaded
             into. What a factory makes may depend on its first weights, so it always gets them.
+        named_by_file: so that a factory has to be defined where the user trusts code, if it is no class of networks:
+            what a trusted module only imports may be ``torch.load``.
 
     Raises:
         DmmError: no such timm model or factory, or it does not accept the arguments.
     """
     name, arguments = parse_arch(spec)
     if ":" in name:
-        return with_example_inputs(_made(name, arguments), name)
+        factory = _factory(name)
+        if named_by_file and not (isinstance(factory, type) and issubclass(factory, nn.Module)):
+            require_defined_in_trust(name, factory)
+        return with_example_inputs(_made(name, factory, arguments), name)
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
@@ -109,17 +114,21 @@ def build(spec: str, first_weights: bool = True) -> nn.Module:
     return model
 
 
-def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """What a factory ``package.module:factory`` makes."""
+def _factory(name: str) -> Callable[..., Any]:
+    """What is called ``package.module:factory``."""
     module, _, attribute = name.partition(":")
     try:
-        factory = getattr(_imported(module), attribute)
+        return getattr(_imported(module), attribute)
     except (Exception, SystemExit) as error:  # whatever it is, it is the module's
         missing = isinstance(error, ModuleNotFoundError)
         raise DmmError(
             f"no factory {printable(name)}: {printable(f'{type(error).__name__}: {error}')}",
             hint="modules are looked for where Python looks: add their folder to PYTHONPATH" if missing else None,
         ) from error
+
+
+def _made(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
+    """What a factory of that name makes."""
     try:
         made = factory(**arguments)
     except (Exception, SystemExit) as error:  # whatever it is, it is the factory's

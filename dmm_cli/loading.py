@@ -48,7 +48,7 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
     """
     architecture = identify(source, arch)
     with told_by(f"the architecture of {source.path}: {architecture.evidence}"):
-        model = build(architecture.spec, first_weights=False)
+        model = build(architecture.spec, first_weights=False, named_by_file=not arch)
     if WIDTHS in source.metadata:
         resize(model, {name: info.shape for name, info in source.tensors.items()})
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

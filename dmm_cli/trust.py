@@ -40,6 +40,20 @@ def require_trust(source: Source) -> None:
         )
 
 
+def require_defined_in_trust(name: str, factory: object) -> None:
+    """Raise DmmError for a factory that a trusted module only imports.
+
+    Args:
+        name: ``package.module:factory``.
+    """
+    home = str(getattr(factory, "__module__", None))
+    if not is_granted(f"{home}:"):
+        raise DmmError(
+            f"{printable(name)} is defined in {printable(home)}, which is not trusted",
+            hint=f"if you know that code, say so: dmm --trust {printable(home)} COMMAND ..., or name it with --arch",
+        )
+
+
 def module_of(factory: str) -> str:
     """The module of ``package.module:factory,name=value``; empty for anything else."""
     name = name_of(factory)  # what would be imported, wherever its arguments begin

@@ -145,6 +145,33 @@ def test_a_file_does_not_choose_what_code_runs(tmp_path, monkeypatch):
     assert mark.exists()
 
 
+def test_what_a_trusted_module_only_imports_is_not_called(tmp_path, monkeypatch):
+    """A pickle runs what it likes when it is loaded."""
+    mark, pickled, module = (tmp_path / name for name in ("mark", "evil.pt", "networks_of_a_user.py"))
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(mark), "w")
+
+    torch.save(Evil(), pickled)
+    module.write_text(
+        "from functools import partial\nfrom torch import load, nn\nfrom torch.nn import Identity\n"
+        "loads = partial(load, weights_only=False)\n\ndef net():\n    return nn.Identity()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DMM_TRUST", "networks_of_a_user")
+    for name, home in (("load", "torch.serialization"), ("loads", "functools")):
+        spec = f"networks_of_a_user:{name},f='{pickled}'" + (",weights_only=False" if name == "load" else "")
+        _, source = saved(tmp_path, "resnet18", {"dmm.arch": spec})
+        with pytest.raises(DmmError, match=f"is defined in {home}, which is not trusted"):
+            load_model(source)
+        assert not mark.exists()
+    for name in ("net", "Identity"):
+        _, source = saved(tmp_path, "resnet18", {"dmm.arch": f"networks_of_a_user:{name}"})
+        with pytest.raises(DmmError, match="does not fit"):
+            load_model(source)
+
+
 @pytest.mark.parametrize("module", ["(a,b", "'a,b", " a_b "])
 def test_whatever_the_name_of_a_module_it_is_not_imported_without_trust(module, tmp_path, monkeypatch):
     mark = tmp_path / "mark"
