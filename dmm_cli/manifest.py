@@ -319,7 +319,6 @@ class TeacherReport(Record):
     prior_from: str
     accepted: int
     rejected: int
-    bn_loss: float | None
     confidence: float | None
     statistics: str | None = None
     elsewhere: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import __version__
+from ..errors import DmmError
 from ..files import write_text
 from ..imagefolder import files_below
 from ..inputs import Source, file_digest, read_record, read_text
@@ -53,8 +54,16 @@ class Layout:
 
 
 def checkpoints_of(directory: Path) -> list[str]:
-    """Labels of the checkpoints that an earlier run in this directory was of; none if there was none."""
-    labels = _state(directory).get(CHECKPOINTS)
+    """Labels of the checkpoints that an earlier run in this directory was of; none if there was none.
+
+    Raises:
+        DmmError: what tells it is damaged.
+    """
+    try:
+        labels = _state(directory).get(CHECKPOINTS)
+    except DmmError as error:
+        error.hint = "name another directory with -o, or do all its stages again with --force"
+        raise
     return list(map(str, labels)) if isinstance(labels, list) else []
 
 
@@ -63,8 +72,17 @@ def _state(directory: Path) -> dict[str, Any]:
     return read_record(read_text(path), str(path)) if path.exists() else {}
 
 
+def _readable_state(directory: Path) -> dict[str, Any]:
+    try:
+        return _state(directory)
+    except DmmError:  # whose stages are done again
+        return {}
+
+
 class Stages:
-    """Runs stages in one directory, which it marks as a run's, or skips them.
+    """Runs stages in one directory, which it makes and marks as a run's, or skips them.
+
+    Where the first one fails and has written nothing, no mark is left, nor a directory that was not there.
 
     Args:
         sources: the checkpoints that the run is of.
@@ -72,8 +90,9 @@ class Stages:
     """
 
     def __init__(self, directory: Path, sources: Sequence[Source], on_event: Callable[[str, bool], None]) -> None:
-        self._directory, self._on_event = directory, on_event
-        earlier = _state(directory)
+        self._directory, self._on_event, self._is_new = directory, on_event, not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        earlier = _readable_state(directory)
         self._done = earlier | {CHECKPOINTS: [source.label for source in sources]}
         if self._done != earlier:
             self._save()
@@ -103,9 +122,20 @@ class Stages:
             self._done.pop(name, None)
             for file in files:
                 file.unlink(missing_ok=True)
-        work()
+        try:
+            work()
+        except DmmError:
+            self._withdraw()
+            raise
         self._done[stage] = {"key": key, "outputs": self._hashes(outputs)}
         self._save()
+
+    def _withdraw(self) -> None:
+        state = self._directory / STATE
+        if [*self._directory.iterdir()] == [state]:
+            state.unlink()
+            if self._is_new:
+                self._directory.rmdir()
 
     def _save(self) -> None:
         write_text(self._directory / STATE, json.dumps(self._done, indent=2) + "\n", force=True)

@@ -148,7 +148,6 @@ def run(
         data=data,
         quiet=quiet,
     )
-    output.mkdir(parents=True, exist_ok=True)
     stages = Stages(output, sources, partial(_tell, quiet))
     execute(plan, files, stages)
     _report(files, data, quiet, json)

@@ -313,7 +313,6 @@ def _teacher_report(number: int, teachers: list[Teacher], data: PseudoData) -> T
         teachers[number].prior_from or "estimated",
         record.accepted,
         record.rejected,
-        float(data.bn_loss[-1]) if len(data.bn_loss) else None,
         float(mine.astype(float).mean()),
         teachers[number].statistics or None,
         tuple(witness.statistics for witness in teachers[number].witnesses),

@@ -240,6 +240,32 @@ def test_a_run_stopped_in_its_first_stage_goes_on_and_is_not_taken_for_another(t
     assert other.exit_code == 2 and "holds a run of other checkpoints" in other.stderr
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_first_stage_that_fails_leaves_nothing_in_the_way(tmp_path, there):
+    wrong, out = tmp_path / "wrong.safetensors", tmp_path / "out"
+    tensors = load_file(SITES[0])
+    tensors["fc.weight"][0, 0] = float("nan")
+    with safe_open(SITES[0], "pt") as file:
+        save_file(tensors, wrong, file.metadata())
+    if there:
+        out.mkdir()
+    result = dmm("run", wrong, SITES[1], "-o", out)
+    assert result.exit_code == 2 and "NaN" in result.stderr, result.stderr
+    assert list(out.iterdir()) == [] if there else not out.exists()
+    assert dmm("run", *SITES[:2], "-o", out, "--dry-run").exit_code == 0
+
+
+def test_a_run_whose_record_is_damaged_is_done_again_if_forced(tmp_path):
+    command = ["run", *SITES[:2], "-o", tmp_path, "--synthesize-steps", 2, "--distill-steps", 0, "--count", 8]
+    (tmp_path / "run.json").write_text("{")
+    refused = dmm(*command)
+    assert refused.exit_code == 2 and "run.json is not valid JSON" in refused.stderr and "--force" in refused.stderr
+    with two_generators():
+        forced = dmm(*command, "--force")
+    assert forced.exit_code == 0 and (tmp_path / "model.safetensors").exists(), forced.stderr
+    assert dmm(*command, "--dry-run").exit_code == 0
+
+
 def test_directories_that_are_not_ours(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     result = dmm("run", *SITES, "-o", tmp_path)
