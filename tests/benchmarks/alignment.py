@@ -142,6 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     print("| network | groups | units | covered | recovered | noise | refused | s | CPU s |")
     print("|---|---|---|---|---|---|---|---|---|")
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         for arch in options.architectures:
             print(row(arch, Path(work)), flush=True)

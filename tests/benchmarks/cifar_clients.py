@@ -11,7 +11,7 @@ more. Methods run through the public commands, otherwise with their defaults; no
 
 What exists is kept: a run that was killed, or stopped after ``--minutes`` (it then exits with 75), goes on where it
 was when the same line is given again. In the work directory every setting and seed has a folder with its clients, and
-in it ``rows``, a folder per row; delete one to make that row anew.
+in it ``rows``, a folder per row; delete one to make that row anew, and with ``dmm`` those that use its pseudo-data.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 from cifar.cells import PROFILES, Cell, Images, Profile
-from cifar.rows import Clock, make_missing
+from cifar.rows import SLUGS, Clock, make_missing
 from cifar.table import conditions, markdown
 from cifar.training import train
+from cifar.whole import savez
 from commands import OutOfTime
 from merge_quality import unpack
 
@@ -46,7 +47,7 @@ def load_images(data: Path, work: Path) -> Images:
         path = work / f"cifar10-{part}.npz"
         if not path.exists():
             images, labels = unpack(data / f"{part}.npz")
-            np.savez(path, images=images, labels=labels)
+            savez(path, images=images, labels=labels)
         with np.load(path) as file:
             arrays += [file["images"], file["labels"]]
     with np.load(data / "train.npz") as file:
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, help="default: those of the profile; another number, another --work")
     parser.add_argument("--settings", nargs="+", help="default: those of the profile")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the profile")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="their folders' names, dmm among them; default: all")
+    parser.add_argument("--rows", nargs="+", choices=SLUGS, metavar="NAME", help=f"{', '.join(SLUGS)}; default: all")
     parser.add_argument("--minutes", type=float, help="stop after so long, to go on later")
     parser.add_argument("--class-counts", action="store_true", help="clients tell how often they saw each class")
     options = parser.parse_args()

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cifar.whole import savez
 from commands import dmm
 from PIL import Image
 
@@ -153,7 +154,7 @@ def main() -> None:
     held_out = options.work / "test.npz"
     if not held_out.exists():
         images, labels = unpack(options.cifar10 / "test.npz")
-        np.savez(held_out, images=images, labels=labels)
+        savez(held_out, images=images, labels=labels)
     sites = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
     clients = [options.work / f"client-{number}.safetensors" for number in range(CLIENTS)]
     columns = [

@@ -36,7 +36,7 @@ MODELS = {"slerp": 2, "linear": 4, "karcher": 4}  # the others: three and their 
 MERGEKIT = {  # the parameters that make mergekit compute what dmm's defaults do
     "linear": {},
     "slerp": {"t": 0.5},
-    "karcher": {"tol": 1e-9, "max_iter": 100},
+    "karcher": {},
     "task_arithmetic": {"weight": 0.3, "normalize": False},
     "model_stock": {},
     "ties": {"weight": 1.0, "density": 0.2, "normalize": True},
@@ -58,10 +58,10 @@ SPECTRAL = ("tsv", "iso_c", "iso_cts", "wudi")
 def checkpoints(work: Path, name: str, like: Mapping[str, torch.Tensor], count: int) -> list[Path]:
     """A start and ``count - 1`` fine-tunings of it, of these names, shapes and dtypes; made once."""
     paths = [work / f"{name}-{number}.safetensors" for number in range(count)]
-    draw = torch.Generator().manual_seed(0)
     for number, path in enumerate(paths):
         if path.exists():
             continue
+        draw = torch.Generator().manual_seed(number)
         moved = {}
         for key, value in like.items():
             shared = torch.Generator().manual_seed(len(key) + value.numel())
@@ -221,6 +221,7 @@ def large(work: Path, _: argparse.Namespace) -> None:
 def spectral(work: Path, options: argparse.Namespace) -> None:
     """Methods on matrices: eight ViT-B/16 and their base, on the CPU or a GPU."""
     paths = checkpoints(work, "vit", shapes("vit_base_patch16_224"), 9)
+    run(dmm("task_arithmetic", paths, work / "out.safetensors"))  # so that the hashes of all files are remembered
     print("\n| eight ViT-B/16 and a base | s | MiB |\n|---|---|---|")
     for method in SPECTRAL:
         command = dmm(method, paths, work / "out.safetensors")
@@ -238,10 +239,11 @@ def main() -> None:
     """Run the parts asked for, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", help="the mergekit-pytorch program of another environment")
-    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--part", nargs="+", choices=PARTS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "dmm-merge-speed")
     parser.add_argument("--device", default="cpu", help="of the part spectral")
     options = parser.parse_args()
+    options.work = options.work.resolve()  # where hashes are remembered has to be absolute
     options.work.mkdir(parents=True, exist_ok=True)
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}, n = {RUNS} unless told")
     for name in options.part or PARTS:

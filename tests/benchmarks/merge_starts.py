@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cifar.whole import savez
 from commands import dmm
 from merge_quality import ARCH, BASE_EPOCHS, BASE_RATE, CLIENT_RATE, MEAN, STD, save, train, unpack
 from safetensors.numpy import load_file, save_file
@@ -115,6 +116,10 @@ def merges(parents: list[Path], pseudo: Path, real: Path, work: Path, align: str
     for number, (name, flags) in enumerate(ways.items()):
         paths[name] = work / f"merged-{number}.safetensors"
         dmm("merge", *parents, "--align", align, "-o", paths[name], "--force", "-q", *flags)
+    if align == "always":  # whose variances are those of the units that were averaged
+        moved = work / "aligned.safetensors"
+        dmm("align", *parents, "-o", moved, "--force", "-q")
+        parents = [parents[0], moved]
     first = next(iter(paths))
     paths[first] = with_mean_variance(paths[first], parents, work / "plain.safetensors")
     return paths
@@ -138,7 +143,7 @@ def main() -> None:
     test = options.work / "test.npz"
     if not test.exists():
         held_out, answers = unpack(options.cifar10 / "test.npz")
-        np.savez(test, images=held_out, labels=answers)
+        savez(test, images=held_out, labels=answers)
     columns: dict[str, list[dict[str, list[float]]]] = {}
     kinds: dict[str, tuple[Callable, list[str]]] = {
         "two starts": (two_starts, ["never", "always"]),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cifar.whole import savez
 from commands import dmm
 from merge_quality import ARCH, save, train, unpack
 
@@ -51,9 +52,9 @@ def digits(work: Path, seed: int) -> None:
     for name, model in make_digits.train_all(images, labels, parts, 1000 * (1 + seed)).items():
         if name in make_digits.SITES:
             make_digits.save(work / f"teacher-{name}.safetensors", model)
-    np.savez(work / "validation.npz", images=images[parts["test"]], labels=labels[parts["test"]])
     dmm("merge", *sorted(work.glob("teacher-*")), "-o", work / "merged", "--force", "-q")
     (work / "merged" / "group-0.safetensors").rename(work / "student.safetensors")
+    savez(work / "validation.npz", images=images[parts["test"]], labels=labels[parts["test"]])
 
 
 def cifar10(folder: Path) -> Callable[[Path, int], None]:
@@ -69,7 +70,7 @@ def cifar10(folder: Path) -> Callable[[Path, int], None]:
             if name != "student":
                 model = train(model, images[seen], labels[seen], EPOCHS, RATE, seed)
             save(work / f"{name}.safetensors", model)
-        np.savez(work / "validation.npz", images=images[kept], labels=labels[kept])
+        savez(work / "validation.npz", images=images[kept], labels=labels[kept])
 
     return make
 

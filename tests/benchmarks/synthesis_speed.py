@@ -335,7 +335,8 @@ def quality(device: str, runs: int, work: Path) -> str:
 
 
 def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ({statistics.stdev(values):.{digits}f})"
+    deviation = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:
@@ -363,7 +364,8 @@ def main() -> None:
                     print("\n".join(rows), flush=True)
         if "quality" in arguments.part:
             print("\n| textbook's students, % (sd) | dmm's |\n|" + "---|" * 2)
-            print(quality(arguments.device, arguments.runs, work))
+            (work / "quality").mkdir()
+            print(quality(arguments.device, arguments.runs, work / "quality"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import split
 from .training import Recipe, Task
+from .whole import savez
 
 BASE, POOLED = 99, 98  # beside the numbers of clients, in seeds
 
@@ -102,12 +103,12 @@ class Cell:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.test.exists():
             return
-        np.savez(self.folder / "shares.npz", **{f"client_{n}": own for n, own in enumerate(self.shares)})
+        savez(self.folder / "shares.npz", **{f"client_{n}": own for n, own in enumerate(self.shares)})
         images = self._images.test.copy()
         for number, name in enumerate(split.RENDERINGS if self._renders else ()):
             part = slice(number, None, len(split.RENDERINGS))
             images[part] = split.rendered(images[part], name, self._seed_of(number) + 1)
-        np.savez(self.test, images=images, labels=self._images.test_labels, classes=np.array(self._images.classes))
+        savez(self.test, images=images, labels=self._images.test_labels, classes=np.array(self._images.classes))
 
     def seen(self, client: int) -> tuple[np.ndarray, np.ndarray]:
         """Training images of a client as it sees them, uint8 (N, 3, 32, 32), and their labels (N,)."""

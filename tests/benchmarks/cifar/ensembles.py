@@ -38,7 +38,7 @@ def within_known_classes(clients: Sequence[Path], data: Path, test: Path) -> flo
     return _accuracy(answer, test)
 
 
-def committee(clients: Sequence[Path], data: Path, test: Path) -> float:
+def committee(clients: Sequence[Path], data: Path, test: Path, seed: int) -> float:
     """Accuracy in per cent of what dmm teaches its student: the committee of all clients, fitted on pseudo-data."""
     drawn = load_pseudo_data(resolve_source(str(data)))
     arrays = (drawn.images, drawn.targets, drawn.teacher_id.astype(np.int64))
@@ -47,7 +47,7 @@ def committee(clients: Sequence[Path], data: Path, test: Path) -> float:
     names = tuple(teacher.label for teacher in drawn.teachers)
     classes = tuple(map(str, range(drawn.logits.shape[1])))
     lessons = Lessons(images, PixelSpace(SPEC, device), targets, owners, names, classes)
-    return _accuracy(lessons.committee(_models(clients), Settings()), test)
+    return _accuracy(lessons.committee(_models(clients), Settings(seed=seed)), test)
 
 
 def _models(clients: Sequence[Path]) -> list[nn.Module]:

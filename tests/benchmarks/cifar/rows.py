@@ -34,7 +34,7 @@ from . import ensembles
 from .cells import Cell
 from .training import SPEC, seconds_file
 
-MODEL, RECORD, CLIENTS = "model.safetensors", "row.json", "clients.json"
+MODEL, MADE, RECORD, CLIENTS = "model.safetensors", "made.json", "row.json", "clients.json"
 
 
 class Clock:
@@ -90,6 +90,7 @@ class Place:
     clock: Clock
 
     model = property(lambda self: self.folder / MODEL)
+    made = property(lambda self: self.folder / MADE)
     record = property(lambda self: self.folder / RECORD)
     run = property(lambda self: self.cell.folder / "rows" / "dmm" / "run")
     data = property(lambda self: self.run / "pseudo.safetensors")
@@ -150,7 +151,10 @@ def informed(place: Place) -> None:
         dmm("record", *others, *words, seconds=place.clock.left())
         data.unlink()
 
-    missing = [n for n in range(len(clients)) if not (place.folder / f"statistics-{n}").exists()]  # after a stop
+    def told(number: int) -> int:
+        return len(list((place.folder / f"statistics-{number}").glob("*.safetensors")))
+
+    missing = [n for n in range(len(clients)) if told(n) < len(clients) - 1]  # others were made before a stop
     with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(record, missing))
     files = place.folder / "statistics-*" / "*.safetensors"
@@ -171,7 +175,10 @@ def everything(place: Place) -> None:
 
 
 def from_scratch(place: Place) -> None:
-    """A network with random weights learns from the pseudo-data of all clients, as DENSE does (NeurIPS 2022)."""
+    """A network with random weights learns what dmm's student does, without a merge, as DENSE does (NeurIPS 2022).
+
+    DENSE draws other images, and teaches the mean of the clients' answers.
+    """
     like = resolve_source(str(place.cell.clients[0]))
     with seeded(place.cell.seed, "scratch"):
         model = build(like.metadata["dmm.arch"])
@@ -216,13 +223,14 @@ def real_images(cell: Cell, pseudo: Path, path: Path) -> None:
     save_pseudo_data(path, data, {}, force=True)
 
 
-def together(answer: Callable[..., float]) -> Callable[[Place], list[float]]:
-    """All clients answer, in the light of dmm's pseudo-data; there is no model to judge."""
+def within_known_classes(place: Place) -> list[float]:
+    """All clients answer, each for its own classes; there is no model to judge."""
+    return [ensembles.within_known_classes(place.cell.clients, place.data, place.cell.test)]
 
-    def make(place: Place) -> list[float]:
-        return [answer(place.cell.clients, place.data, place.cell.test)]
 
-    return make
+def committee(place: Place) -> list[float]:
+    """All clients answer, as dmm's student is taught by them; there is no model to judge."""
+    return [ensembles.committee(place.cell.clients, place.data, place.cell.test, place.cell.seed)]
 
 
 @dataclass(frozen=True)
@@ -254,12 +262,8 @@ class Row:
 PSEUDO, REAL = "dmm/run/pseudo.safetensors", "oracle/real.safetensors"
 INFORMED = "informed/run/pseudo.safetensors"
 ROWS: dict[str, Row] = {
-    "ensemble of the logits of those who know the class": Row(
-        "known", together(ensembles.within_known_classes), images=PSEUDO
-    ),
-    "committee of all clients, which dmm's student is taught by": Row(
-        "committee", together(ensembles.committee), images=PSEUDO
-    ),
+    "ensemble of the logits of those who know the class": Row("known", within_known_classes, images=PSEUDO),
+    "committee of all clients, which dmm's student is taught by": Row("committee", committee, images=PSEUDO),
     "linear, variances averaged like weights (FedAvg)": Row("plain", plain),
     "linear, analytic variances": Row("linear", merged("--align", "never")),
     "linear, statistics reset on pseudo-data": Row(
@@ -275,12 +279,14 @@ ROWS: dict[str, Row] = {
     "RegMean on pseudo-data": Row("regmean", merged("--method", "regmean", "--recalibrate", "data"), images=PSEUDO),
     "PLeaS on pseudo-data": Row("pleas", merged("--method", "pleas", "--recalibrate", "data"), images=PSEUDO),
     "FedBN: linear, statistics local, best client": Row("fedbn", local_statistics),
-    "distilled from scratch (DENSE)": Row("scratch", from_scratch, images=PSEUDO),
+    "distilled from scratch, otherwise like dmm": Row("scratch", from_scratch, images=PSEUDO),
     "**dmm** (`dmm run`)": Row("dmm", pipeline, images=PSEUDO),
     "**dmm**, with statistics of images in the others' networks": Row("informed", informed, images=INFORMED),
     "oracle: dmm's distillation on real images": Row("oracle", oracle, images=REAL),
     "one network trained on all data": Row("pooled", everything),
 }
+
+SLUGS = tuple(row.slug for row in ROWS.values())
 
 
 def chosen(cell: Cell, slugs: Sequence[str] | None) -> dict[str, Row]:
@@ -289,16 +295,25 @@ def chosen(cell: Cell, slugs: Sequence[str] | None) -> dict[str, Row]:
 
 
 def make_missing(cell: Cell, slugs: Sequence[str] | None, clock: Clock, on_progress: Callable[[str], None]) -> None:
-    """Make and judge every row of a cell, see ``chosen``, that is not there yet."""
+    """Make and judge every row of a cell, see ``chosen``, that is not there yet.
+
+    Raises:
+        SystemExit: a row learns from dmm's images, and these are not there.
+    """
     rows = sorted(chosen(cell, slugs).items(), key=lambda named: named[1].make is not pipeline)  # others use its images
     for name, row in rows:
         place = row.place(cell, clock)
         if place.record.exists():
             continue
+        if row.images in (PSEUDO, REAL) and row.make is not pipeline and not place.data.exists():
+            raise SystemExit(f"the row {row.slug} learns from images of the row dmm: make that too, --rows dmm ...")
         on_progress(name)
-        with timed(place.model):
-            accuracy = row.make(place)
-        record = {"seconds": _seconds(row, place), "images": _images(row, cell), "accuracy": accuracy or judged(place)}
+        if not place.made.exists():  # else it was stopped while it was judged
+            with timed(place.model):
+                accuracy = row.make(place)
+            place.made.write_text(json.dumps(accuracy))
+        made = {"seconds": _seconds(row, place), "images": _images(row, cell)}
+        record = made | {"accuracy": json.loads(place.made.read_text()) or judged(place)}
         place.record.write_text(json.dumps(record, sort_keys=True) + "\n")
     if not (cell.folder / CLIENTS).exists():
         on_progress("clients")

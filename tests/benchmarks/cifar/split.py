@@ -23,7 +23,7 @@ def base_and_rest(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """Every class dealt out to the clients by shares from Dirichlet(alpha) (Hsu et al., 2019).
+    """Every class dealt out to the clients by shares from Dirichlet(alpha) (as Yurochkin et al., ICML 2019).
 
     Drawn again until every client has ``SMALLEST`` images, as is usual: at .01 some would have none.
 
