@@ -57,7 +57,7 @@ def shuffled_cosines(layers: Sequence[LayerSimilarity], members: Sequence[int]) 
     held = np.ix_(members, members)
     grams = []
     for layer in layers:
-        norms = np.array(layer.norms)[list(members)]
+        norms = np.array(layer.norms, dtype=np.float64)[list(members)]  # (N,)
         grams.append(np.array(layer.cosine, dtype=np.float64)[held] * np.outer(norms, norms))
     for number in range(SHUFFLES):
         draw = np.random.default_rng(number)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dmm_cli.errors import DmmError
 from dmm_cli.grouping import group_checkpoints
 from dmm_cli.groups import given_groups, stated
-from dmm_cli.manifest import Grouping, SimilarityReport, SourceRecord, dump
+from dmm_cli.manifest import Grouping, LayerSimilarity, SimilarityReport, SourceRecord, dump
 
 
 def report(matrix, names="abcdefghij") -> SimilarityReport:
@@ -73,6 +74,20 @@ def test_checkpoints_that_cannot_be_compared_are_never_together():
     matrix = blocks(2, 2, inside=0.5, outside=np.nan)
     for rule in ("auto", 0.0, -1.0):
         assert members(group_checkpoints(report(matrix), rule)) == [{"a", "b"}, {"c", "d"}]
+
+
+def test_layers_that_one_of_another_architecture_lacks_say_as_much_of_the_others():
+    cosine = np.array([[1, 0.97, 0.5], [0.97, 1, 0.5], [0.5, 0.5, 1]])
+
+    def layered(matrix: np.ndarray, norms: tuple[float | None, ...]) -> SimilarityReport:
+        rows = tuple(tuple(None if np.isnan(value) else value for value in row) for row in matrix)
+        layers = tuple(LayerSimilarity(name, (2, 2), rows, 0.5, norms) for name in ("one", "two"))
+        return replace(report(matrix), layers=layers)
+
+    beside = np.pad(cosine, (0, 1), constant_values=np.nan)
+    beside[3, 3] = 1
+    alone = members(group_checkpoints(layered(cosine, (1.0, 1.0, 1.0))))
+    assert members(group_checkpoints(layered(beside, (1.0, 1.0, 1.0, None)))) == [*alone, {"d"}]
 
 
 def test_equal_distances_are_joined_in_one_order():
