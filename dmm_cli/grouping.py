@@ -171,8 +171,8 @@ def _auto(
         inner = np.zeros(len(members), dtype=int)
         cut = _largest_gap(tree)
         if cut and cut.gap >= GAP:
-            usable = not reordered[inside].any() and all(_complete(layer, members) for layer in report.layers)
-            shuffled = shuffled_cosines(report.layers, members) if usable and report.layers else []
+            layers = [layer for layer in report.layers if _complete(layer, members)]
+            shuffled = shuffled_cosines(layers, members) if layers and not reordered[inside].any() else []
             cut = replace(cut, chance=max((_largest_gap(_tree(one)).gap for one in shuffled), default=None))
             if cut.gap >= (cut.chance or 0.0) * (1.0 - ROUNDING):
                 cuts[basin], inner = cut, _cut(tree, cut.threshold)

@@ -65,26 +65,41 @@ def test_what_all_units_share_does_not_make_one_start(compared):
     )
 
 
+def tuned(draw: np.random.Generator, agreed: list[str]) -> dict[str, list[np.ndarray]]:
+    """Fine-tunings of one start; in every layer two of them went one way, two another."""
+    nets: dict[str, list[np.ndarray]] = {name: [] for name in "abcd"}
+    for pair in agreed:
+        start, *ways = draw.standard_normal((3, *SHAPE))
+        for name in nets:
+            own = 0.2 * draw.standard_normal(SHAPE)
+            nets[name].append(start + ways[name in pair] + own)
+    return nets
+
+
 def test_a_gap_counts_where_the_layers_agree_on_it(compared):
     draw = np.random.default_rng(2)
-
-    def tuned(agreed: list[str]) -> dict[str, list[np.ndarray]]:
-        """Fine-tunings of one start; in every layer two of them went one way, two another."""
-        nets: dict[str, list[np.ndarray]] = {name: [] for name in "abcd"}
-        for pair in agreed:
-            start, *ways = draw.standard_normal((3, *SHAPE))
-            for name in nets:
-                own = 0.2 * draw.standard_normal(SHAPE)
-                nets[name].append(start + ways[name in pair] + own)
-        return nets
-
-    agreeing = group_checkpoints(compared(tuned(["ab"] * LAYERS)))
+    agreeing = group_checkpoints(compared(tuned(draw, ["ab"] * LAYERS)))
     assert groups(agreeing) == ["ab", "cd"]
     assert "with layers shuffled" in next(pair.reason for pair in agreeing.pairs if not pair.together)
-    torn = tuned(["ab", "ac"])
+    torn = tuned(draw, ["ab", "ac"])
     report = compared({name: [2.4 * first, second] for name, (first, second) in torn.items()})
     assert groups(group_checkpoints(replace(report, layers=()))) == ["ab", "cd"]  # the gap alone is large enough
     whole = group_checkpoints(report)
     assert groups(whole) == ["abcd"] and all("one start" in pair.reason for pair in whole.pairs)
     again = SimilarityReport.from_json(json.loads(json.dumps(report.to_json())))  # as through a pipe
     assert group_checkpoints(again) == whole
+
+
+def test_files_of_another_architecture_change_no_group(compared):
+    draw = np.random.default_rng(2)
+    torn = {name: [2.4 * first, second] for name, (first, second) in tuned(draw, ["ab", "ac"]).items()}
+    agreeing = dict(zip("pqrs", tuned(draw, ["ab"] * LAYERS).values(), strict=True))
+    agreeing |= {"t": [layer + 0.2 * draw.standard_normal(SHAPE) for layer in agreeing["p"]]}
+    lone = {"z": [draw.standard_normal((4, 4))]}
+    whole, parts = groups(group_checkpoints(compared(torn))), groups(group_checkpoints(compared(agreeing)))
+    assert whole == ["abcd"] and parts == ["pqt", "rs"]
+    for nets in (torn | agreeing | lone, lone | agreeing | torn):
+        report = compared(nets)
+        assert groups(group_checkpoints(report)) == [*whole, *parts, "z"]
+        assert len(report.layers) == 2 + LAYERS and {len(layer.norms) for layer in report.layers} == {len(nets)}
+        assert all(layer.minimum is not None for layer in report.layers)

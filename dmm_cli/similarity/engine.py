@@ -92,7 +92,7 @@ def _compare(
 def _joined(
     sources: Sequence[Source], kinds: Sequence[tuple[int, ...]], parts: Sequence[SimilarityReport]
 ) -> SimilarityReport:
-    """One report from one per architecture; per-layer detail is that of the largest."""
+    """One report from one per architecture; layers are those of all that have two checkpoints or more."""
     count = len(sources)
 
     def spread(matrices: Iterable[tuple[tuple[int, ...], Matrix]]) -> Matrix:
@@ -103,24 +103,17 @@ def _joined(
                     whole[place][other] = value
         return tuple(map(tuple, whole))
 
-    largest = max(range(len(kinds)), key=lambda number: len(kinds[number]))
-    where = dict(zip(kinds[largest], range(count), strict=False))
+    def spread_layer(kind: tuple[int, ...], layer: LayerSimilarity) -> LayerSimilarity:
+        norms = dict(zip(kind, layer.norms, strict=True))
+        return replace(layer, cosine=spread([(kind, layer.cosine)]), norms=tuple(map(norms.get, range(count))))
+
+    pairs = list(zip(kinds, parts, strict=True))
     return SimilarityReport(
         sources=tuple(_record(source) for source in sources),
-        measures={
-            name: spread((kind, part.measures[name]) for kind, part in zip(kinds, parts, strict=True))
-            for name in parts[0].measures
-        },
-        layers=tuple(
-            replace(
-                layer,
-                cosine=spread([(kinds[largest], layer.cosine)]),
-                norms=tuple(layer.norms[where[i]] if i in where else None for i in range(count)),
-            )
-            for layer in parts[largest].layers
-        ),
-        raw_cosine=spread((kind, part.raw_cosine) for kind, part in zip(kinds, parts, strict=True)),
-        unrelated=spread((kind, part.unrelated) for kind, part in zip(kinds, parts, strict=True)),
+        measures={name: spread((kind, part.measures[name]) for kind, part in pairs) for name in parts[0].measures},
+        layers=tuple(spread_layer(kind, layer) for kind, part in pairs if len(kind) > 1 for layer in part.layers),
+        raw_cosine=spread((kind, part.raw_cosine) for kind, part in pairs),
+        unrelated=spread((kind, part.unrelated) for kind, part in pairs),
     )
 
 
