@@ -37,9 +37,12 @@ def basins(sources: Sequence[Source]) -> list[list[int]]:
         files = [stack.enter_context(Checkpoint(source)) for source in sources]
         for info in infos:
             rows = np.stack([file.floats(info.name, 0, min(info.numel, SAMPLE)) for file in files]).astype(np.float64)
-            gram += rows @ rows.T  # (N, N)
+            gram += info.numel / max(rows.shape[1], 1) * (rows @ rows.T)  # (N, N); what is not sampled is like it
         unrelated = unrelated_cosine(files, infos)
     norms = np.sqrt(np.diag(gram))
-    norms[norms == 0] = 1.0
-    labels = components(gram / np.outer(norms, norms) >= start_bounds(unrelated))
+    zero = norms == 0
+    norms[zero] = 1.0
+    cosine = gram / np.outer(norms, norms)
+    cosine[np.ix_(zero, zero)] = 1.0
+    labels = components(cosine >= start_bounds(unrelated))
     return [np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels.tolist())]

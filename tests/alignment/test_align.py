@@ -16,8 +16,10 @@ from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.basins import basins
 from dmm_cli.alignment.trace import trace
 from dmm_cli.errors import DmmError
+from dmm_cli.grouping import same_start
 from dmm_cli.inputs import Source, resolve_source
 from dmm_cli.names import is_head
+from dmm_cli.similarity.engine import compute_similarity
 from dmm_cli.trust import grant
 
 KIND = "residual"
@@ -171,6 +173,23 @@ def test_basins_do_not_depend_on_heads_or_on_the_order(tmp_path):
     sources = [saved(tmp_path / str(number), file) for number, file in enumerate(files)]
     assert basins(sources) == [[0, 2, 4], [1, 3]]
     assert basins(sources[::-1]) == [[0, 2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("shared", "scale", "expected"),
+    [("small", 2.5, [[0], [1]]), ("large", 4.0, [[0, 1]]), ("none", 0.0, [[0, 1]]), ("none", 1.0, [[0], [1]])],
+)
+def test_basins_are_those_that_similarities_tell(tmp_path, shared, scale, expected):
+    """A frozen stem under layers of other starts; adapters between layers of one start; nothing but zeros."""
+    shapes = {"small": (32, 256), **dict.fromkeys(("large1", "large2", "large3", "large4"), (256, 256))}
+    draw, files = np.random.default_rng(0), ({}, {})
+    for name, shape in shapes.items():
+        one, other = draw.standard_normal((2, *shape)).astype(np.float32) * (scale if name == "small" else bool(scale))
+        files[0][f"{name}.weight"] = one
+        files[1][f"{name}.weight"] = one if name.startswith(shared) else other
+    sources = [saved(tmp_path / str(number), file) for number, file in enumerate(files)]
+    assert basins(sources) == expected
+    assert same_start(compute_similarity(sources, measures=["cosine"]))[0, 1] == (len(expected) == 1)
 
 
 def test_the_cosine_with_nothing_is_0_but_for_another_nothing():
