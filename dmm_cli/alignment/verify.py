@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import DmmError, printable
+from ..errors import DmmError, is_out_of_memory, summary
 from ..runtime import generator
 from .apply import permute
 from .spec import Spec
@@ -75,14 +75,20 @@ def jitter(state: State) -> None:
 
 
 def outputs(name: str, model: nn.Module, state: State, images: torch.Tensor) -> torch.Tensor:
-    """All outputs of the network, flat."""
+    """All outputs of the network, flat.
+
+    Raises:
+        DmmError: it fails, but for lack of memory.
+    """
     model.load_state_dict(dict(state))
     try:
         with torch.no_grad():
             leaves = pytree.tree_leaves(model(images))
             return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, torch.Tensor)])
-    except RuntimeError as error:
+    except Exception as error:  # whatever the module itself may raise
+        if is_out_of_memory(error):
+            raise
         raise DmmError(
             f"{name} does not run in float64, so that no order of its units can be verified",
-            evidence=[printable(str(error).splitlines()[0])],
+            evidence=[summary(error)],
         ) from error

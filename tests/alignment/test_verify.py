@@ -100,3 +100,32 @@ def test_outputs_that_are_nothing_are_passed_over():
     model = Beside().eval()
     spec = trace(model, (6,))
     assert verify("x", model, spec, random_image(spec, np.random.default_rng(0)), (6,)) < 1e-12
+
+
+class Narrow(nn.Sequential):
+    """Fails with an error of its own on anything but float32."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("error", [TypeError("float32 alone"), AssertionError()])
+def test_a_network_of_float32_alone_is_refused_whatever_it_raises(error):
+    model = Narrow(error).eval()
+    spec = trace(model, (6,))
+    with pytest.raises(DmmError, match="x does not run in float64") as refused:
+        verify("x", model, spec, identity(spec), (6,))
+    assert type(error).__name__ in refused.value.evidence[0]
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_network():
+    model = Narrow(MemoryError()).eval()
+    spec = trace(model, (6,))
+    with pytest.raises(MemoryError):
+        verify("x", model, spec, identity(spec), (6,))

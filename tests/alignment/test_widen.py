@@ -157,11 +157,13 @@ def test_a_share_of_all_units_is_merged_and_the_rest_stands_beside_it():
     assert a.keys() == {"0.weight", "0.bias", "1.weight"}
 
 
-@pytest.mark.parametrize("arch", ["networks:only_normalised", "networks:tied"])
-def test_a_network_that_cannot_be_widened_is_refused(arch, tmp_path):
-    sources = [saved(tmp_path / str(n), arrays(lively(arch, n)), arch, (6,)) for n in range(2)]
+@pytest.mark.parametrize(
+    ("arch", "size"), [("networks:only_normalised", (6,)), ("networks:tied", (6,)), ("networks:counted", (3, 8, 8))]
+)
+def test_a_network_that_cannot_be_widened_is_refused(arch, size, tmp_path):
+    sources = [saved(tmp_path / str(n), arrays(lively(arch, n)), arch, size) for n in range(2)]
     with pytest.raises(DmmError, match="can be kept side by side"):
-        widen(*sources, trace(build(arch), (6,)), 0.5)
+        widen(*sources, trace(build(arch), size), 0.5)
 
 
 def test_nor_is_one_of_whose_tied_weights_the_files_hold_one(tmp_path):
