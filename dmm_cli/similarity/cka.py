@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..examples import Inputs, forward, hooked
+from ..errors import DmmError
+from ..examples import Inputs, called, forward, hooked
 
 BATCH = 128  # images whose products are taken with one another
 ROUNDING = 1e-9  # of float32 activations, squared
@@ -36,6 +37,9 @@ def cka(
         models: in eval mode, on the device of the images.
         batches: normalised inputs, each (B, ...), no image twice in one, which would count as alike whatever networks
             make of it; those of fewer than ``FEWEST`` are left out.
+
+    Raises:
+        DmmError: the networks have no such layers.
     """
     sums: dict[str, torch.Tensor] = {}  # (N, N) each
     scales: dict[str, torch.Tensor] = {}  # (N,) each
@@ -48,6 +52,11 @@ def cka(
             scales[name] = scales.get(name, 0) + both.square().mean((1, 2))
         if on_progress:
             on_progress("cka", number + 1, len(usable))
+    if not sums:
+        raise DmmError(
+            f"{called(models[0])} has no convolution or linear layer whose outputs cka could compare",
+            hint="leave out --data and --measure cka",
+        )
     layers = {name: _normalised(sums[name].cpu().numpy(), scales[name].cpu().numpy()) for name in sums}
     known = np.ma.masked_invalid(list(layers.values()))  # (layers, N, N)
     return known.mean(0).filled(1.0), layers  # networks that tell nothing of any image are alike

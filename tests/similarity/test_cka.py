@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from dmm_cli.architectures import input_spec
+from dmm_cli.errors import DmmError
 from dmm_cli.images import PixelSpace
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
@@ -160,3 +161,10 @@ def test_layers_that_work_on_positions_are_left_out():
     for places in (1, 49):
         whole, layers = cka([Placed(f, places) for f in features], [images])
         assert list(layers) == ["body.layer"] and np.allclose(whole, of_features(*features))
+
+
+def test_networks_without_layers_to_compare_are_refused():
+    images = torch.eye(8)
+    with pytest.raises(DmmError, match="LayerNorm has no convolution or linear layer") as refused:
+        cka([nn.LayerNorm(8), nn.LayerNorm(8)], [images])
+    assert "--data" in refused.value.hint
