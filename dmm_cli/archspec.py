@@ -51,6 +51,12 @@ def stated_classes(text: str) -> int | None:
     return count if isinstance(count, int) and ":" not in name else None
 
 
+def without_classes(text: str) -> str:
+    """An architecture but for its number of classes, alike however it is written."""
+    name, *arguments = (part.replace(" ", "") for part in _split(text))
+    return ",".join([name, *sorted(part for part in arguments if not part.startswith("num_classes="))])
+
+
 def _split(text: str) -> list[str]:
     """The parts between commas that stand in no brackets and no quotes."""
     parts, depth, quote = [""], 0, ""

@@ -188,7 +188,10 @@ class _Basin:
         """
         for source in self.sources:
             spec, arrays, model, shape = opened(source, arch, size)
-            image = carry(self.image, self.spec, spec)
+            try:
+                image = carry(self.image, self.spec, spec)
+            except ValueError as error:
+                raise _unlike(self.sources[0], source, arch) from error
             infos = source.tensors.values()
             parameters = [info for info in infos if info.is_float and not is_statistic(info.name)]
             moved = permute({name: arrays[name] for name in reference}, spec, image)
@@ -215,6 +218,17 @@ def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spe
             hint="operations that dmm does not know fix the units they touch",
         )
     return spec, arrays, model, shape
+
+
+def _unlike(first: Source, other: Source, arch: str | None) -> DmmError:
+    """What is raised of two checkpoints of one start whose units are grouped differently."""
+    return DmmError(
+        f"{first.path} and {other.path} have one start, and units that do not correspond",
+        evidence=[
+            f"{source.path} is {printable(architectures.identify(source, arch).spec)}" for source in (first, other)
+        ],
+        hint="where they are one network, --arch names it",
+    )
 
 
 def image_size(source: Source, model: nn.Module) -> tuple[int, ...]:

@@ -37,6 +37,8 @@ def carry(image: np.ndarray, origin: Spec, spec: Spec) -> np.ndarray:
     Raises:
         ValueError: the groups are not the same.
     """
+    if [group.form for group in origin.groups] != [group.form for group in spec.groups]:
+        raise ValueError("the groups are not the same")
     carried = identity(spec)
     for group, own in zip(origin.groups, spec.groups, strict=True):
         theirs, mine = group.everything, own.everything

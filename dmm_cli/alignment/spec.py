@@ -52,6 +52,11 @@ class Group:
         return sum(role.size for role in self.roles)
 
     @property
+    def form(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of its blocks and roles."""
+        return (self.blocks.shape, *(role.shape for role in self.roles))
+
+    @property
     def everything(self) -> np.ndarray:
         """All ids, of units and blocks."""
         blocks = self.blocks if len(self.blocks) > 1 else self.blocks[:0]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..archspec import without_classes
 from ..digest import Hashes, glance
 from ..errors import DmmError, listed, printable
 from ..files import Outputs, check_output, remove, together, write_files, write_text
@@ -148,7 +149,14 @@ def merge_groups(
         outputs=tuple(str(outcome.path) for outcome in outcomes),
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
-        warnings=(*_twins(sources), *ordered.warnings, *odd, *_drowned(outcomes), *_idle(recalibration, several)),
+        warnings=(
+            *_twins(sources),
+            *([] if aligning.arch else _unlike_networks(sources, grouping)),
+            *ordered.warnings,
+            *odd,
+            *_drowned(outcomes),
+            *_idle(recalibration, several),
+        ),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
         retained={name: result.retained for name, result in recalibrated.items()},
@@ -396,6 +404,23 @@ def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = Tru
 
 def _twins(sources: Sequence[Source]) -> list[str]:
     return [f"{source.path} has the same bytes as {first.path}: it counts twice" for first, source in twins(sources)]
+
+
+def _unlike_networks(sources: Sequence[Source], grouping: Grouping) -> list[str]:
+    """Warnings of groups whose members name different architectures, although their tensors are alike."""
+    warnings = []
+    for group in grouping.groups:
+        named: dict[str, str] = {}  # one checkpoint of each architecture
+        for source in (sources[i] for i in group.members):
+            if arch := source.metadata.get("dmm.arch"):
+                named.setdefault(without_classes(arch), f"{source.label} is {arch}")
+        if len(named) > 1:
+            warnings.append(
+                f"{group.name}: its checkpoints have the same tensors, but name different architectures "
+                f"({listed(named.values(), 4)}): what is merged may compute what none of them does; "
+                "--arch names one for all"
+            )
+    return warnings
 
 
 def _idle(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:

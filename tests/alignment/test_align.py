@@ -146,6 +146,18 @@ def test_heads_of_other_classes_are_not_compared(tmp_path):
     assert all(back[key].tobytes() == value.tobytes() for key, value in tensors.items() if key != "fc.weight")
 
 
+def test_one_start_as_two_architectures_of_the_same_tensors_is_refused(tmp_path):
+    arch, size = "vit_tiny_patch16_224,num_classes=5,img_size=32,embed_dim=12,num_heads=3,depth=1", (3, 32, 32)
+    other = arch.replace("num_heads=3", "num_heads=2")
+    a, b = (arrays(lively(arch, seed)) for seed in range(2))
+    first, second = saved(tmp_path / "a", a, arch), saved(tmp_path / "b", b, arch)
+    third = saved(tmp_path / "c", noisy(b, 0.1), other)
+    with pytest.raises(DmmError, match="have one start, and units that do not correspond") as error:
+        align([[first], [second, third]], size=size)
+    assert list(error.value.evidence) == [f"{second.path} is {arch}", f"{third.path} is {other}"]
+    assert "--arch" in error.value.hint
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     tensors = arrays(lively(ARCH))
     bad = {**tensors, "conv1.weight": np.full_like(tensors["conv1.weight"], np.inf)}

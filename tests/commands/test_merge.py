@@ -310,6 +310,18 @@ def test_heads_of_different_classes_are_joined_by_name_and_the_file_says_so(writ
     assert json.loads(metadata(out)["dmm.classes"]) == ["cat", "dog"]
 
 
+def test_checkpoints_that_name_different_architectures_are_merged_with_a_warning(write, tmp_path):
+    archs = ["vit,num_heads=2, num_classes=3", "vit,num_classes=4,num_heads=2", "vit,num_heads=4", "vit,num_heads=2"]
+    paths = [write(f"m{n}", {"dmm.arch": arch}, **small_net(n)) for n, arch in enumerate(archs)]
+    words = "m0 is vit,num_heads=2, num_classes=3, m2 is vit,num_heads=4)"
+    told = dmm("merge", *paths, "-o", tmp_path / "all.safetensors")
+    assert told.exit_code == 0 and "group-0: its checkpoints have the same tensors, but name different" in told.stderr
+    assert words in told.stderr
+    for number, more in enumerate([paths[:2], [paths[1], paths[3]], [*paths, "--arch", "vit"]]):
+        quiet = dmm("merge", *more, "-o", tmp_path / f"{number}.safetensors")
+        assert quiet.exit_code == 0 and "architectures" not in quiet.stderr
+
+
 def test_the_first_head_brings_its_classes_where_others_have_as_many(write, tmp_path):
     paths = [
         write(f"m{number}", {"dmm.classes": json.dumps(classes), "dmm.class_counts": "[3, 4]"}, **small_net(number))
