@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from .errors import DmmError, blamed_on, printable
@@ -110,6 +111,11 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
             hint="dmm is for classifiers: a logit for each of two classes or more, and of a yes or no for both",
         )
     return found
+
+
+def in_trees(given: Any) -> Any:
+    """What a model gives, in the lists and dicts that torch knows: of an object it does not know, the logits."""
+    return tree_map(lambda leaf: getattr(leaf, "logits", leaf), given)
 
 
 def require_finite(model: nn.Module, logits: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..errors import DmmError, printable
+from ..examples import in_trees
 from .contractions import convolution
 from .rules import RULES, Rule, unknown
 from .spec import Spec, build_spec
@@ -45,7 +46,9 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
     try:
         with torch.no_grad(), warnings.catch_warnings(), _silent():
             warnings.simplefilter("ignore")  # about what the module stores on itself
-            return torch.export.export(copy.deepcopy(model), (torch.zeros(1, *size),), strict=False)
+            copied = copy.deepcopy(model)
+            copied.register_forward_hook(lambda _, inputs, given: in_trees(given))
+            return torch.export.export(copied, (torch.zeros(1, *size),), strict=False)
     except Exception as error:  # whatever the module itself may raise
         raise DmmError(
             f"torch.export cannot trace {type(model).__name__}, so its units cannot be aligned",

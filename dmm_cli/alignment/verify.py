@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DmmError, is_out_of_memory, summary
+from ..examples import in_trees
 from ..runtime import generator
 from .apply import permute
 from .spec import Spec
@@ -83,7 +84,7 @@ def outputs(name: str, model: nn.Module, state: State, images: torch.Tensor) -> 
     model.load_state_dict(dict(state))
     try:
         with torch.no_grad():
-            leaves = pytree.tree_leaves(model(images))
+            leaves = pytree.tree_leaves(in_trees(model(images)))
             return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, torch.Tensor)])
     except Exception as error:  # whatever the module itself may raise
         if is_out_of_memory(error):

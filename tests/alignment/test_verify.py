@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -100,6 +100,29 @@ def test_outputs_that_are_nothing_are_passed_over():
     model = Beside().eval()
     spec = trace(model, (6,))
     assert verify("x", model, spec, random_image(spec, np.random.default_rng(0)), (6,)) < 1e-12
+
+
+@dataclass
+class Told:
+    """What torch knows no tree of."""
+
+    logits: torch.Tensor
+
+
+class Objective(Beside):
+    """Answers with an object that has logits."""
+
+    def forward(self, x: torch.Tensor) -> Told:
+        return Told(self.layers(x))
+
+
+def test_of_an_object_that_has_logits_these_are_what_is_compared():
+    model = Objective().eval()
+    spec = trace(model, (6,))
+    image = random_image(spec, np.random.default_rng(0))
+    assert [group.size for group in spec.groups] == [8] and verify("x", model, spec, image, (6,)) < 1e-12
+    with pytest.raises(DmmError, match="would not compute the same function"):
+        verify("x", model, without_an_axis(spec, "layers.2.weight", 1), image, (6,))
 
 
 class Narrow(nn.Sequential):
