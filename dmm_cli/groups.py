@@ -157,21 +157,26 @@ def assembled(
     """
     clusters = [tuple(i for i, own in enumerate(numbers) if own == number) for number in set(numbers)]
     clusters.sort(key=lambda members: (-len(members), min(names[i] for i in members)))
+    home = {i: number for number, members in enumerate(clusters) for i in members}
+    told: list[list[PairReason]] = [[] for _ in clusters]  # pairs inside each; of one checkpoint, all that it is in
+    for pair in pairs:
+        a, b = home[pair.a], home[pair.b]
+        for number in {a, b}:
+            if a == b or len(clusters[number]) == 1:
+                told[number].append(pair)
     groups = tuple(
-        Group(f"group-{number}", members, _reason(members, pairs, names)) for number, members in enumerate(clusters)
+        Group(f"group-{number}", members, _reason(members, told[number], names))
+        for number, members in enumerate(clusters)
     )
     alone = tuple(members[0] for members in clusters if len(members) == 1) if len(clusters) > 1 else ()
     return Grouping(names, groups, alone, pairs, rule, threshold, linkage)
 
 
-def _reason(members: tuple[int, ...], pairs: tuple[PairReason, ...], names: tuple[str, ...]) -> str:
+def _reason(members: tuple[int, ...], told: Sequence[PairReason], names: tuple[str, ...]) -> str:
+    known = [pair for pair in told if pair.similarity is not None]
     if len(members) == 1:
-        mine = (pair for pair in pairs if members[0] in (pair.a, pair.b) and pair.similarity is not None)
-        near = max(mine, key=lambda pair: pair.similarity, default=None)
-        return (
-            "alone" if near is None else f"alone; nearest is {names[sum((near.a, near.b)) - members[0]]}, {near.reason}"
-        )
-    inside = [p for p in pairs if p.a in members and p.b in members]
-    values = [p.similarity for p in inside if p.similarity is not None]
+        near = max(known, key=lambda pair: pair.similarity, default=None)
+        return "alone" if near is None else f"alone; nearest is {names[near.a + near.b - members[0]]}, {near.reason}"
+    values = [pair.similarity for pair in known]
     span = f"cosine {min(values):.3f} to {max(values):.3f}: " if values else ""
-    return span + inside[0].reason
+    return span + told[0].reason

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from dmm_cli.errors import DmmError
 from dmm_cli.grouping import group_checkpoints
-from dmm_cli.groups import given_groups, stated
+from dmm_cli.groups import assembled, given_groups, stated
 from dmm_cli.manifest import Grouping, LayerSimilarity, SimilarityReport, SourceRecord, dump
 
 
@@ -134,6 +135,25 @@ def test_groups_that_do_not_fit():
         groups_from_record(report(blocks(2)).to_json(), ["a", "z"], "f")
     with pytest.raises(DmmError, match="holds no groups"):
         groups_from_record({}, ["a"], "f")
+
+
+class Walked(tuple):
+    """Pairs that count how often they are looked at."""
+
+    seen = 0
+
+    def __iter__(self) -> Iterator:
+        for pair in super().__iter__():
+            self.seen += 1
+            yield pair
+
+
+@pytest.mark.parametrize("groups", [1, 5, 40])
+def test_pairs_are_looked_at_once_however_many_groups_there_are(groups):
+    grouping = group_checkpoints(report(np.eye(40), [f"m{number:02}" for number in range(40)]), "all")
+    pairs = Walked(grouping.pairs)
+    found = assembled(grouping.labels, [number % groups for number in range(40)], pairs, "rule")
+    assert len(found.groups) == groups and pairs.seen == len(pairs)
 
 
 SIMILAR = report(blocks(2)).to_json()

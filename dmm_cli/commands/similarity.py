@@ -160,7 +160,8 @@ def _pairs(report: SimilarityReport, measure: str = "cosine") -> list[tuple[str,
     if report.against is not None:
         return list(report.against.items())
     known = [[math.nan if value is None else value for value in row] for row in report.measures[measure]]
-    return [(f"{report.labels[a]} {report.labels[b]}", known[a][b]) for a in range(len(known)) for b in range(a)]
+    labels = report.labels
+    return [(f"{labels[a]} {labels[b]}", known[a][b]) for a in range(len(known)) for b in range(a)]
 
 
 def _values(report: SimilarityReport, measure: str) -> str:

@@ -11,6 +11,7 @@ from conftest import DIGITS, digits_as_pseudo_data, dmm, shell
 from safetensors.numpy import load_file, save_file
 
 from dmm_cli import __version__
+from dmm_cli.manifest import SimilarityReport
 from dmm_cli.report import console
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
@@ -138,6 +139,17 @@ def test_a_gate_stops_what_cannot_be_compared(write):
     vast = [write(name, w=draw.normal(size=(4, 4)) * 1e200) for name in ("d", "e")]  # their squares are infinite
     result = dmm("similarity", vast[0], "--against", vast[1], "--fail-under", -1)
     assert result.exit_code == 1 and result.stderr.endswith("  d: not comparable\n"), result.stderr
+
+
+def test_labels_are_taken_once_for_all_pairs(write, monkeypatch):
+    taken, labels = [], SimilarityReport.labels
+    monkeypatch.setattr(SimilarityReport, "labels", property(lambda self: taken.append(self) or labels.fget(self)))
+    counts = []
+    for number in (2, 7):
+        paths = [write(f"m{i}", w=np.eye(2, dtype=np.float32) + i) for i in range(number)]
+        assert dmm("similarity", *paths, "-q").exit_code == 0
+        counts.append(len(taken) - sum(counts))
+    assert counts[0] == counts[1]
 
 
 def test_a_dry_run_of_similarity_refuses_what_cannot_be_compared(write):
