@@ -24,6 +24,7 @@ from ..images import InputSpec
 from ..inputs import Source
 from ..metadata import class_names
 from ..names import is_head, is_statistic, is_weight
+from ..signature import examples_of
 from ..streaming import one_blas_thread
 from .apply import carry, identity, permute, permute_tensor
 from .matching import match
@@ -237,7 +238,8 @@ def image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     Raises:
         DmmError: there are several inputs, or tokens, or forward takes others first.
     """
-    parts = named(architectures.input_spec(source, model))
+    unused = {} if examples_of(model) is not None else {"mean": (0.0,), "std": (1.0,)}  # whatever the file tells
+    parts = named(architectures.input_spec(source, model, **unused))
     name, only = next(iter(parts.items()))
     taken = [one.name for one in signature(model.forward).parameters.values() if one.kind is not one.KEYWORD_ONLY]
     if len(parts) == 1 and isinstance(only, InputSpec) and name in (IMAGES, *taken[:1]):

@@ -65,6 +65,15 @@ def test_a_permuted_copy_comes_back_and_the_file_says_from_what(scrambled, tmp_p
     assert json.loads(told["dmm.sources"])[0]["sha256"] == resolve_source(str(scrambled)).sha256
 
 
+def test_means_that_fit_no_channels_do_not_matter(tmp_path):
+    odd, out = tmp_path / "odd.safetensors", tmp_path / "out.safetensors"
+    told = metadata(B) | {"dmm.input": '{"size": [1, 16, 16], "mean": [0, 0], "std": [1, 1]}'}
+    save_file(load_file(B), odd, told)
+    result = dmm("align", A, odd, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert metadata(out)["dmm.input"] == told["dmm.input"]
+
+
 def test_the_same_bytes_twice(tmp_path):
     outs = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for out in outs:
