@@ -22,8 +22,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def own_rows(source: Source, name: str) -> list[list[int]]:
-    """Rows of a tensor that the first, and the second, of two wide networks has alone; empty where there are none."""
-    return json.loads(source.metadata.get(OWN, "{}")).get(name, [])
+    """Rows of a tensor that the first, and the second, of two wide networks has alone; empty where there are none.
+
+    Raises:
+        DmmError: the metadata tell of no such rows.
+    """
+    try:
+        rows = json.loads(source.metadata.get(OWN, "{}")).get(name, [])
+        fits = all(type(row) is int and 0 <= row < source.tensors[name].shape[0] for own in rows for row in own)
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or of another kind
+        fits = False
+    if not fits:
+        raise DmmError(
+            f"{source.path}: {OWN} in the metadata is not rows of {printable(name)} by the network that has them alone",
+            evidence=[printable(source.metadata[OWN])],
+            hint="leave it out: dmm itself writes it to temporary files alone",
+        )
+    return rows
 
 
 def is_resizable(module: nn.Module) -> bool:

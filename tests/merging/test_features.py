@@ -16,6 +16,7 @@ from conftest import normal
 from safetensors.torch import save_file
 from torch import nn
 
+from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source
 from dmm_cli.merging.features import POSITIONS, Batch, features_of, solve_layers
 from dmm_cli.merging.method import Layer
@@ -243,6 +244,17 @@ def test_what_one_parent_alone_has_it_answers_for_the_images_of_both(family, tmp
     wanted = answers.permute(1, 2, 3, 0).gather(3, speaker[:, None, :, None].expand(-1, rows.shape[1], -1, 1))
     expected = np.linalg.lstsq(rows.flatten(0, 1).numpy(), wanted.flatten(0, 1).squeeze(-1).numpy(), rcond=None)[0].T
     assert np.allclose(merged.conv.weight.flatten(1).numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "told", ["x", "[]", "3", '{"conv.weight": 3}', '{"conv.weight": [[1], 2]}', '{"conv.weight": [[1], ["a"]]}',
+             '{"conv.weight": [[4], [2]]}', '{"conv.weight": [[-1], [2]]}', '{"conv.weight": ["12"]}', "[" * 100000],
+)  # fmt: skip
+def test_rows_of_one_parent_that_are_no_rows_are_refused_by_file(family, tmp_path, told):
+    for number, net in enumerate(family[1]):
+        save_file(net.state_dict(), tmp_path / f"{number}.safetensors", {"dmm.own": told})
+    with pytest.raises(DmmError, match=r"0\.safetensors: dmm\.own in the metadata is not rows of conv\.weight"):
+        solve(family, tmp_path, method="pleas")
 
 
 @pytest.mark.parametrize("method", ["regmean", "pleas"])
