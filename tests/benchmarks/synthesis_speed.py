@@ -7,12 +7,12 @@ The textbook loop is the algorithm as published (DeepInversion, Yin et al., CVPR
 weights take gradients that nobody reads, every BatchNorm layer has a hook with operations of its own, Adam is torch's
 default, float32, every term is read back at every step, images are stored as PNG files. Losses, weights, schedule,
 targets' distribution and start are those of dmm. Loops take turns in one process, after a few steps of each that are
-not counted; times are of the loop and the writing, not of loading the network, over the number of steps. "Step alone" is what a step
-makes of the difference between that loop and one of a quarter of the steps, on a GPU, where a step is short, of four
-times as many: without capturing, judging and writing. "Forward" is a bare forward pass of one batch, on a GPU
-in bf16, channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient of the images. "Share of the
-peak": floating-point operations of that floor, over what a wide convolution in float32 (on a GPU a large product in
-bfloat16) does in the time dmm took. Speed: networks as initialised, with statistics of coloured noise. Quality: the
+not counted; times are of the loop and the writing, not of loading the network, over the number of steps. "Step alone"
+is what a step makes of the difference between that loop and one of a quarter of the steps, on a GPU, where a step is
+short, of four times as many: without capturing, judging and writing. "Forward" is a bare forward pass of one batch, on
+a GPU in bf16, channels_last, as a CUDA graph; the floor is twice that: forward, and the gradient of the images. "Share
+of the peak": floating-point operations of that floor, over what a wide convolution in float32 (on a GPU a large product
+in bfloat16) does in the time dmm took. Speed: networks as initialised, with statistics of coloured noise. Quality: the
 five digit sites, whose students are judged on held-out digits. Prints Markdown.
 """
 
