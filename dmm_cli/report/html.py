@@ -60,7 +60,7 @@ def write_report(
         "<h2>Pseudo-data</h2>",
         _table(tables.teacher_table(synthesis)),
         _picture(figures.draw_image_grid(data), "pseudo-images, a row per class"),
-        _picture(figures.draw_curves(synthesis.history, "synthesis"), "losses of the synthesis"),
+        _picture(figures.draw_curves(synthesis.history, "synthesis"), "losses of the synthesis, of its first generator"),
         "<h2>Distillation</h2>",
         _table(tables.start_table(distillation)),
         _table(tables.retention_table(distillation)),
@@ -68,8 +68,9 @@ def write_report(
         _picture(figures.draw_curves(distillation.history, "distillation"), "losses of the distillation")
         if distillation.history.step
         else "<p>No step of distillation: only the BatchNorm statistics were reset on the pseudo-data.</p>",
-        "<h2>Inputs</h2>",
-        _table(tables.source_table(merged.sources)),
+        "<h2>Inputs and parameters</h2>",
+        _table(tables.source_table([*merged.sources, *([merged.base] if merged.base else [])])),
+        _table(tables.parameter_table(merged, synthesis, distillation)),
         f"<p>dmm {__version__}; synthesis {synthesis.seconds:.0f} s on {_text(synthesis.device)}, "
         f"distillation {distillation.seconds:.0f} s on {_text(distillation.device)}.</p>",
     ]

@@ -104,6 +104,21 @@ def source_table(sources: Sequence[SourceRecord]) -> Table:
     return Table("checkpoints", ["label", "path", "sha256"], rows)
 
 
+def parameter_table(merged: MergeManifest, synthesis: SynthesisManifest, distillation: DistillManifest) -> Table:
+    """By what the stages of a run worked, whether it was asked for or is the default."""
+    stages = {
+        "merge": {"method": merged.method, **merged.parameters},
+        "synthesize": synthesis.parameters,
+        "distill": distillation.parameters,
+    }
+    rows = [[stage, name, _value(told)] for stage, parameters in stages.items() for name, told in parameters.items()]
+    return Table("parameters", ["stage", "parameter", "value"], rows)
+
+
+def _value(told: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in told.items()) if isinstance(told, dict) else str(told)
+
+
 def accuracy_tables(evaluation: Evaluation) -> list[Table]:
     """Accuracy and recall per class, in per cent; of many classes, the latter by themselves, a row a class."""
     title = f"accuracy on {evaluation.samples} samples of {evaluation.data}"

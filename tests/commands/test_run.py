@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import resource
@@ -59,6 +60,8 @@ def test_the_report_is_one_file_with_everything(done):
     for words in ("Accuracy", "different starts", "class prior", "agreement with each teacher", "site-e"):
         assert words in page
     assert "http" not in page and "<script" not in page
+    for row in (["merge", "method", "linear"], ["synthesize", "count", COUNT], ["distill", "steps", DISTILL]):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
 
 
 def test_json_tells_what_the_result_is_worth(done):
@@ -174,6 +177,7 @@ def test_with_a_base_it_merges_what_the_commands_do(tmp_path):
     alone = tmp_path / "alone.safetensors"
     assert dmm("merge", *SITES[:2], *base, "-o", alone).exit_code == 0
     assert (out / "merged" / "group-0.safetensors").read_bytes() == alone.read_bytes()
+    assert hashlib.sha256((tmp_path / "base.safetensors").read_bytes()).hexdigest() in (out / "report.html").read_text()
 
 
 def twin(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
