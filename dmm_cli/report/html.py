@@ -60,7 +60,7 @@ def write_report(
         "<h2>Pseudo-data</h2>",
         _table(tables.teacher_table(synthesis)),
         _picture(figures.draw_image_grid(data), "pseudo-images, a row per class"),
-        _picture(figures.draw_curves(synthesis.history, "synthesis"), "losses of the synthesis, of its first generator"),
+        _picture(figures.draw_curves(synthesis.history, "synthesis, first generator"), "losses of the synthesis"),
         "<h2>Distillation</h2>",
         _table(tables.start_table(distillation)),
         _table(tables.retention_table(distillation)),
