@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..archspec import without_classes
 from ..digest import Hashes, glance
-from ..errors import DmmError, listed, printable
+from ..errors import DmmError, listed
 from ..files import Outputs, check_output, remove, together, write_files, write_text
-from ..inputs import Source, files_of, resolve_source, twins
+from ..inputs import Source, files_of, resolve_source
 from ..merging import CALIBRATIONS, METHODS
 from ..merging.heads import head_union, unlike_heads
 from ..merging.recipe import Recipe, check, check_weights
@@ -24,12 +23,11 @@ from ._earlier import earlier_files, remove_earlier
 from ._outputs import file_or_directory
 from ._provenance import inherited, lineage, records, stamp
 from ._recalibrate import Recalibrated, Recalibration, draft, recalibrate
+from ._warnings import drowned, idle, odd_lengths, told_twice, unlike_networks
 
 if TYPE_CHECKING:
     from ..manifest import Group, Grouping, MergeManifest
     from ..merging.engine import Outcome
-
-USUAL = (0.8, 1.25)  # merged norm over the parents': two unrelated checkpoints average to 0.71
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def merge_groups(
         outcomes, recalibrated = _merge_each(ordered.sources, grouping, to, recipe, team, recalibration, earlier)
     several = [o for o, group in zip(outcomes, grouping.groups, strict=True) if len(group.members) > 1]
     # units side by side meet zeros, so that lengths are expected to shrink
-    odd = [] if ordered.widened else [line for outcome in outcomes for line in _odd_lengths(outcome)]
+    odd = [] if ordered.widened else [line for outcome in outcomes for line in odd_lengths(outcome)]
     manifest = MergeManifest(
         sources=records(sources, recipe.weights),
         grouping=grouping,
@@ -150,12 +148,12 @@ def merge_groups(
         base=records([recipe.base])[0] if recipe.base else None,
         batchnorm={"paired": sum(o.paired for o in several), "unpaired": sum(o.unpaired for o in several)},
         warnings=(
-            *_twins(sources),
-            *([] if aligning.arch else _unlike_networks(sources, grouping)),
+            *told_twice(sources),
+            *([] if aligning.arch else unlike_networks(sources, grouping)),
             *ordered.warnings,
             *odd,
-            *_drowned(outcomes),
-            *_idle(recalibration, several),
+            *drowned(outcomes),
+            *idle(recalibration, several),
         ),
         norms=tuple(outcome.lengths for outcome in outcomes),
         recalibrated={name: result.done for name, result in recalibrated.items()},
@@ -400,50 +398,3 @@ def metadata_of(members: Sequence[Source], recipe: Recipe, *, hashed: bool = Tru
     union = head_union(members) if recipe.head == "union" else None
     taken = inherited(members[:1]) if own_head else inherited(members, union, recipe.weights)
     return {**stamp("merge", parameters, **facts), **taken}
-
-
-def _twins(sources: Sequence[Source]) -> list[str]:
-    return [f"{source.path} has the same bytes as {first.path}: it counts twice" for first, source in twins(sources)]
-
-
-def _unlike_networks(sources: Sequence[Source], grouping: Grouping) -> list[str]:
-    """Warnings of groups whose members name different architectures, although their tensors are alike."""
-    warnings = []
-    for group in grouping.groups:
-        named: dict[str, str] = {}  # one checkpoint of each architecture
-        for source in (sources[i] for i in group.members):
-            if arch := source.metadata.get("dmm.arch"):
-                named.setdefault(without_classes(arch), f"{source.label} is {arch}")
-        if len(named) > 1:
-            warnings.append(
-                f"{group.name}: its checkpoints have the same tensors, but name different architectures "
-                f"({listed(named.values(), 4)}): what is merged may compute what none of them does; "
-                "--arch names one for all"
-            )
-    return warnings
-
-
-def _idle(recalibration: Recalibration | None, merges: Sequence[Outcome]) -> list[str]:
-    return ["--recalibrate sets nothing right: no group has two checkpoints"] if recalibration and not merges else []
-
-
-def _drowned(outcomes: Sequence[Outcome]) -> list[str]:
-    return [
-        f"{outcome.path}: {len(outcome.drowned)} of {len(outcome.lengths)} weights stay as in the base, "
-        f"{printable(outcome.drowned[0])} among them: what was trained there, taken together, is no larger than the "
-        "rounding of stored weights; merge checkpoints of a finer dtype, or with --method task_arithmetic"
-        for outcome in outcomes
-        if outcome.drowned
-    ]
-
-
-def _odd_lengths(outcome: Outcome) -> list[str]:
-    low, high = USUAL
-    odd = {name: ratio for name, ratio in outcome.lengths.items() if not low <= ratio <= high}
-    if not odd:
-        return []
-    worst = max(odd, key=lambda name: max(odd[name], 1.0 / max(odd[name], 1e-9)))
-    return [
-        f"{outcome.path}: {len(odd)} of {len(outcome.lengths)} weights come out far from their parents' norm, "
-        f"{printable(worst)} at {odd[worst]:.2f} of it; --group auto keeps unlike checkpoints apart"
-    ]
