@@ -19,7 +19,7 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, listed, printable
-from .examples import IMAGES, Inputs, answer, floored, joined, named, require_finite
+from .examples import IMAGES, Inputs, answer, floored, joined, named, percentage, require_finite
 from .header import no_such_file
 from .imagefolder import IMAGE_FOLDER, decode, image_folder
 from .images import InputSpec
@@ -270,8 +270,8 @@ def score(label: str, answers: torch.Tensor, labels: torch.Tensor) -> Evaluation
     recall: list[float | None] = []
     for value in range(classes):
         members = labels == value
-        recall.append(100.0 * float(hits[members].double().mean()) if members.any() else None)
-    return EvaluationRow(label, 100.0 * float(hits.double().mean()), tuple(recall))
+        recall.append(percentage(hits[members]) if members.any() else None)
+    return EvaluationRow(label, percentage(hits), tuple(recall))
 
 
 def labels_for(data: LabelledData, names: Sequence[str], classes: int, label: str) -> torch.Tensor:

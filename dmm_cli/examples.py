@@ -136,6 +136,11 @@ def floored(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(logits.isneginf(), logits.detach().amax(1, keepdim=True) - RULED_OUT, logits)
 
 
+def percentage(hits: Any) -> float:
+    """How many of ``hits`` (N,), bool, are true, in per cent; rounded once, so that 58 of 100 are 58."""
+    return 100.0 * int(hits.sum()) / len(hits)
+
+
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """While these hooks are on a model; they are taken off again, whatever happens."""

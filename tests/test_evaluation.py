@@ -34,6 +34,24 @@ def test_scores_match_scikit_learn():
     assert row.recall == pytest.approx(100 * recall_score(labels, predicted, average=None))
 
 
+def test_accuracies_are_rounded_once():
+    for hits in range(101):
+        row = evaluation.score("x", torch.eye(2)[[0] * hits + [1] * (100 - hits)], torch.zeros(100, dtype=torch.int64))
+        assert row.accuracy == row.recall[0] == hits
+
+
+def test_an_accuracy_at_the_bound_of_a_check_passes_it(tmp_path):
+    site, every = DIGITS / "site-a.safetensors", load_file(DIGITS / "test.safetensors")
+    source = resolve_source(str(site))
+    model, _ = load_model(source)
+    data = evaluation.load_labelled(DIGITS / "test.safetensors")
+    hits = evaluation.predict(model, data, input_spec(source, model), torch.device("cpu")).argmax(1) == data.labels
+    rows = torch.cat([hits.nonzero()[:58], (~hits).nonzero()[:42]]).flatten().numpy()
+    save_file({name: array[rows] for name, array in every.items()}, tmp_path / "test.safetensors")
+    command = ["evaluate", site, "--data", tmp_path / "test.safetensors", "-q", "--fail-under"]
+    assert [dmm(*command, bound).exit_code for bound in (58, 58.01)] == [0, 1]
+
+
 def test_a_class_without_samples_has_no_recall():
     row = evaluation.score("x", torch.eye(3)[[0, 0]], torch.tensor([0, 1]))
     assert row.recall == (100.0, 0.0, None) and row.accuracy == 50.0

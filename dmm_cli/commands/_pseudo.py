@@ -105,7 +105,7 @@ def retention(
     """How far the parents, and a model in their place, agree with the targets of each parent's images."""
     import torch
 
-    from ..examples import answer
+    from ..examples import answer, percentage
     from ..manifest import Retention
 
     found = []
@@ -114,7 +114,7 @@ def retention(
         with torch.no_grad():
             answers = torch.cat([answer(model, part).argmax(1) for part in images.split(512)]).cpu().numpy()
         targets = data.targets[rows]
-        shares = [100.0 * float((own == targets).mean()) for own in (data.logits[rows].argmax(1), answers)]
+        shares = [percentage(own == targets) for own in (data.logits[rows].argmax(1), answers)]
         found.append(Retention(parent.label, len(rows), *shares))
     return tuple(found)
 

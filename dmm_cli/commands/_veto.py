@@ -75,4 +75,5 @@ def _compatible(
 
 
 def _forgotten(member: Retention) -> float:
-    return member.before - member.after
+    """In points, of whole images: the difference of two shares may be more by its rounding."""
+    return 100.0 * round((member.before - member.after) * member.images / 100) / member.images

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curves import Recorder, require_finite_terms
 from ..errors import DmmError
-from ..examples import ORIGIN, Inputs, answer, called
+from ..examples import ORIGIN, Inputs, answer, called, percentage
 from ..manifest import ClassRetention, History, Retention
 from ..recalibration import reset_statistics
 from ..runtime import Host, deterministic, mixed_precision, seeded
@@ -189,7 +189,7 @@ def _reset(student: nn.Module, layers: list[nn.Module], lessons: Lessons, settin
 
 def _retention(lessons: Lessons, before: torch.Tensor, after: torch.Tensor) -> tuple[Retention, ...]:
     def measured(rows: torch.Tensor) -> tuple[int, float, float]:
-        return int(rows.sum()), *(100.0 * float(hits[rows].double().mean()) for hits in (before, after))
+        return int(rows.sum()), *(percentage(hits[rows]) for hits in (before, after))
 
     found = []
     for number, label in enumerate(lessons.labels):

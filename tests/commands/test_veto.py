@@ -15,6 +15,7 @@ from dmm_cli.alignment.apply import permute, random_image
 from dmm_cli.alignment.trace import trace
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
+from dmm_cli.manifest import Retention
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "ab"]
 
@@ -102,6 +103,16 @@ def test_without_pseudo_data_or_where_groups_are_given_there_is_no_veto(liar, ps
     given = dmm("merge", SITES[0], liar, "--recalibrate", pseudo, "-o", tmp_path / "all.safetensors", "--json")
     retained = json.loads(given.stdout)["retained"]["group-0"]
     assert given.exit_code == 0 and min(item["after"] for item in retained) < 80
+
+
+@pytest.mark.parametrize(("after", "groups"), [(17, 1), (16, 2)])
+def test_a_loss_of_ten_points_is_no_veto(pseudo, tmp_path, monkeypatch, after, groups):
+    """Of 20 in 30 and 17 in 30 the difference is more by its rounding."""
+    retained = [Retention(path.stem, 30, 100.0 * 20 / 30, 100.0 * after / 30) for path in SITES]
+    monkeypatch.setattr("dmm_cli.commands._recalibrate.retention", lambda *_: tuple(retained))
+    out = tmp_path / "out"
+    assert dmm("merge", *SITES, "--group", "auto", "--recalibrate", pseudo, "-o", out).exit_code == 0
+    assert len(json.loads((out / "merge.json").read_text())["grouping"]["groups"]) == groups
 
 
 def test_a_vetoed_group_does_not_go_to_one_file(liar, pseudo, tmp_path):
