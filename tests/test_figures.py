@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import DIGITS, dmm
+from conftest import DIGITS, dmm, shell
 from scipy.cluster.hierarchy import fcluster
 
 from dmm_cli.grouping import group_checkpoints
@@ -63,3 +63,13 @@ def test_labels_are_never_drawn_longer_than_they_are(tmp_path, length):
     figure, _ = drawn(*(tmp_path / f"{name}.safetensors" for name in names))
     shown = [label.get_text() for label in figure.axes[1].get_yticklabels()]
     assert all(len(text) == min(length, 25) for text in shown)
+
+
+def test_a_figure_is_the_same_whatever_matplotlib_is_set_to(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 20\nsavefig.facecolor: black\n")
+    own = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://matplotlib_inline.backend_that_is_not_here"}
+    plain, set_up = tmp_path / "plain.svg", tmp_path / "set-up.svg"
+    assert dmm("similarity", *SITES[:2], "--figure", plain).exit_code == 0
+    result = shell("similarity", *SITES[:2], "--figure", set_up, env=own)
+    assert result.returncode == 0, result.stderr
+    assert set_up.read_bytes() == plain.read_bytes()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import DmmError
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from ..synthesis.pseudodata import PseudoData
 
 COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
+SETTINGS = {"svg.hashsalt": "dmm", "svg.fonttype": "path"}
 SHORT, DOTS = 22, "..."  # letters of a label that is shortened, and what stands for others
 
 
@@ -37,14 +42,32 @@ def check_drawable(path: Path) -> None:
         raise DmmError(f"cannot draw {path}", hint="name a .png or .svg file")
 
 
+@contextmanager
+def _by_our_settings() -> Iterator[None]:
+    """Draw by matplotlib's defaults and ``SETTINGS``, whatever the user's matplotlibrc says."""
+    matplotlib = _matplotlib()
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context({**defaults, **SETTINGS}):
+        yield
+
+
+def _matplotlib() -> ModuleType:
+    """The package, imported without MPLBACKEND: a notebook names a backend there that may not be installed here."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    return matplotlib
+
+
+@_by_our_settings()
 def encode(figure: Figure, kind: str) -> bytes:
     """The bytes of a figure, ``png`` or ``svg``; the same figure gives the same bytes."""
-    import matplotlib
-
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    settings = {"svg.hashsalt": "dmm", "svg.fonttype": "path"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # labels in letters that the font does not have
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
@@ -55,6 +78,7 @@ def heat_map(report: SimilarityReport, grouping: Grouping, path: Path, *, force:
     save(draw_heat_map(report, grouping), path, force=force)
 
 
+@_by_our_settings()
 def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
     """The cosine matrix in cluster order, numbers in the cells, the tree and its cut line on the left.
 
@@ -130,6 +154,7 @@ def image_grid(data: PseudoData, path: Path, *, force: bool = False) -> None:
     save(draw_image_grid(data), path, force=force)
 
 
+@_by_our_settings()
 def draw_image_grid(data: PseudoData) -> Figure:
     """A row of images per class of each teacher; its caption tells the teacher's mean confidence.
 
@@ -179,6 +204,7 @@ def _strip(images):
     return strip[..., 0] if channels < 3 else strip[..., :3]
 
 
+@_by_our_settings()
 def draw_curves(history: History, title: str) -> Figure:
     """Every curve of a history over steps, one panel each."""
     figure = _figure(2.6 * max(1, len(history.curves)), 2.2)
