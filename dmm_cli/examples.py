@@ -105,6 +105,11 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
             f"{type(model).__name__} answers with {printable(type(given).__name__)}, not with logits",
             hint="let its forward return logits (N, K), or a dict that has them under the name logits",
         )
+    if found.layout != torch.strided:
+        raise DmmError(
+            f"{called(model)} answers with a sparse tensor ({found.layout}), not with logits (N, K)",
+            hint="let its forward return them dense: logits.to_dense()",
+        )
     if found.dim() != 2 or len(found) != len(inputs) or found.shape[1] < 2:
         raise DmmError(
             f"{called(model)} answers {len(inputs)} samples with {list(found.shape)}, not with logits (N, K)",

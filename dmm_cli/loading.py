@@ -9,7 +9,7 @@ from torch import nn
 
 from .architectures import Architecture, build, identify
 from .checkpoint import Checkpoint
-from .errors import DmmError, capped, printable, told_by
+from .errors import DmmError, blamed_on, capped, printable, told_by
 from .examples import ORIGIN
 from .header import FLOAT8, ITEM_SIZE
 from .inputs import Source
@@ -44,15 +44,56 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
     under several names, tied weights, may stand in the file under one of them, as ``safetensors`` saves it.
 
     Raises:
-        DmmError: the architecture is unknown, tensors do not fit it, or hold what no network computes with.
+        DmmError: the architecture is unknown, tensors do not fit it, or hold what no network computes with, or the
+            module fails.
     """
     architecture = identify(source, arch)
     with told_by(f"the architecture of {source.path}: {architecture.evidence}"):
         model = build(architecture.spec, first_weights=False, named_by_file=not arch)
-    if WIDTHS in source.metadata:
-        resize(model, {name: info.shape for name, info in source.tensors.items()})
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    same = _same_tensor(model, source)
+    network = f"the network of {source.path}"
+    with blamed_on(network):
+        if WIDTHS in source.metadata:
+            resize(model, {name: info.shape for name, info in source.tensors.items()})
+        own = model.state_dict(keep_vars=True)  # the tensors themselves
+        _require_tensors(network, own)
+        wanted = {name: tuple(value.shape) for name, value in own.items()}
+    same = _same_tensor(own, source)
+    _require_fit(source, architecture, wanted, same)
+    _require_floats(source, own, same)
+    tensors = load_state_dict(source)
+    with blamed_on(network):
+        model.load_state_dict(tensors | {name: tensors[other] for name, other in same.items()})
+        model.float().eval()
+        setattr(model, ORIGIN, str(source.path))
+        _require_sound(source, model.state_dict())
+    return model, architecture
+
+
+def _require_tensors(network: str, own: Mapping[str, object]) -> None:
+    """Raise DmmError where a state dict holds something else, which no safetensors file has the values of."""
+    strange = [name for name, value in own.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise DmmError(
+            f"{network} keeps more than tensors",
+            evidence=capped(map(printable, strange)),
+            hint="build it without get_extra_state, whose values the file does not hold",
+        )
+
+
+def _same_tensor(own: Mapping[str, torch.Tensor], source: Source) -> dict[str, str]:
+    """Names that a file leaves out, to that under which it holds the same tensor."""
+    held = {id(own[name]): name for name in source.tensors if name in own}
+    return {name: held[id(own[name])] for name in own if name not in source.tensors and id(own[name]) in held}
+
+
+def _require_fit(
+    source: Source, architecture: Architecture, wanted: Mapping[str, tuple[int, ...]], same: Mapping[str, str]
+) -> None:
+    """Raise DmmError where a file has other names or shapes than its network.
+
+    Args:
+        same: names that the file leaves out, to those it has in their place.
+    """
     held = {name: source.tensors[same.get(name, name)].shape for name in (*source.tensors, *same)}
     problems = [f"missing {printable(name)}" for name in wanted.keys() - held.keys()]
     problems += [f"unknown {printable(name)}" for name in held.keys() - wanted.keys()]
@@ -67,20 +108,6 @@ def load_model(source: Source, arch: str | None = None) -> tuple[nn.Module, Arch
             evidence=capped(sorted(problems)),
             hint=_hint(held, wanted),
         )
-    _require_floats(source, model.state_dict(), same)
-    tensors = load_state_dict(source)
-    model.load_state_dict(tensors | {name: tensors[other] for name, other in same.items()})
-    model.float().eval()
-    setattr(model, ORIGIN, str(source.path))
-    _require_sound(source, model.state_dict())
-    return model, architecture
-
-
-def _same_tensor(model: nn.Module, source: Source) -> dict[str, str]:
-    """Names that a file leaves out, to that under which it holds the same tensor."""
-    own = model.state_dict(keep_vars=True)  # the tensors themselves
-    held = {id(own[name]): name for name in source.tensors if name in own}
-    return {name: held[id(own[name])] for name in own if name not in source.tensors and id(own[name]) in held}
 
 
 def _hint(held: Iterable[str], wanted: Iterable[str]) -> str:

@@ -104,8 +104,42 @@ class Other(Plain):
         return shapes[self._kind]
 
 
+class Lazy(Plain):
+    """Learns how wide its head is from what it is first shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(4)
+
+
+class Extra(Plain):
+    """Keeps more than tensors."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+
+class Broken(Plain):
+    """Fails in one of its methods, but not in forward."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        setattr(self, method, self._fail)
+
+    def _fail(self, *_, **__):
+        raise KeyError("something")
+
+
+class Sparse(Plain):
+    """Answers with logits, but sparse ones."""
+
+    def forward(self, images):
+        return super().forward(images).to_sparse()
+
+
 plain, named, told, pair = Plain, Named, Told, Pair
 dense, one, flat = (partial(Other, kind) for kind in ("dense", "one", "flat"))
+stateless, untrained = (partial(Broken, method) for method in ("state_dict", "train"))
 failing, exiting, starving = (partial(Failing, end) for end in (ValueError, SystemExit, MemoryError))
 lost, endless, partly = partial(Lost, float("nan")), partial(Lost, float("inf")), partial(Lost, float("nan"), some=True)
 
@@ -191,6 +225,21 @@ def test_a_forward_that_fails_on_many_images_is_told_as_the_networks(stages, sta
     result = dmm(*stages[stage], "--arch", f"test_answers:{kind}", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2 and f"error: {words.format(stages[stage][1])}" in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Lazy", "the network of {} fails: RuntimeError: Can't access the shape of an uninitialized parameter"),
+        ("Extra", "the network of {} keeps more than tensors\n  _extra_state\nhint: "),
+        ("stateless", "the network of {} fails: KeyError: 'something'\nhint: "),
+        ("untrained", "the network of {} fails: KeyError: 'something'\nhint: "),
+        ("Sparse", "{} answers with a sparse tensor (torch.sparse_coo), not with logits (N, K)\nhint: "),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_told(stages, kind, words):
+    result = dmm(*stages["evaluate"], "--arch", f"test_answers:{kind}")
+    assert result.exit_code == 2 and f"error: {words.format(stages['evaluate'][1])}" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "synthesize", "distill"])
