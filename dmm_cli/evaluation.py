@@ -6,7 +6,6 @@ Legend: N samples, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .errors import DmmError, capped, listed, printable
+from .errors import DmmError, capped, is_out_of_memory, listed, printable
 from .examples import IMAGES, Inputs, answer, floored, joined, named, percentage, require_finite
 from .header import no_such_file
 from .imagefolder import IMAGE_FOLDER, decode, image_folder
@@ -28,6 +27,8 @@ from .layout import place
 from .manifest import EvaluationRow
 from .metadata import class_names
 from .spaces import Spec, TokenSpec, example, space_of
+
+ANEW = "write it anew with numpy.savez"
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,13 @@ def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], 
             raise zipfile.BadZipFile("not an .npz archive, which numpy.savez writes")
         with np.load(path, allow_pickle=False) as file:
             arrays, held = {name: file[name] for name in (*names, "classes") if name in file}, list(file.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DmmError(f"cannot read {path}: {printable(str(error))}", hint="copy or download the file again") from None
+    except Exception as error:  # of zip's many ways to be broken, encrypted or packed
+        if is_out_of_memory(error):
+            raise
+        raise DmmError(f"cannot read {path}: {printable(str(error))}", hint=f"copy it again, or {ANEW}") from None
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if strange:
+        raise DmmError(f"cannot read {path}: {listed(strange)} in it is no array of numpy", hint=ANEW)
     return arrays, held, _names(path, arrays.pop("classes")) if "classes" in arrays else ()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import DmmError, capped, printable
+from .errors import DmmError, capped, is_out_of_memory, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,9 @@ def decode(path: Path, channels: int) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             pixels = np.array(_in_bytes(image, path).convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format, of broken files
+    except Exception as error:  # any kind, by format, of broken files
+        if isinstance(error, DmmError) or is_out_of_memory(error):
+            raise
         raise DmmError(f"cannot read image {path}: {printable(str(error))}") from None
     return pixels.reshape(1, *pixels.shape[:2], -1).transpose(0, 3, 1, 2)  # (1, C, H, W)
 

@@ -395,8 +395,16 @@ def _shards(index: Path) -> tuple[Header, ...]:
 
 def _require_basenames(index: Path, names: Iterable[Any]) -> None:
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        if not isinstance(name, str) or not _is_basename(name):
             raise DmmError(
-                f"{index} names a shard outside its directory: {printable(str(name))}",
+                f"{index} names a shard outside its directory, or no file: {printable(str(name))}",
                 hint="shard names must be plain file names",
             )
+
+
+def _is_basename(name: str) -> bool:
+    try:
+        os.fsencode(name)  # JSON can hold half a surrogate pair, which no file name can
+    except UnicodeEncodeError:
+        return False
+    return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name

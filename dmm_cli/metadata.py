@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 from .errors import DmmError, printable
 from .inputs import Source
 
+MOST = 10**12  # values of an input: more than a memory holds, few enough to count a batch of them in 64 bits
 NORMALISATION = ("mean", "std")
 PARTS = {  # of an input
     "size": "a JSON list of positive integers like [3, 32, 32]",
@@ -129,7 +131,12 @@ def _is_input(value: Any) -> bool:
     if value and is_by_name(value):
         return all(map(_is_normalisation, value.values()))
     size = value.get("size", [1])
-    return _is_normalisation(value) and _is_list_of_numbers(size) and all(type(n) is int and n > 0 for n in size)
+    return _is_normalisation(value) and _is_list_of_numbers(size) and is_input_size(size)
+
+
+def is_input_size(size: Sequence[float]) -> bool:
+    """Whether numbers are the lengths of the axes of an input that can be held."""
+    return all(type(length) is int and length > 0 for length in size) and prod(size) <= MOST
 
 
 def _is_normalisation(value: dict[str, Any]) -> bool:

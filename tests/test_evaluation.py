@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -400,6 +402,28 @@ def test_archives_that_are_none(tmp_path):
         np.save(file, images)
     with pytest.raises(DmmError, match=r"cannot read .*a\.npz"):
         evaluation.load_labelled(path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 1), (2, 9), (2, 14)], ids=["encrypted", "packed", "broken"])
+def test_archives_of_other_kinds_are_refused(tmp_path, place, value):
+    """Two bytes tell of an entry whether it is encrypted, the next two how it is packed."""
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.zeros((64, 1, 32, 32), np.uint8), labels=np.zeros(64, np.int64))
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # before an entry, and in the list of all
+        for found in re.finditer(mark, bytes(content)):
+            content[found.start() + offset + place] = value
+    path.write_bytes(content)
+    result = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", path)
+    assert result.exit_code == 2 and f"cannot read {path}: " in result.stderr and "hint: " in result.stderr
+
+
+def test_archives_of_what_are_no_arrays_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images", b"hello")
+    result = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", path)
+    assert result.exit_code == 2 and f"cannot read {path}: images in it is no array of numpy" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["int8", "int16", "uint16", "int32", "int64", "uint64", ">i4", "uint8"])

@@ -88,6 +88,15 @@ def test_a_broken_image_and_one_of_another_kind_are_named(tmp_path, name, conten
     assert result.exit_code == 2 and f"cannot read image {path}: {words}" in result.stderr, result.stderr
 
 
+def test_a_damaged_image_is_named_whatever_its_decoder_raises(tmp_path):
+    folder = folder_of_digits(tmp_path / "data", 7, suffix=".tif")
+    path = next((folder / "7").iterdir())
+    content = path.read_bytes().replace(b"\x11\x01\x04\x00", b"\x11\x01\x07\x00")  # the type of an offset: a TypeError
+    path.write_bytes(content)
+    result = dmm("evaluate", SITE, "--data", folder)
+    assert result.exit_code == 2 and f"cannot read image {path}: " in result.stderr, result.stderr
+
+
 def test_wide_integers_that_may_be_of_eight_bits_are_refused(tmp_path):
     (tmp_path / "dark.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0, 200, 255, 255]))  # which tells its white
     assert decode(tmp_path / "dark.pgm", 1).ravel().tolist() == [1, 255]

@@ -123,6 +123,7 @@ def test_shards_are_one_checkpoint(tmp_path):
     [
         ({"a": "../s1.safetensors"}, "outside its directory"),
         ({"a": ".."}, "outside its directory"),
+        ({"a": "\ud800.safetensors"}, r"or no file: \\ud800\.safetensors"),
         ({"a": "s2.safetensors"}, "shards do not hold"),
         ({"a": "s9.safetensors"}, "no such file"),
         ({}, "no weight_map"),

@@ -72,6 +72,8 @@ def test_damaged_counts_are_refused(told, text):
         '{"size": [3, 8.5, 8]}',
         '{"size": [3, 0, 8]}',
         '{"size": []}',
+        '{"size": [1, 1000000, 1000001]}',
+        f'{{"size": [1, 1{"0" * 30}, 16]}}',
         '{"mean": 0.5}',
         '{"mean": ["a"]}',
         '{"std": [0]}',
@@ -130,6 +132,10 @@ def hub(tmp_path, monkeypatch):
         (
             {"pretrained_cfg": {"input_size": "3,32,32"}},
             'pretrained_cfg.input_size of hub/config.json is not a JSON list of positive integers like [3, 32, 32]: "3',
+        ),
+        (
+            {"pretrained_cfg": {"input_size": [3, 10**30, 8]}},
+            "pretrained_cfg.input_size of hub/config.json is not a JSON",
         ),
         ({"pretrained_cfg": {"std": [0]}}, "pretrained_cfg.std of hub/config.json is not a JSON list of numbers above"),
         ({"pretrained_cfg": {"mean": [float("nan")]}}, "pretrained_cfg.mean of hub/config.json is not a JSON list of"),

@@ -14,6 +14,7 @@ import typer
 
 from ..config import DEFAULT
 from ..errors import DmmError, EmptyPath, printable
+from ..metadata import is_input_size
 from ..registry import did_you_mean, mistyped
 from ..synthesis import ENGINES, presets
 from ..trust import grant, is_granted, module_of
@@ -196,9 +197,10 @@ def input_flags(size: str | None, mean: str | None, std: str | None) -> InputFla
         DmmError: not numbers, or a size that is not three positive integers, or a deviation of zero or less.
     """
     parts = numbers(size, "--input-size")
-    if parts and (len(parts) != 3 or any(part < 1 or part != int(part) for part in parts)):
+    sides = tuple(map(int, parts))
+    if parts and (len(parts) != 3 or sides != parts or not is_input_size(sides)):
         raise DmmError(f"--input-size takes channels,height,width, not {size}", hint="for example 3,32,32")
-    flags = InputFlags(tuple(map(int, parts)), numbers(mean, "--mean"), numbers(std, "--std"))
+    flags = InputFlags(sides, numbers(mean, "--mean"), numbers(std, "--std"))
     if any(value <= 0 for value in flags.std):
         raise DmmError(f"--std must be above zero, not {std}")
     return flags

@@ -239,6 +239,7 @@ def test_the_same_file_twice_is_warned_about(tmp_path):
         (["synthesize", SITES[0], "-o", "x.safetensors", "--device", "cuda:9"], "no such device: cuda:9"),
         (["synthesize", SITES[0], "-o", "x.safetensors", "--class-prior", "1,2"], "2 counts for 10 classes"),
         (["synthesize", SITES[0], "-o", "x.safetensors", "--input-size", "3,32"], "channels,height,width"),
+        (["synthesize", SITES[0], "-o", "x.safetensors", "--input-size", f"1,{10**21},16"], "channels,height,width"),
         (["distill", *SITES[:2], "--data", SITES[0], "-o", "x.safetensors"], "not a pseudo-data file"),
         (["distill", *SITES[:2], "--data", SITES[0]], "name a file with -o"),
         (["evaluate", SITES[0], "--data", SITES[0]], "no array named images"),
