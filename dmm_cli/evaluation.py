@@ -19,7 +19,7 @@ from torch import nn
 from .checkpoint import Checkpoint
 from .errors import DmmError, capped, is_out_of_memory, listed, printable
 from .examples import IMAGES, Inputs, answer, floored, joined, named, percentage, require_finite
-from .header import no_such_file
+from .header import require_regular
 from .imagefolder import IMAGE_FOLDER, decode, image_folder
 from .images import InputSpec
 from .inputs import resolve_source
@@ -183,8 +183,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 def _read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str], tuple[str, ...]]:
     """Some arrays, the names of all, and those of classes."""
-    if not path.exists():
-        raise no_such_file(path)
+    require_regular(path)
     try:
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("not an .npz archive, which numpy.savez writes")

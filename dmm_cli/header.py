@@ -143,6 +143,18 @@ def no_such_file(path: Path) -> DmmError:
     return DmmError(f"no such file: {path}", hint=f"did you mean {path.parent / near}?" if near else None)
 
 
+def require_regular(path: Path) -> None:
+    """Raise DmmError for a file that is missing, or one that reading might never come to the end of."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise no_such_file(path) from None
+    except OSError as error:
+        raise DmmError(f"cannot read {path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_regular(path)
+
+
 def _open_regular(path: Path) -> tuple[int, os.stat_result]:
     try:
         # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer
@@ -154,12 +166,16 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise DmmError(
-            f"not a regular file: {path}",
-            evidence=["pipes, devices and sockets cannot be read twice"],
-            hint="save it to a file first",
-        )
+        raise _not_regular(path)
     return descriptor, status
+
+
+def _not_regular(path: Path) -> DmmError:
+    return DmmError(
+        f"not a regular file: {path}",
+        evidence=["pipes, devices and sockets cannot be read twice"],
+        hint="save it to a file first",
+    )
 
 
 def _read_exactly(descriptor: int, length: int, offset: int) -> bytes:

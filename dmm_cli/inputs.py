@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from . import strictjson
 from .errors import DmmError, EmptyPath, capped, printable
-from .header import CONVERSION, UNOPENED, Header, TensorInfo, read_header
+from .header import CONVERSION, MAX_HEADER, UNOPENED, Header, TensorInfo, read_header, require_regular
 from .hub import in_metadata, key_of
 from .names import is_head
 from .recall import recall, remember
@@ -375,6 +375,9 @@ def _config(directory: Path) -> dict[str, Any] | None:
 
 
 def _shards(index: Path) -> tuple[Header, ...]:
+    require_regular(index)
+    if index.stat().st_size > MAX_HEADER:
+        raise DmmError(f"{index} is too large to be an index: {index.stat().st_size} bytes", hint=WHOLE)
     record = read_record(read_text(index), str(index))
     listed = record.get("weight_map")
     if not isinstance(listed, dict) or not listed:

@@ -90,6 +90,22 @@ def divergence(model: torch.nn.Module, batch: torch.Tensor, stored: dict[str, np
     return float(np.mean(values))
 
 
+@contextmanager
+def deadline(seconds: int = 10) -> Iterator[None]:
+    """End what would wait for ever."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 class Watcher:
     """Notes the progress, and interrupts at a share of it."""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, dmm
+from conftest import DIGITS, deadline, dmm
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -416,6 +417,12 @@ def test_archives_of_other_kinds_are_refused(tmp_path, place, value):
     path.write_bytes(content)
     result = dmm("evaluate", DIGITS / "site-d.safetensors", "--data", path)
     assert result.exit_code == 2 and f"cannot read {path}: " in result.stderr and "hint: " in result.stderr
+
+
+def test_an_archive_that_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with deadline(), pytest.raises(DmmError, match=f"not a regular file: {tmp_path}/a.npz"):
+        evaluation.load_labelled(tmp_path / "a.npz")
 
 
 def test_archives_of_what_are_no_arrays_are_refused(tmp_path):

@@ -3,10 +3,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
+from conftest import deadline
 from safetensors.numpy import save_file
 
 from dmm_cli.errors import DmmError
@@ -132,6 +135,35 @@ def test_shards_are_one_checkpoint(tmp_path):
 def test_broken_indexes(tmp_path, weight_map, words):
     with pytest.raises(DmmError, match=words):
         sharded(tmp_path, weight_map)
+
+
+def test_an_index_that_has_no_end_is_not_read(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    os.mkfifo(index)
+    for named in (tmp_path, index):
+        with deadline(), pytest.raises(DmmError, match=f"not a regular file: {index}"):
+            resolve_source(str(named))
+    index.unlink()
+    index.symlink_to("/dev/zero")
+    with deadline(), pytest.raises(DmmError, match=f"not a regular file: {index}"):
+        resolve_source(str(tmp_path))
+    index.unlink()
+    with index.open("wb") as file:
+        file.truncate(10**9)
+    with deadline(), pytest.raises(DmmError, match="too large to be an index: 1000000000 bytes"):
+        resolve_source(str(tmp_path))
+
+
+def test_lists_and_records_may_come_through_pipes(tmp_path, write):
+    path, pipe = write("a", w=W), tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    record = json.dumps({"schema": "dmm.merge/1", "sources": [{"path": str(path)}]})
+    for argument, text in ((f"@{pipe}", str(path)), (str(pipe), record)):
+        writer = threading.Thread(target=pipe.write_text, args=[text])
+        writer.start()
+        with deadline():
+            assert [source.path for source in resolve_sources([argument])] == [path]
+        writer.join()
 
 
 def test_sha256_is_the_hash_of_the_file(write):
