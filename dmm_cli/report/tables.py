@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from ..manifest import (
     WidenedRecord,
 )
 
+MARKUP = re.compile(r"[\\`*\[\]|~<&]|(?<!\w)_++|_++(?!\w)")  # underscores within a word are none
+ENTITIES = {"<": "&lt;", "&": "&amp;"}  # not every renderer takes a backslash in front of them
 MANY = 20  # classes, from which on a table has a row for each in place of a column
 
 
@@ -322,10 +325,15 @@ def _tsv(table: Table) -> str:
 
 
 def _markdown(table: Table) -> str:
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in _clean(table)]
+    head, *rows = [[_literal(cell) for cell in row] for row in _clean(table)]
     lines = [
-        f"**{printable(table.title, None)}**",
+        f"**{_literal(printable(table.title, None))}**",
         "",
         *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
     ]
     return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return MARKUP.sub(lambda found: ENTITIES.get(found[0]) or "".join(f"\\{letter}" for letter in found[0]), text)
