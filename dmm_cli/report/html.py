@@ -95,4 +95,5 @@ def _table(table: tables.Table, last_is_result: bool = False) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text, 500))
+    """Text of a cell; a word is capped, a list of many names is not."""
+    return escape(" ".join(printable(word, 500) for word in text.split(" ")))
