@@ -10,8 +10,8 @@ from conftest import DIGITS, dmm, shell
 from scipy.cluster.hierarchy import fcluster
 
 from dmm_cli.grouping import group_checkpoints
-from dmm_cli.manifest import SimilarityReport
-from dmm_cli.report.figures import draw_heat_map
+from dmm_cli.manifest import History, SimilarityReport
+from dmm_cli.report.figures import draw_curves, draw_heat_map
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
 
@@ -73,3 +73,8 @@ def test_a_figure_is_the_same_whatever_matplotlib_is_set_to(tmp_path):
     result = shell("similarity", *SITES[:2], "--figure", set_up, env=own)
     assert result.returncode == 0, result.stderr
     assert set_up.read_bytes() == plain.read_bytes()
+
+
+def test_curves_tell_their_units():
+    figure = draw_curves(History((0, 1), {"loss": (2.0, 1.0), "agreement": (50.0, 99.0)}), "distillation")
+    assert [panel.get_title() for panel in figure.axes] == ["loss", "agreement, %"]

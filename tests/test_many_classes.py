@@ -59,6 +59,8 @@ def test_recalls_of_many_classes_are_a_row_each(net, tmp_path):
     (row,) = json.loads(dmm(*words, "--json").stdout)["rows"]
     lines = dmm(*words, "--format", "tsv").stdout.splitlines()
     assert lines[:3] == ["model\taccuracy", f"net\t{row['accuracy']:.1f}", ""]
+    titles = dmm(*words).stdout.splitlines()[0::4]
+    assert titles[:2] == [f"accuracy on {2 * CLASSES} samples of {words[-1]}, %", "recall, %"]
     assert lines[3:] == ["class\tnet", *(f"{k}\t{recall:.0f}" for k, recall in enumerate(row["recall"]))]
 
 

@@ -76,7 +76,9 @@ def evaluate(
     emit(shown, output, force=force)
     low = [row for row in result.rows if fail_under is not None and row.accuracy < fail_under]
     if low:
-        raise CheckFailed(f"accuracy below {fail_under}", evidence=[f"{row.label}: {row.accuracy!r}" for row in low])
+        raise CheckFailed(
+            f"accuracy below {fail_under} %", evidence=[f"{row.label}: {row.accuracy!r} %" for row in low]
+        )
 
 
 def evaluate_sources(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..synthesis.pseudodata import PseudoData
 
 COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
+UNITS = {"agreement": ", %"}  # of curves that have one
 SETTINGS = {"svg.hashsalt": "dmm", "svg.fonttype": "path"}
 SHORT, DOTS = 22, "..."  # letters of a label that is shortened, and what stands for others
 
@@ -212,7 +213,7 @@ def draw_curves(history: History, title: str) -> Figure:
     panels = figure.subplots(1, max(1, len(history.curves)), squeeze=False)[0]
     for panel, (name, values) in zip(panels, history.curves.items(), strict=False):
         panel.plot(history.step, values, color="#2c5f8a", linewidth=1.3)
-        panel.set_title(name.replace("_", " "), fontsize=9)
+        panel.set_title(name.replace("_", " ") + UNITS.get(name, ""), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(which="both", labelsize=7)  # a logarithmic axis of few decades labels its minor ticks
         panel.grid(alpha=0.25)

@@ -124,7 +124,7 @@ def _value(told: Any) -> str:
 
 def accuracy_tables(evaluation: Evaluation) -> list[Table]:
     """Accuracy and recall per class, in per cent; of many classes, the latter by themselves, a row a class."""
-    title = f"accuracy on {evaluation.samples} samples of {evaluation.data}"
+    title = f"accuracy on {evaluation.samples} samples of {evaluation.data}, %"
     rows = [[row.label, number(row.accuracy, 1)] for row in evaluation.rows]
     recalls = [[number(value, 0) for value in row.recall] for row in evaluation.rows]
     if len(evaluation.classes) <= MANY:
@@ -133,7 +133,7 @@ def accuracy_tables(evaluation: Evaluation) -> list[Table]:
     by_class = [[name, *values] for name, *values in zip(evaluation.classes, *recalls, strict=True)]
     return [
         Table(title, ["model", "accuracy"], rows),
-        Table("recall", ["class", *(row.label for row in evaluation.rows)], by_class),
+        Table("recall, %", ["class", *(row.label for row in evaluation.rows)], by_class),
     ]
 
 

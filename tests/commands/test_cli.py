@@ -372,7 +372,9 @@ def test_evaluate_scores_models_and_their_ensembles():
     values = [float(line) for line in dmm(*command, "-q").stdout.split()]
     assert values == pytest.approx([row["accuracy"] for row in record["rows"]], abs=1e-4)
     failed = dmm(*command, "--fail-under", 60)
-    assert failed.exit_code == 1 and "accuracy below 60" in failed.stderr
+    told = failed.stderr.splitlines()
+    assert failed.exit_code == 1 and told[0] == "error: accuracy below 60.0 %" and len(told) == 3
+    assert all(line.startswith("  ") and line.endswith(" %") for line in told[1:])
 
 
 def test_quiet_tells_no_progress(monkeypatch):

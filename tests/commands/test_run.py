@@ -45,7 +45,7 @@ def test_the_accuracy_table_is_printed(done):
     assert printed[0].startswith("targets that a start names")
     assert [line.split()[0::2] for line in printed[2:5]] == [["group-0", "yes"], ["group-1"], ["group-2"]]
     lines = printed[5:]
-    assert lines[0] == f"accuracy on 450 samples of {DATA}"
+    assert lines[0] == f"accuracy on 450 samples of {DATA}, %"
     names = [line.split("  ")[0] for line in lines[2:12]]
     together = ["ensemble", "ensemble of logits", "linear merge of all", "linear merge of group-0", "dmm run"]
     assert names == [*(f"site-{name}" for name in "abcde"), *together]
