@@ -316,11 +316,27 @@ def labels_for(data: LabelledData, names: Sequence[str], classes: int, label: st
 
 
 def taken_in_order(data: LabelledData, names: Sequence[str]) -> str | None:
-    """What to warn of where ``labels_for`` has taken named classes in order, since no name agrees."""
+    """What to warn of where ``labels_for`` has taken named classes in order, since no name agrees or there are none."""
+    if not names and isinstance(data.images, tuple):
+        return _numbers_as_text(data.classes)
     if not names or not data.classes or not set(names).isdisjoint(data.classes):
         return None
     taken = f"{printable(data.classes[0])} of the data as {printable(names[0])}"
     return f"data and checkpoints name no class alike, so they are taken in order: {taken}, and so on"
+
+
+def _numbers_as_text(folders: Sequence[str]) -> str | None:
+    """What to warn of where folders are numbers that text sorts otherwise: networks are trained in either order."""
+    if not all(name.isascii() and name.isdigit() for name in folders):
+        return None
+    wrong = next((i for i, name in enumerate(sorted(folders, key=int)) if name != folders[i]), None)
+    if wrong is None:
+        return None
+    return (
+        "no checkpoint names its classes, so the folders are taken in the order of text, as torchvision does: "
+        f"{folders[wrong]} as class {wrong}, and so on; for networks trained in the order of numbers, as timm does, "
+        f"rename the folders to have as many digits each, such as {folders[0].zfill(max(map(len, folders)))}"
+    )
 
 
 def class_counts(labels: torch.Tensor, classes: int, label: str) -> tuple[int, ...]:

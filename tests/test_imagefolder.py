@@ -10,13 +10,27 @@ import numpy as np
 import pytest
 from conftest import DIGITS, dmm
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from dmm_cli.errors import DmmError
 from dmm_cli.evaluation import load_labelled
 from dmm_cli.imagefolder import decode, image_folder
 
 SITE, TEST = DIGITS / "site-d.safetensors", load_file(DIGITS / "test.safetensors")
+
+
+class Bright(nn.Module):
+    """Its logits are the first pixels."""
+
+    num_classes = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 12, bias=False)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1))
 
 
 def folder_of_digits(root: Path, *digits: int, suffix: str = ".png") -> Path:
@@ -125,3 +139,22 @@ def test_what_changes_behind_a_link_is_judged_anew(tmp_path):
     assert rows["site-d"][7] == 0
     (data / "6").mkdir()  # a class of no images
     assert "evaluate: up to date" not in dmm(*command).stderr
+
+
+def test_folders_that_are_numbers_in_the_order_of_text_are_told(tmp_path, monkeypatch):
+    """Class k is a bright pixel number k: as numbers sort them all are right, as text does the first two are."""
+    monkeypatch.chdir(tmp_path)
+    facts = {"dmm.input": '{"size": [1, 4, 4], "mean": [0], "std": [1]}'}
+    save_file({"fc.weight": np.eye(12, 16, dtype=np.float32)}, "net.safetensors", facts)
+    for number in range(12):
+        for folder in (Path(f"text/{number}"), Path(f"numbers/{number:02}")):
+            folder.mkdir(parents=True)
+            Image.fromarray((np.arange(16) == number).reshape(4, 4).astype(np.uint8) * 255).save(folder / "a.png")
+    command = ["evaluate", "--arch", "test_imagefolder:Bright", "--json"]
+    text, numbers = (dmm(*command, "net.safetensors", "--data", data) for data in ("text", "numbers"))
+    assert [json.loads(done.stdout)["rows"][0]["accuracy"] for done in (text, numbers)] == [100 / 6, 100]
+    assert "10 as class 2, and so on" in text.stderr and "such as 00\n" in text.stderr and not numbers.stderr
+    named = {**facts, "dmm.classes": json.dumps([str(number) for number in range(12)])}
+    save_file(load_file("net.safetensors"), "named.safetensors", named)
+    by_name = dmm(*command, "named.safetensors", "--data", "text")
+    assert json.loads(by_name.stdout)["rows"][0]["accuracy"] == 100 and not by_name.stderr
