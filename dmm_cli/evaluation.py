@@ -25,7 +25,7 @@ from .images import InputSpec
 from .inputs import resolve_source
 from .layout import place
 from .manifest import EvaluationRow
-from .metadata import class_names
+from .metadata import class_name, class_names
 from .spaces import Spec, TokenSpec, example, space_of
 
 ANEW = "write it anew with numpy.savez"
@@ -206,7 +206,7 @@ def _names(path: Path, classes: np.ndarray) -> tuple[str, ...]:
             f"classes of {path} must be a list of names, not {classes.dtype} {list(classes.shape)}",
             hint='write it anew with classes=["cat", "dog"], in the order of the labels, or without them',
         )
-    names = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in classes]
+    names = [class_name(name.decode(errors="replace") if isinstance(name, bytes) else name) for name in classes]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DmmError(
@@ -236,7 +236,8 @@ def _folder(path: Path, names: Sequence[str]) -> LabelledData:
             hint="give a .safetensors or .npz file with an array for each, and labels",
         )
     found = image_folder(path)
-    return LabelledData(found.files, None if found.labels is None else torch.tensor(found.labels), found.classes)
+    labels = None if found.labels is None else torch.tensor(found.labels)
+    return LabelledData(found.files, labels, tuple(map(class_name, found.classes)))
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -30,7 +31,12 @@ def class_names(source: Source) -> tuple[str, ...] | None:
         DmmError: it is not a list of different names.
     """
     names = _stated(source, "dmm.classes", _is_list_of_names, "a JSON list of different names")
-    return None if names is None else tuple(map(str, names))
+    return None if names is None else tuple(map(class_name, names))
+
+
+def class_name(value: object) -> str:
+    """A class's name in one spelling: an accent may be a letter of its own, as macOS has it in names of folders."""
+    return unicodedata.normalize("NFC", str(value))
 
 
 def class_counts(source: Source) -> list[float] | None:
@@ -118,7 +124,7 @@ def _stated(source: Source, key: str, fits: Callable[[Any], bool], words: str) -
 
 
 def _is_list_of_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and len(set(map(str, value))) == len(value)
+    return isinstance(value, list) and bool(value) and len(set(map(class_name, value))) == len(value)
 
 
 def _is_list_of_counts(value: Any) -> bool:

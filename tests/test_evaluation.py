@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dmm_cli.errors import DmmError
 from dmm_cli.images import InputSpec
 from dmm_cli.inputs import resolve_source
 from dmm_cli.loading import load_model
+from dmm_cli.metadata import class_names
 from dmm_cli.report import console
 from dmm_cli.spaces import JointSpec, TokenSpec
 
@@ -125,6 +127,21 @@ def test_classes_are_found_by_their_names(data, model, expected):
 def test_classes_that_the_model_does_not_have_are_refused(data, model, words):
     with pytest.raises(DmmError, match=words):
         evaluation.labels_for(labelled(*data), model, 3, "x")
+
+
+@pytest.mark.parametrize(("here", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_classes_are_found_however_their_accents_are_spelt(tmp_path, write, here, there):
+    ours, theirs = ([unicodedata.normalize(form, "café"), "owl"] for form in (here, there))
+    arrays = {"images": np.zeros((2, 1, 8, 8), np.uint8), "labels": np.array([1, 0])}
+    np.savez(tmp_path / "a.npz", **arrays, classes=ours)
+    path = write("a", {"dmm.classes": json.dumps(ours)}, **arrays)
+    folder = folder_of_images(tmp_path / "folder", f"{ours[0]}/x.png", "owl/x.png")
+    names = class_names(resolve_source(str(write("m", {"dmm.classes": json.dumps(theirs[::-1])}, **arrays))))
+    labels = [
+        evaluation.labels_for(evaluation.load_labelled(data), names, 2, "m").tolist()
+        for data in (tmp_path / "a.npz", path, folder)
+    ]
+    assert labels == [[0, 1], [0, 1], [1, 0]]
 
 
 def test_folders_of_some_classes_are_judged_as_the_same_images_in_a_file(tmp_path):
