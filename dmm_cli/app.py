@@ -15,9 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from . import __version__
 from .commands import _options as options
 from .commands import align, distill, evaluate, inspect, merge, record, run, similarity, synthesize
-from .commands._run import drop, ended_by_sigterm, guard
+from .commands._run import drop, ended_by_sigterm, guard, out_of_memory
 from .config import DEFAULT, load_config
-from .errors import CheckFailed, DmmError, printable
+from .errors import CheckFailed, DmmError, is_out_of_memory, printable
 from .ranks import process_count
 from .registry import mistyped
 from .report.console import results_alone
@@ -93,6 +93,10 @@ class Command(TyperCommand):
             places = {max(param.opts, key=len): _place(ctx, param.name) for param in self.params}
             elsewhere = [f"{flag} is from {place}" for flag, place in places.items() if place]
             error.evidence = (*elsewhere, *error.evidence)  # the rest is capped
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, [flag for param in self.params for flag in param.opts]) from error
             raise
 
 

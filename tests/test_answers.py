@@ -228,6 +228,16 @@ def test_a_forward_that_fails_on_many_images_is_told_as_the_networks(stages, sta
 
 
 @pytest.mark.parametrize(
+    ("stage", "options"),
+    [("evaluate", []), ("record", []), ("distill", ["--batch"]), ("synthesize", ["--batch", "--count"])],
+)
+def test_the_way_out_of_a_lack_of_memory_is_one_that_the_command_has(stages, stage, options, tmp_path):
+    result = dmm(*stages[stage], "--arch", "test_answers:starving", "-o", tmp_path / "out.safetensors")
+    hint = next(line for line in result.stderr.splitlines() if line.startswith("hint: take "))
+    assert sorted(set(re.findall("--[a-z]+", hint))) == options and hint.endswith("a device with more memory")
+
+
+@pytest.mark.parametrize(
     ("kind", "words"),
     [
         ("Lazy", "the network of {} fails: RuntimeError: Can't access the shape of an uninitialized parameter"),

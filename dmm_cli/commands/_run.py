@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED, CRASHED = 130, 141, 143, 70
 
-SMALLER = "take a smaller --batch, or --batch auto where it is offered, a smaller --count, or a device with more memory"
+SMALLER = {  # what takes less memory, by the option that says so
+    "--batch": "a smaller --batch, or --batch auto where it is offered",
+    "--count": "a smaller --count",
+}
 
 EXIT_CODES = "Exit codes: 0 done; 1 a check you asked for failed; 2 could not run; 130 interrupted."
 
@@ -63,10 +66,16 @@ def guard() -> Iterator[None]:
         if _is_typers_own(error):
             raise
         if is_out_of_memory(error):
-            _show(DmmError("out of memory", evidence=str(error).splitlines()[:1], hint=SMALLER))
+            _show(out_of_memory(error, SMALLER))
             raise typer.Exit(DmmError.exit_code) from None
         _crash(error)
         raise typer.Exit(CRASHED) from None
+
+
+def out_of_memory(error: Exception, options: Collection[str]) -> DmmError:
+    """What to tell of a lack of memory, with a way out by those options that a command has."""
+    ways = [*(words for option, words in SMALLER.items() if option in options), "a device with more memory"]
+    return DmmError("out of memory", evidence=str(error).splitlines()[:1], hint=f"take {', or '.join(ways)}")
 
 
 @contextlib.contextmanager
