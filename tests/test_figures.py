@@ -78,3 +78,9 @@ def test_a_figure_is_the_same_whatever_matplotlib_is_set_to(tmp_path):
 def test_curves_tell_their_units():
     figure = draw_curves(History((0, 1), {"loss": (2.0, 1.0), "agreement": (50.0, 99.0)}), "distillation")
     assert [panel.get_title() for panel in figure.axes] == ["loss", "agreement, %"]
+
+
+@pytest.mark.parametrize(("steps", "marker"), [((0,), "o"), ((0, 1), "")])
+def test_a_curve_of_one_step_is_a_point(steps, marker):
+    (panel,) = draw_curves(History(steps, {"loss": (1.0,) * len(steps)}), "synthesis").axes
+    assert [line.get_marker() for line in panel.lines] == [marker]

@@ -212,7 +212,8 @@ def draw_curves(history: History, title: str) -> Figure:
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, max(1, len(history.curves)), squeeze=False)[0]
     for panel, (name, values) in zip(panels, history.curves.items(), strict=False):
-        panel.plot(history.step, values, color="#2c5f8a", linewidth=1.3)
+        marker = "o" if len(values) == 1 else ""  # one point makes no line
+        panel.plot(history.step, values, color="#2c5f8a", linewidth=1.3, marker=marker)
         panel.set_title(name.replace("_", " ") + UNITS.get(name, ""), fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(which="both", labelsize=7)  # a logarithmic axis of few decades labels its minor ticks
