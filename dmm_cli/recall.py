@@ -67,5 +67,8 @@ def _store(entries: Mapping[str, list]) -> None:
     path = _file()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(entries))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -122,6 +122,11 @@ def test_without_a_place_to_write_files_are_hashed_each_time(three, tmp_path, mo
     assert hashed(three[0]) == sha256(three[0])
 
 
+def test_where_the_cache_cannot_be_replaced_nothing_stays_beside_it(cache, three):
+    (cache / "a").mkdir(parents=True)
+    assert hashed(three[0]) == sha256(three[0]) and list(cache.parent.iterdir()) == [cache]
+
+
 def test_without_a_home_nothing_is_remembered(three, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
