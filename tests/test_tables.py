@@ -30,3 +30,9 @@ def test_names_within_which_there_is_an_underscore_stay_readable():
     assert render([Table("task_arithmetic", ["a_b"], [["bn1.running_mean"]])], "md") == (
         "**task_arithmetic**\n\n| a_b |\n| --- |\n| bn1.running_mean |\n"
     )
+
+
+def test_columns_of_wide_letters_are_aligned():
+    rows = [["site", "1.5"], ["漢字", "10"], ["cafe\u0301", "2"], ["ＡＢ", "-"]]
+    text = render([Table("t", ["name", "x"], rows)], "table")
+    assert text == "t\nname    x\nsite  1.5\n漢字   10\ncafe\u0301    2\nＡＢ    -\n"

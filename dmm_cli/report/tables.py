@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -305,15 +306,23 @@ def _clean(table: Table) -> list[list[str]]:
 
 def _aligned(table: Table) -> str:
     cells = _clean(table)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index == 0 or not _numeric(cells, index) else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    numeric = [index > 0 and _numeric(cells, index) for index in range(len(widths))]
+    lines = ["  ".join(map(_padded, row, widths, numeric)).rstrip() for row in cells]
     return "\n".join([printable(table.title, None), *lines])
+
+
+def _padded(cell: str, width: int, right: bool) -> str:
+    space = " " * (width - _width(cell))
+    return space + cell if right else cell + space
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: wide letters, such as Chinese ones, take two, and accents of their own none."""
+    if text.isascii():
+        return len(text)
+    shown = (letter for letter in text if unicodedata.category(letter) not in ("Mn", "Me"))
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
 
 
 def _numeric(cells: list[list[str]], column: int) -> bool:
