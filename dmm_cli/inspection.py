@@ -30,7 +30,7 @@ class Inspection(Record):
     """What is in one checkpoint.
 
     Attributes:
-        parameters: float values outside the running statistics.
+        parameters: float values outside the running statistics; none in pseudo-data and statistics.
         kinds: last part of the tensor name to (tensors, values).
         norm_layers: layers with running statistics.
         provenance: the ``dmm.*`` metadata as stored.

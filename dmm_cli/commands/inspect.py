@@ -20,6 +20,7 @@ from ._run import epilog
 if TYPE_CHECKING:
     from ..inspection import ArchitectureGuess, Inspection
 
+KIND = "dmm.kind"  # in the metadata of what is no checkpoint
 Stated = TypeVar("Stated")
 EPILOG = epilog("dmm inspect model.safetensors --tensors", "dmm inspect sites/a/ --json")
 
@@ -88,7 +89,7 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
         path=str(source.path),
         sha256=source.sha256,
         bytes=sum(path.stat().st_size for path in source.files),
-        parameters=sum(i.numel for i in source.tensors.values() if _is_parameter(i)),
+        parameters=0 if _is_data(source) else sum(i.numel for i in source.tensors.values() if _is_parameter(i)),
         architecture=_architecture(source, arch),
         kinds={name: tuple(entry) for name, entry in kinds.items()},
         dtypes=dtypes,
@@ -101,6 +102,11 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
     )
 
 
+def _is_data(source: Source) -> bool:
+    """Whether a file holds pseudo-data or statistics, and no weights."""
+    return KIND in source.metadata
+
+
 def _is_parameter(info: TensorInfo) -> bool:
     return (info.is_float or info.dtype in FLOAT8) and not is_statistic(info.name)
 
@@ -110,7 +116,7 @@ def _stated_input(source: Source) -> dict:
     try:
         return stated_input(source)
     except DmmError:
-        if "dmm.kind" not in source.metadata:
+        if not _is_data(source):
             raise
         read_record(source.metadata["dmm.input"], f"{source.path}: dmm.input")
         return {}
@@ -126,8 +132,12 @@ def _undamaged(read: Callable[[Source], Stated], source: Source, warnings: list[
 
 
 def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
-    from ..architectures import identify
     from ..inspection import ArchitectureGuess
+
+    if _is_data(source) and not arch:
+        return ArchitectureGuess(None, f"no checkpoint, but {printable(source.metadata[KIND])}")
+
+    from ..architectures import identify
     from ..loading import load_model
 
     if arch:

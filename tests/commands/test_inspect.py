@@ -68,6 +68,17 @@ def test_an_input_in_a_form_of_its_own_is_no_damage(tmp_path, kind):
         assert bool(warnings) == warns and all("dmm.input is not" in line for line in warnings)
 
 
+def test_what_is_no_checkpoint_has_no_parameters_and_no_architecture(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmm_cli.architectures.detect", lambda source: pytest.fail("looked for"))
+    pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITE, [0])])
+    statistics = tmp_path / "statistics.safetensors"
+    assert dmm("record", SITE, "--data", DIGITS / "test.safetensors", "-o", statistics).exit_code == 0
+    for path, kind in ((pseudo, "dmm.pseudo-data/1"), (statistics, "dmm.statistics/1")):
+        record = json.loads(dmm("inspect", path, "--json").stdout)
+        assert record["parameters"] == 0
+        assert record["architecture"] == {"spec": None, "evidence": f"no checkpoint, but {kind}"}
+
+
 def test_a_grid_is_drawn_with_the_report_or_not_at_all(tmp_path):
     pseudo = digits_as_pseudo_data(tmp_path / "pseudo.safetensors", [(SITE, [0])])
     result = dmm("inspect", pseudo, "--grid", tmp_path / "g.png", "--arch", "nope")
