@@ -10,7 +10,7 @@ from conftest import DIGITS, dmm, shell
 from scipy.cluster.hierarchy import fcluster
 
 from dmm_cli.grouping import group_checkpoints
-from dmm_cli.manifest import History, SimilarityReport
+from dmm_cli.manifest import Grouping, History, SimilarityReport, SourceRecord
 from dmm_cli.report.figures import draw_curves, draw_heat_map
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
@@ -84,3 +84,13 @@ def test_curves_tell_their_units():
 def test_a_curve_of_one_step_is_a_point(steps, marker):
     (panel,) = draw_curves(History(steps, {"loss": (1.0,) * len(steps)}), "synthesis").axes
     assert [line.get_marker() for line in panel.lines] == [marker]
+
+
+@pytest.mark.parametrize(("count", "numbers", "inches"), [(3, 9, 6), (40, 1600, 30), (41, 0, 12), (100, 0, 20)])
+def test_the_cells_of_many_checkpoints_are_small(count, numbers, inches):
+    labels = tuple(f"site-{number}" for number in range(count))
+    sources = tuple(SourceRecord(label, label) for label in labels)
+    report = SimilarityReport(sources, {"cosine": tuple(map(tuple, np.eye(count).tolist()))}, ())
+    figure = draw_heat_map(report, Grouping(labels, (), (), (), "auto"))
+    assert len(figure.axes[1].texts) == numbers and max(figure.get_size_inches()) < inches
+    assert len(figure.axes[1].get_yticklabels()) == count

@@ -16,12 +16,14 @@ from ..files import write_bytes
 from ..manifest import Grouping, History, SimilarityReport
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ..synthesis.pseudodata import PseudoData
 
 COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
+NUMBERED, CELL, SMALL_CELL = 40, 0.62, 0.16  # checkpoints whose cosines are written; inches of a cell with, without
 UNITS = {"agreement": ", %"}  # of curves that have one
 SETTINGS = {"svg.hashsalt": "dmm", "svg.fonttype": "path"}
 SHORT, DOTS = 22, "..."  # letters of a label that is shortened, and what stands for others
@@ -83,7 +85,8 @@ def heat_map(report: SimilarityReport, grouping: Grouping, path: Path, *, force:
 def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
     """The cosine matrix in cluster order, numbers in the cells, the tree and its cut line on the left.
 
-    The colour scale is fixed at [-1, 1], so that figures can be compared.
+    The colour scale is fixed at [-1, 1], so that figures can be compared. The cells of more than ``NUMBERED``
+    checkpoints are small and have no numbers.
     """
     import numpy as np
 
@@ -91,7 +94,7 @@ def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
     matrix = np.array(report.measures["cosine"], dtype=float)
     labels = [_short(label) for label in report.labels]
     margin = 0.075 * max(map(len, labels)) + 0.2  # inches for the labels
-    side = max(2.0, 0.62 * count)
+    side = max(2.0, (CELL if count <= NUMBERED else SMALL_CELL) * count)
     figure = _figure(1.9 + side + margin + 1.0, side + margin + 0.6)
     width, height = figure.get_size_inches()
     bottom = margin / height
@@ -101,12 +104,8 @@ def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
     order = _draw_tree(tree, grouping, count)
     matrix = matrix[np.ix_(order, order)]
     image = cells.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-    size = 9 if count <= 12 else max(3.0, 110 / count)
-    for row, column in np.ndindex(count, count):
-        shade = "white" if abs(matrix[row, column]) > 0.6 else "black"
-        value = matrix[row, column]
-        text = "-" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
-        cells.text(column, row, text, ha="center", va="center", color=shade, fontsize=size)
+    if count <= NUMBERED:
+        _write_numbers(cells, matrix)
     names = [labels[i] for i in order]
     cells.set_xticks(range(count), names, rotation=90, fontsize=9)
     cells.set_yticks(range(count), names, fontsize=9)
@@ -114,6 +113,17 @@ def draw_heat_map(report: SimilarityReport, grouping: Grouping) -> Figure:
     cells.set_title(f"cosine of the {report.on}", fontsize=11)
     figure.colorbar(image, cax=bar)
     return figure
+
+
+def _write_numbers(cells: Axes, matrix: np.ndarray) -> None:
+    import numpy as np
+
+    size = 9 if len(matrix) <= 12 else max(3.0, 110 / len(matrix))
+    for row, column in np.ndindex(*matrix.shape):
+        shade = "white" if abs(matrix[row, column]) > 0.6 else "black"
+        value = matrix[row, column]
+        text = "-" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
+        cells.text(column, row, text, ha="center", va="center", color=shade, fontsize=size)
 
 
 def _draw_tree(axes: Axes, grouping: Grouping, count: int) -> list[int]:
