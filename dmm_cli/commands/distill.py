@@ -233,7 +233,6 @@ def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source]
 
     count = data.logits.shape[1]
     places = [data.place_of(teacher) for teacher in teachers]
-    _require_lessons_of_each(data, places, teachers)
     rows = np.flatnonzero(np.isin(data.teacher_id, places))
     rank = np.full(len(data.teachers), -1)
     rank[places] = np.arange(len(places))
@@ -245,12 +244,6 @@ def _lessons(data: PseudoData, told: tuple[str, ...], teachers: Sequence[Source]
         labels=tuple(teacher.label for teacher in teachers),
         classes=told if len(told) == count else tuple(map(str, range(count))),
     )
-
-
-def _require_lessons_of_each(data: PseudoData, places: Sequence[int], teachers: Sequence[Source]) -> None:
-    for place, teacher in zip(places, teachers, strict=True):
-        if not (data.teacher_id == place).any():
-            raise DmmError(f"the pseudo-data hold no image of {teacher.path}", hint="make them again: dmm synthesize")
 
 
 def _start(

@@ -80,11 +80,13 @@ class PseudoData:
         """Position of a teacher.
 
         Raises:
-            DmmError: nothing was made from it.
+            DmmError: nothing was made from it, or none of it is left.
         """
         place = self.teacher_index(teacher.sha256)
         if place is None:
             raise nothing_of(teacher, [(known.label, known.sha256) for known in self.teachers])
+        if not (self.teacher_id == place).any():
+            raise DmmError(f"the pseudo-data hold no image of {teacher.path}", hint="make them again: dmm synthesize")
         return place
 
 

@@ -45,6 +45,13 @@ def pseudo_data(path: Path, teachers: list[Path], size: int = 16, classes: int =
     return path
 
 
+def rewrite(path: Path, **arrays: np.ndarray) -> None:
+    """Other arrays in a file of pseudo-data."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {name: torch.from_numpy(array) for name, array in arrays.items()}, path, metadata)
+
+
 def test_only_batchnorm_statistics_change_and_they_are_those_of_the_parents_images(tmp_path):
     data = pseudo_data(tmp_path / "pseudo.safetensors", SITES)
     plain, out = tmp_path / "plain.safetensors", tmp_path / "out.safetensors"
@@ -112,6 +119,7 @@ def test_models_without_batchnorm_are_repaired(tmp_path):
     ("change", "words"),
     [
         ("teacher", "the pseudo-data hold nothing of teacher"),
+        ("images", "the pseudo-data hold no image of"),
         ("kind", "not a pseudo-data file"),
         ("shards", "written by one process, to one file"),
         ("channels", "do not go through group-0"),
@@ -120,6 +128,8 @@ def test_models_without_batchnorm_are_repaired(tmp_path):
 def test_mistakes_leave_nothing_behind(tmp_path, change, words):
     teachers = SITES[1:] if change == "teacher" else SITES
     data = pseudo_data(tmp_path / "pseudo.safetensors", teachers, channels=3 if change == "channels" else 1)
+    if change == "images":
+        rewrite(data, teacher_id=np.zeros(300, np.int16))
     data = SITES[0] if change == "kind" else data
     flags = ["--max-shard-size", "100KB"] if change == "shards" else []
     there = set(tmp_path.iterdir())
