@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from types import ModuleType
 from typing import Any
@@ -88,8 +88,8 @@ def build(spec: str, first_weights: bool = True, named_by_file: bool = False) ->
     name, arguments = parse_arch(spec)
     if ":" in name:
         factory = _factory(name)
-        if named_by_file and not (isinstance(factory, type) and issubclass(factory, nn.Module)):
-            require_defined_in_trust(name, factory)
+        if named_by_file:
+            _require_own(name, factory)
         return with_example_inputs(_made(name, factory, arguments), name)
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
@@ -125,6 +125,14 @@ def _factory(name: str) -> Callable[..., Any]:
             f"no factory {printable(name)}: {printable(f'{type(error).__name__}: {error}')}",
             hint="modules are looked for where Python looks: add their folder to PYTHONPATH" if missing else None,
         ) from error
+
+
+def _require_own(name: str, factory: Callable[..., Any]) -> None:
+    """Raise DmmError for what a trusted module only imports, unless it is a class of networks."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    if not (isinstance(factory, type) and issubclass(factory, nn.Module)):
+        require_defined_in_trust(name, factory)
 
 
 def _made(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
