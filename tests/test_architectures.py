@@ -156,7 +156,8 @@ def test_what_a_trusted_module_only_imports_is_not_called(tmp_path, monkeypatch)
     torch.save(Evil(), pickled)
     module.write_text(
         "from functools import partial\nfrom torch import load, nn\nfrom torch.nn import Identity\n"
-        "loads = partial(load, weights_only=False)\n\ndef net():\n    return nn.Identity()\n\nnets, same = partial(net), partial(Identity)\n"
+        "loads = partial(load, weights_only=False)\n\ndef net():\n    return nn.Identity()\n\n"
+        "nets, same = partial(net), partial(Identity)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DMM_TRUST", "networks_of_a_user")
