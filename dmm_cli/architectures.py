@@ -79,7 +79,7 @@ def build(spec: str, first_weights: bool = True, named_by_file: bool = False) ->
     Args:
         first_weights: whether timm's networks get random weights; else memory is left as it is found, to be loaded
             into. What a factory makes may depend on its first weights, so it always gets them.
-        named_by_file: so that a factory has to be defined where the user trusts code, if it is no class of networks:
+        named_by_file: so that a factory has to be defined where the user trusts code, if it is none of torch's layers:
             what a trusted module only imports may be ``torch.load``.
 
     Raises:
@@ -89,7 +89,7 @@ def build(spec: str, first_weights: bool = True, named_by_file: bool = False) ->
     if ":" in name:
         factory = _factory(name)
         if named_by_file:
-            _require_own(name, factory)
+            require_own(name, factory)
         return with_example_inputs(_made(name, factory, arguments), name)
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
@@ -127,12 +127,18 @@ def _factory(name: str) -> Callable[..., Any]:
         ) from error
 
 
-def _require_own(name: str, factory: Callable[..., Any]) -> None:
-    """Raise DmmError for what a trusted module only imports, unless it is a class of networks."""
-    while isinstance(factory, partial):
-        factory = factory.func
-    if not (isinstance(factory, type) and issubclass(factory, nn.Module)):
-        require_defined_in_trust(name, factory)
+def require_own(name: str, factory: Callable[..., Any] | None = None) -> None:
+    """Raise DmmError for a factory that a trusted module only imports, unless it is one of torch's layers.
+
+    Args:
+        factory: what is called ``name``, if it was looked up.
+    """
+    made_by = factory or _factory(name)
+    while isinstance(made_by, partial):
+        made_by = made_by.func
+    is_layer = isinstance(made_by, type) and issubclass(made_by, nn.Module)
+    if not (is_layer and made_by.__module__.startswith("torch.nn.")):
+        require_defined_in_trust(name, made_by)
 
 
 def _made(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:

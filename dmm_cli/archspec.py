@@ -15,6 +15,7 @@ LOADS = {
     "checkpoint_path",
     "cache_dir",
 }  # of timm's arguments
+SHAPED = ("num_classes", "in_chans")  # arguments that tensors tell of
 
 
 def parse_arch(text: str) -> tuple[str, dict[str, Any]]:
@@ -51,10 +52,17 @@ def stated_classes(text: str) -> int | None:
     return count if isinstance(count, int) and ":" not in name else None
 
 
-def without_classes(text: str) -> str:
-    """An architecture but for its number of classes, alike however it is written."""
-    name, *arguments = (part.replace(" ", "") for part in _split(text))
-    return ",".join([name, *sorted(part for part in arguments if not part.startswith("num_classes="))])
+def network_of(text: str) -> str:
+    """An architecture but for what does not tell networks of equal tensors apart, alike however it is written.
+
+    That are the numbers of classes and channels, what is dropped in training, and the tag of timm's weights.
+    """
+    try:
+        name, arguments = parse_arch(text)
+    except DmmError:
+        return text
+    told = {key: arguments[key] for key in sorted(arguments) if key not in SHAPED and not key.startswith("drop")}
+    return format_arch(name if ":" in name else name.partition(".")[0], told)
 
 
 def _split(text: str) -> list[str]:

@@ -207,12 +207,16 @@ def _names(path: Path, classes: np.ndarray) -> tuple[str, ...]:
             hint='write it anew with classes=["cat", "dog"], in the order of the labels, or without them',
         )
     names = [class_name(name.decode(errors="replace") if isinstance(name, bytes) else name) for name in classes]
+    return _different(path, names, "write it anew with one name for every label")
+
+
+def _different(path: Path, names: Sequence[str], hint: str) -> tuple[str, ...]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DmmError(
             f"classes of {path} must be different names",
             evidence=capped(f"more than once: {printable(name)}" for name in twice),
-            hint="write it anew with one name for every label",
+            hint=hint,
         )
     return tuple(names)
 
@@ -237,7 +241,9 @@ def _folder(path: Path, names: Sequence[str]) -> LabelledData:
         )
     found = image_folder(path)
     labels = None if found.labels is None else torch.tensor(found.labels)
-    return LabelledData(found.files, labels, tuple(map(class_name, found.classes)))
+    names = [class_name(folder) for folder in found.classes]
+    classes = _different(path, names, "their folders differ in how accents are spelt: put them together")
+    return LabelledData(found.files, labels, classes)
 
 
 @torch.inference_mode()
@@ -334,7 +340,7 @@ def _numbers_as_text(folders: Sequence[str]) -> str | None:
     if wrong is None:
         return None
     return (
-        "no checkpoint names its classes, so the folders are taken in the order of text, as torchvision does: "
+        "classes have no names in the checkpoint, so folders are taken in the order of text, as torchvision does: "
         f"{folders[wrong]} as class {wrong}, and so on; for networks trained in the order of numbers, as timm does, "
         f"rename the folders to have as many digits each, such as {folders[0].zfill(max(map(len, folders)))}"
     )

@@ -171,6 +171,8 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
 
 
 def _not_regular(path: Path) -> DmmError:
+    if path.is_dir():
+        return DmmError(f"a directory, not a file: {path}")
     return DmmError(
         f"not a regular file: {path}",
         evidence=["pipes, devices and sockets cannot be read twice"],

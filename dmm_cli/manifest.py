@@ -1,6 +1,6 @@
 """The records stages hand to each other as JSON.
 
-A record grows by addition only; fields a reader does not know are ignored.
+Once released, a record grows by addition only; fields a reader does not know are ignored.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ def own_rows(source: Source, name: str) -> list[list[int]]:
     """
     try:
         rows = json.loads(source.metadata.get(OWN, "{}")).get(name, [])
-        fits = all(type(row) is int and 0 <= row < source.tensors[name].shape[0] for own in rows for row in own)
-    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or of another kind
+        count = source.tensors[name].shape[0]
+        fits = len(rows) <= 2 and all(_are_rows(told, count) for told in rows)
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError):  # no JSON, or of another kind
         fits = False
     if not fits:
         raise DmmError(
@@ -39,6 +40,10 @@ def own_rows(source: Source, name: str) -> list[list[int]]:
             hint="leave it out: dmm itself writes it to temporary files alone",
         )
     return rows
+
+
+def _are_rows(told: object, count: int) -> bool:
+    return isinstance(told, list) and all(type(row) is int and 0 <= row < count for row in told)
 
 
 def is_resizable(module: nn.Module) -> bool:

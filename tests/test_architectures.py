@@ -154,17 +154,22 @@ def test_what_a_trusted_module_only_imports_is_not_called(tmp_path, monkeypatch)
             return open, (str(mark), "w")
 
     torch.save(Evil(), pickled)
+    (tmp_path / "networks_elsewhere.py").write_text(
+        "from torch import load, nn\n\nclass Loading(nn.Module):\n    def __init__(self, f, weights_only):\n"
+        "        super().__init__()\n        load(f, weights_only=weights_only)\n"
+    )
     module.write_text(
-        "from functools import partial\nfrom torch import load, nn\nfrom torch.nn import Identity\n"
+        "from functools import partial\nfrom networks_elsewhere import Loading\nfrom torch import load, nn\n"
+        "from torch.nn import Identity\n"
         "loads = partial(load, weights_only=False)\n\ndef net():\n    return nn.Identity()\n\n"
         "nets, same = partial(net), partial(Identity)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DMM_TRUST", "networks_of_a_user")
-    for name in ("load", "loads"):
+    for name, home in (("load", "torch.serialization"), ("loads", "torch.serialization"), ("Loading", "networks_e")):
         spec = f"networks_of_a_user:{name},f='{pickled}',weights_only=False"
         _, source = saved(tmp_path, "resnet18", {"dmm.arch": spec})
-        with pytest.raises(DmmError, match=r"is defined in torch\.serialization, which is not trusted"):
+        with pytest.raises(DmmError, match=f"is defined in {home}.*, which is not trusted"):
             load_model(source)
         assert not mark.exists()
     for name in ("net", "nets", "Identity", "same"):

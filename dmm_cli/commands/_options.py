@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..archspec import name_of
 from ..config import DEFAULT
 from ..errors import DmmError, EmptyPath, printable
 from ..metadata import is_input_size
@@ -110,7 +111,11 @@ def _trusted(context: typer.Context, arch: str | None) -> str | None:
             hint=f"if you know that code, say so: dmm --trust {printable(module)} COMMAND ..., "
             f"or name the file: dmm --config {DEFAULT} COMMAND ...",
         )
-    if module:
+    if module and found:
+        from ..architectures import require_own
+
+        require_own(name_of(arch))
+    elif module:
         grant([module])
     return arch
 

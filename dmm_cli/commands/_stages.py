@@ -82,7 +82,7 @@ def _readable_state(directory: Path) -> dict[str, Any]:
 class Stages:
     """Runs stages in one directory, which it makes and marks as a run's, or skips them.
 
-    Where the first one fails and has written nothing, no mark is left, nor a directory that was not there.
+    Where the first one fails and has written nothing, no mark is left, nor its directory if that was not there.
 
     Args:
         sources: the checkpoints that the run is of.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..archspec import without_classes
+from ..archspec import network_of
 from ..errors import listed, printable
 from ..inputs import Source, twins
 from ._recalibrate import Recalibration
@@ -29,7 +29,7 @@ def unlike_networks(sources: Sequence[Source], grouping: Grouping) -> list[str]:
         named: dict[str, str] = {}  # one checkpoint of each architecture
         for source in (sources[i] for i in group.members):
             if arch := source.metadata.get("dmm.arch"):
-                named.setdefault(without_classes(arch), f"{source.label} is {arch}")
+                named.setdefault(network_of(arch), f"{source.label} is {arch}")
         if len(named) > 1:
             warnings.append(
                 f"{group.name}: its checkpoints have the same tensors, but name different architectures "

@@ -33,7 +33,7 @@ RUNS = 5
 DMM = [sys.executable, "-m", "dmm_cli", "merge"]
 FLOOR = [sys.executable, str(Path(__file__).with_name("streamed_mean.py"))]
 MODELS = {"slerp": 2, "linear": 4, "karcher": 4}  # the others: three and their base
-MERGEKIT = {  # the parameters that make mergekit compute what dmm's defaults do
+MERGEKIT = {  # the parameters that make mergekit compute what dmm's defaults do; more steps of karcher do not
     "linear": {},
     "slerp": {"t": 0.5},
     "karcher": {},

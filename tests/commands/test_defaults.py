@@ -120,6 +120,17 @@ def test_an_automatic_file_of_defaults_runs_no_code(tmp_path, monkeypatch):
     assert (tmp_path / "mark").exists()
 
 
+def test_an_automatic_file_of_defaults_calls_nothing_that_a_trusted_module_only_imports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DMM_TRUST", "")
+    (tmp_path / "imports_of_defaults.py").write_text("from os import mkdir\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dmm.toml").write_text("[inspect]\narch = \"imports_of_defaults:mkdir,path='mark'\"\n")
+    result = dmm("--trust", "imports_of_defaults", "inspect", SITES[0])
+    assert result.exit_code == 2 and "is defined in posix, which is not trusted" in result.stderr
+    assert not (tmp_path / "mark").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("VERSION", "1"), ("VERSION", "1.0.0"), ("HELP", "1"), ("INSTALL_COMPLETION", "?"), ("SHOW_COMPLETION", "?")],

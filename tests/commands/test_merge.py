@@ -311,7 +311,12 @@ def test_heads_of_different_classes_are_joined_by_name_and_the_file_says_so(writ
 
 
 def test_checkpoints_that_name_different_architectures_are_merged_with_a_warning(write, tmp_path):
-    archs = ["vit,num_heads=2, num_classes=3", "vit,num_classes=4,num_heads=2", "vit,num_heads=4", "vit,num_heads=2"]
+    archs = [
+        "vit,num_heads=2, num_classes=3",
+        "vit,num_classes=4,num_heads=2",
+        "vit,num_heads=4",
+        "vit.in1k,drop_rate=.1,in_chans=3,num_heads=2",
+    ]
     paths = [write(f"m{n}", {"dmm.arch": arch}, **small_net(n)) for n, arch in enumerate(archs)]
     words = "m0 is vit,num_heads=2, num_classes=3, m2 is vit,num_heads=4)"
     told = dmm("merge", *paths, "-o", tmp_path / "all.safetensors")

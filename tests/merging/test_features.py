@@ -248,7 +248,8 @@ def test_what_one_parent_alone_has_it_answers_for_the_images_of_both(family, tmp
 
 @pytest.mark.parametrize(
     "told", ["x", "[]", "3", '{"conv.weight": 3}', '{"conv.weight": [[1], 2]}', '{"conv.weight": [[1], ["a"]]}',
-             '{"conv.weight": [[4], [2]]}', '{"conv.weight": [[-1], [2]]}', '{"conv.weight": ["12"]}', "[" * 100000],
+             '{"conv.weight": [[4], [2]]}', '{"conv.weight": [[-1], [2]]}', '{"conv.weight": ["12"]}', "[" * 100000,
+             '{"conv.weight": [""]}', '{"conv.weight": [[1], [2], [3]]}'],
 )  # fmt: skip
 def test_rows_of_one_parent_that_are_no_rows_are_refused_by_file(family, tmp_path, told):
     for number, net in enumerate(family[1]):
