@@ -144,6 +144,13 @@ def test_classes_are_found_however_their_accents_are_spelt(tmp_path, write, here
     assert labels == [[0, 1], [0, 1], [1, 0]]
 
 
+def test_folders_that_are_one_class_spelt_in_two_ways_are_refused(tmp_path):
+    folder = folder_of_images(tmp_path, *(f"{unicodedata.normalize(form, 'café')}/x.png" for form in ("NFC", "NFD")))
+    with pytest.raises(DmmError, match="must be different names") as caught:
+        evaluation.load_labelled(folder)
+    assert "how accents are spelt" in caught.value.hint
+
+
 def test_folders_of_some_classes_are_judged_as_the_same_images_in_a_file(tmp_path):
     file = load_file(DIGITS / "test.safetensors")
     shown = np.isin(file["labels"], [7, 9])
