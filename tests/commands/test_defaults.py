@@ -105,12 +105,22 @@ def test_a_misspelt_variable_of_the_environment_is_refused(tmp_path, monkeypatch
     assert "did you mean DMM_MERGE_METHOD?" in result.stderr
 
 
-def test_an_automatic_file_of_defaults_runs_no_code(tmp_path, monkeypatch):
+@pytest.fixture
+def automatic(tmp_path, monkeypatch):
+    """Writes code, and a dmm.toml that names a factory of it."""
+
+    def write(module: str, code: str, factory: str) -> None:
+        (tmp_path / f"{module}.py").write_text(code)
+        (tmp_path / "dmm.toml").write_text(f'[inspect]\narch = "{module}:{factory}"\n')
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DMM_TRUST", "")
-    (tmp_path / "code_of_defaults.py").write_text("open('mark', 'w').close()\nfrom torch.nn import Identity as net\n")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "dmm.toml").write_text('[inspect]\narch = "code_of_defaults:net"\n')
+    return write
+
+
+def test_an_automatic_file_of_defaults_runs_no_code(automatic, tmp_path, monkeypatch):
+    automatic("code_of_defaults", "open('mark', 'w').close()\nfrom torch.nn import Identity as net\n", "net")
     result = dmm("inspect", SITES[0])
     assert result.exit_code == 2 and "dmm.toml asks for code to be run: code_of_defaults:net" in result.stderr
     assert "dmm --trust code_of_defaults" in result.stderr and not (tmp_path / "mark").exists()
@@ -120,12 +130,8 @@ def test_an_automatic_file_of_defaults_runs_no_code(tmp_path, monkeypatch):
     assert (tmp_path / "mark").exists()
 
 
-def test_an_automatic_file_of_defaults_calls_nothing_that_a_trusted_module_only_imports(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DMM_TRUST", "")
-    (tmp_path / "imports_of_defaults.py").write_text("from os import mkdir\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "dmm.toml").write_text("[inspect]\narch = \"imports_of_defaults:mkdir,path='mark'\"\n")
+def test_an_automatic_file_of_defaults_calls_nothing_that_a_trusted_module_only_imports(automatic, tmp_path):
+    automatic("imports_of_defaults", "from os import mkdir\n", "mkdir,path='mark'")
     result = dmm("--trust", "imports_of_defaults", "inspect", SITES[0])
     assert result.exit_code == 2 and "is defined in posix, which is not trusted" in result.stderr
     assert not (tmp_path / "mark").exists()
