@@ -87,10 +87,9 @@ def build(spec: str, first_weights: bool = True, named_by_file: bool = False) ->
     """
     name, arguments = parse_arch(spec)
     if ":" in name:
-        factory = _factory(name)
         if named_by_file:
-            require_own(name, factory)
-        return with_example_inputs(_made(name, factory, arguments), name)
+            require_trusted_factory(name)
+        return with_example_inputs(_made(name, arguments), name)
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
@@ -127,22 +126,19 @@ def _factory(name: str) -> Callable[..., Any]:
         ) from error
 
 
-def require_own(name: str, factory: Callable[..., Any] | None = None) -> None:
-    """Raise DmmError for a factory that a trusted module only imports, unless it is one of torch's layers.
-
-    Args:
-        factory: what is called ``name``, if it was looked up.
-    """
-    made_by = factory or _factory(name)
-    while isinstance(made_by, partial):
-        made_by = made_by.func
-    is_layer = isinstance(made_by, type) and issubclass(made_by, nn.Module)
-    if not (is_layer and made_by.__module__.startswith("torch.nn.")):
-        require_defined_in_trust(name, made_by)
+def require_trusted_factory(name: str) -> None:
+    """Raise DmmError for a factory that a trusted module only imports, unless it is one of torch's layers."""
+    factory = _factory(name)
+    while isinstance(factory, partial):
+        factory = factory.func
+    is_layer = isinstance(factory, type) and issubclass(factory, nn.Module)
+    if not (is_layer and factory.__module__.startswith("torch.nn.")):
+        require_defined_in_trust(name, factory)
 
 
-def _made(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
-    """What a factory of that name makes."""
+def _made(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """What a factory ``package.module:factory`` makes."""
+    factory = _factory(name)
     try:
         made = factory(**arguments)
     except (Exception, SystemExit) as error:  # whatever it is, it is the factory's

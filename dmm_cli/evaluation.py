@@ -207,10 +207,10 @@ def _names(path: Path, classes: np.ndarray) -> tuple[str, ...]:
             hint='write it anew with classes=["cat", "dog"], in the order of the labels, or without them',
         )
     names = [class_name(name.decode(errors="replace") if isinstance(name, bytes) else name) for name in classes]
-    return _different(path, names, "write it anew with one name for every label")
+    return _different_names(path, names, "write it anew with one name for every label")
 
 
-def _different(path: Path, names: Sequence[str], hint: str) -> tuple[str, ...]:
+def _different_names(path: Path, names: Sequence[str], hint: str) -> tuple[str, ...]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DmmError(
@@ -242,7 +242,7 @@ def _folder(path: Path, names: Sequence[str]) -> LabelledData:
     found = image_folder(path)
     labels = None if found.labels is None else torch.tensor(found.labels)
     names = [class_name(folder) for folder in found.classes]
-    classes = _different(path, names, "their folders differ in how accents are spelt: put them together")
+    classes = _different_names(path, names, "their folders differ in how accents are spelt: put them together")
     return LabelledData(found.files, labels, classes)
 
 

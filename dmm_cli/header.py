@@ -145,14 +145,7 @@ def no_such_file(path: Path) -> DmmError:
 
 def require_regular(path: Path) -> None:
     """Raise DmmError for a file that is missing, or one that reading might never come to the end of."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise no_such_file(path) from None
-    except OSError as error:
-        raise DmmError(f"cannot read {path}: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise _not_regular(path)
+    os.close(_open_regular(path)[0])
 
 
 def _open_regular(path: Path) -> tuple[int, os.stat_result]:
@@ -166,18 +159,14 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise _not_regular(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise DmmError(f"a directory, not a file: {path}")
+        raise DmmError(
+            f"not a regular file: {path}",
+            evidence=["pipes, devices and sockets cannot be read twice"],
+            hint="save it to a file first",
+        )
     return descriptor, status
-
-
-def _not_regular(path: Path) -> DmmError:
-    if path.is_dir():
-        return DmmError(f"a directory, not a file: {path}")
-    return DmmError(
-        f"not a regular file: {path}",
-        evidence=["pipes, devices and sockets cannot be read twice"],
-        hint="save it to a file first",
-    )
 
 
 def _read_exactly(descriptor: int, length: int, offset: int) -> bytes:

@@ -112,9 +112,9 @@ def _trusted(context: typer.Context, arch: str | None) -> str | None:
             f"or name the file: dmm --config {DEFAULT} COMMAND ...",
         )
     if module and found:
-        from ..architectures import require_own
+        from ..architectures import require_trusted_factory
 
-        require_own(name_of(arch))
+        require_trusted_factory(name_of(arch))
     elif module:
         grant([module])
     return arch

@@ -20,7 +20,6 @@ from ._run import epilog
 if TYPE_CHECKING:
     from ..inspection import ArchitectureGuess, Inspection
 
-KIND = "dmm.kind"  # in the metadata of what is no checkpoint
 Stated = TypeVar("Stated")
 EPILOG = epilog("dmm inspect model.safetensors --tensors", "dmm inspect sites/a/ --json")
 
@@ -104,7 +103,7 @@ def inspect_source(source: Source, arch: str | None = None, *, tensors: bool = F
 
 def _is_data(source: Source) -> bool:
     """Whether a file holds pseudo-data or statistics, and no weights."""
-    return KIND in source.metadata
+    return "dmm.kind" in source.metadata
 
 
 def _is_parameter(info: TensorInfo) -> bool:
@@ -135,7 +134,7 @@ def _architecture(source: Source, arch: str | None) -> ArchitectureGuess:
     from ..inspection import ArchitectureGuess
 
     if _is_data(source) and not arch:
-        return ArchitectureGuess(None, f"no checkpoint, but {printable(source.metadata[KIND])}")
+        return ArchitectureGuess(None, f"no checkpoint, but {printable(source.metadata['dmm.kind'])}")
 
     from ..architectures import identify
     from ..loading import load_model
