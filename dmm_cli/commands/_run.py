@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from ..errors import DmmError, Terminated, capped, printable
+from ..errors import DmmError, Terminated, capped, is_out_of_memory, printable
 from ..ranks import process_count
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ def guard() -> Iterator[None]:
     except Exception as error:
         if _is_typers_own(error):
             raise
+        if is_out_of_memory(error):
+            _show(out_of_memory(error, SMALLER))
+            raise typer.Exit(DmmError.exit_code) from None
         _crash(error)
         raise typer.Exit(CRASHED) from None
 
