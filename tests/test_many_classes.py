@@ -64,24 +64,41 @@ def test_recalls_of_many_classes_are_a_row_each(net, tmp_path):
     assert lines[3:] == ["class\tnet", *(f"{k}\t{recall:.0f}" for k, recall in enumerate(row["recall"]))]
 
 
-@pytest.mark.parametrize("classes", [20, 120])
-def test_a_picture_shows_some_of_many_classes_and_says_so(classes):
-    """Of two teachers: from the first class of one to the last of the other."""
+def of_two_teachers(classes, names=()):
+    """Pseudo-data of as many images of every class of each."""
     count = 4 * classes
-    targets = np.tile(np.arange(classes), 4)
-    data = PseudoData(
+    return PseudoData(
         images=np.zeros((count, 1, 8, 8), np.uint8),
-        targets=targets,
+        targets=np.tile(np.arange(classes), 4),
         teacher_id=np.repeat([0, 1], count // 2).astype(np.int16),
         logits=np.zeros((count, classes), np.float16),
         confidence=np.ones(count, np.float16),
         bn_loss=np.zeros(1, np.float32),
         teachers=tuple(TeacherRecord(name, name, (1 / classes,) * classes, count // 2, 0) for name in "ab"),
         spec=SPEC,
+        classes=names,
     )
-    figure = draw_image_grid(data)
-    captions = [axis.get_ylabel() for axis in figure.axes]
+
+
+def captions_of(figure):
+    return [axis.get_ylabel() for axis in figure.axes]
+
+
+@pytest.mark.parametrize("classes", [20, 120])
+def test_a_picture_shows_some_of_many_classes_and_says_so(classes):
+    """Of two teachers: from the first class of one to the last of the other."""
+    figure = draw_image_grid(of_two_teachers(classes))
+    captions = captions_of(figure)
     assert len(captions) == len(set(captions)) == min(2 * classes, ROWS)
     assert captions[0].startswith("a: class 0\n") and captions[-1].startswith(f"b: class {classes - 1}\n")
     title = figure.get_suptitle()
     assert title == ("" if classes == 20 else f"{ROWS} of {2 * classes} classes of the teachers")
+
+
+def test_a_picture_names_the_classes_that_have_names():
+    names = ("early $ stage", "\u202elate", "a name that is longer than the margin")
+    shown = ["early \\$ stage", "\\u202elate", "a name that... the margin"]
+    captions = captions_of(draw_image_grid(of_two_teachers(3, names)))
+    assert [caption.partition("\n")[0] for caption in captions] == [
+        f"{teacher}: class {name}" for teacher in "ab" for name in shown
+    ]

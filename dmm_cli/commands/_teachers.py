@@ -124,8 +124,9 @@ def load_teachers(
         counts, where = _told_counts(prior, recorded, source)
         known = priors.from_counts(list(counts), classes, where) if counts else None
         origin = "" if known is None else "--class-prior" if prior else "dmm.class_counts"
-        path = str(file.path) if file else ""
-        teachers.append(Teacher(source.label, source.sha256, model, layers, classes, known, origin, path))
+        path, names = str(file.path) if file else "", class_names(source) or ()
+        teacher = Teacher(source.label, source.sha256, model, layers, classes, known, origin, path, classes=names)
+        teachers.append(teacher)
         require_use(str(source.path), teachers[-1], spec, device)
     if len(specs) > 1:
         raise DmmError(

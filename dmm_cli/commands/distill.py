@@ -155,8 +155,8 @@ def distill_sources(
 
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
-    told = next(filter(None, map(class_names, [*students, *teachers])), ())
     pseudo = load_pseudo_data(data)
+    told = next(filter(None, map(class_names, [*students, *teachers])), pseudo.classes)
     lessons = _lessons(pseudo, told, teachers, where)
     networks = [_network(teacher, untold(teacher, arch), lessons, where) for teacher in teachers if settings.steps]
     student, model, starts = _start(students, arch, lessons, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -194,10 +194,15 @@ def draw_image_grid(data: PseudoData) -> Figure:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-        sure = float(data.confidence[mine].astype(float).mean())
-        caption = f"{_short(data.teachers[teacher].label)}: class {target}\nconfidence {sure:.2f}"
-        axis.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=7)
+        axis.set_ylabel(_caption(data, teacher, target, mine), rotation=0, ha="right", va="center", fontsize=7)
     return figure
+
+
+def _caption(data: PseudoData, teacher: int, target: int, rows: Sequence[int]) -> str:
+    """Whose images of what, and how sure the teacher is of these rows."""
+    label, name = _short(data.teachers[teacher].label), _short(data.name_of(target))
+    apart = ": " if len(label) + len(name) <= SHORT + len(DOTS) + 3 else "\n"  # the margin holds no more in a line
+    return f"{label}{apart}class {name}\nconfidence {data.confidence[rows].astype(float).mean():.2f}"
 
 
 def _strip(images):

@@ -149,6 +149,7 @@ class Harvest:
             bn_loss=np.array(history.curves.get("norm", ()), dtype=np.float32),
             teachers=tuple(self._records),
             spec=self._spec,
+            classes=next((teacher.classes for teacher in self._teachers if teacher.classes), ()),
         )
 
 

@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint, save_arrays
 from ..errors import DmmError, printable
 from ..examples import Examples, joined, named
 from ..inputs import Source
+from ..metadata import class_names, require_names_of_all
 from ..spaces import Spec, parsed, recorded
 from .kind import KIND, REQUIRED, nothing_of, require_arrays, require_pseudo_data
 
@@ -47,6 +48,7 @@ class PseudoData:
         logits: float16 (N, K), the teacher's own, without temperature. confidence: float16 (N,).
         bn_loss: float32, the statistics loss along the steps.
         spec: size and normalisation of the input, or of each.
+        classes: names of the K classes, empty where no teacher tells them.
     """
 
     images: np.ndarray | Examples
@@ -57,6 +59,11 @@ class PseudoData:
     bn_loss: np.ndarray
     teachers: tuple[TeacherRecord, ...]
     spec: Spec
+    classes: tuple[str, ...] = ()
+
+    def name_of(self, target: int) -> str:
+        """Of a class: its number where it has no other."""
+        return self.classes[target] if self.classes else str(target)
 
     def pictures(self) -> np.ndarray:
         """Something to look at, uint8 (N, C, H, W): the first input that is of images, else the first, in grey."""
@@ -107,6 +114,7 @@ def save_pseudo_data(
         "dmm.kind": KIND,
         "dmm.teachers": json.dumps([vars(teacher) for teacher in data.teachers], sort_keys=True),
         "dmm.input": json.dumps(recorded(data.spec), sort_keys=True),
+        **({"dmm.classes": json.dumps(list(data.classes))} if data.classes else {}),
     }
     save_arrays(path, arrays, {**metadata, **record}, inputs=inputs, force=force)
 
@@ -133,11 +141,13 @@ def load_pseudo_data(source: Source) -> PseudoData:
         images = {name: file.array(name) for name in inputs}
         arrays = {name: file.array(name) for name in (*REQUIRED, "bn_loss")}
     _require_rows(path, spec, images, arrays)
+    require_names_of_all(source, arrays["logits"].shape[1])
     numbers = {"targets": (arrays["logits"].shape[1], np.int64), "teacher_id": (len(teachers), np.int16)}
     for name, (count, kind) in numbers.items():
         _require_numbers_of(path, name, arrays[name], count)
         arrays[name] = arrays[name].astype(kind, copy=False)
-    return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec)
+    classes = class_names(source) or ()
+    return PseudoData(images=joined(images), **arrays, teachers=teachers, spec=spec, classes=classes)
 
 
 def _teachers(text: str) -> tuple[TeacherRecord, ...]:

@@ -52,6 +52,7 @@ class Teacher:
         witnesses: they see its images in turn.
         pool: the images of many steps, whose statistics are to match; None for those of each batch.
         prior: class prior (K,), zero outside its support; None until it is known.
+        classes: names of the K classes, empty where its file does not tell them.
     """
 
     label: str
@@ -65,6 +66,7 @@ class Teacher:
     precision: str = "float32"
     witnesses: tuple[Witness, ...] = ()
     pool: PoolStatistics | None = None
+    classes: tuple[str, ...] = ()
 
     def observe(
         self, images: Inputs, targets: torch.Tensor, student: nn.Module | None = None, turn: int = 0

@@ -152,7 +152,23 @@ def test_the_file_comes_back(tmp_path, drawn):
         assert (getattr(got, name) == getattr(data, name)).all()
         assert getattr(got, name).dtype == getattr(data, name).dtype
     assert (got.teachers, got.spec) == (data.teachers, data.spec)
+    assert got.classes == data.classes == tuple("0123456789")  # as the sites name them
     assert got.teacher_index(data.teachers[1].sha256) == 1 and got.teacher_index("0") is None
+
+
+def test_classes_without_names_go_by_number(tmp_path, drawn):
+    path = tmp_path / "p.safetensors"
+    save_pseudo_data(path, replace(drawn["pixels"].data, classes=()), {})
+    source = resolve_source(str(path))
+    assert "dmm.classes" not in source.metadata
+    assert load_pseudo_data(source).name_of(7) == "7"
+
+
+def test_names_of_other_than_all_classes_are_an_error(tmp_path, drawn):
+    path = tmp_path / "p.safetensors"
+    save_pseudo_data(path, replace(drawn["pixels"].data, classes=("cat", "dog")), {})
+    with pytest.raises(DmmError, match=r"has 10 classes, but dmm\.classes in its metadata names 2"):
+        load_pseudo_data(resolve_source(str(path)))
 
 
 def test_numbers_of_another_kind_are_read_as_those_we_write(tmp_path, drawn):
