@@ -97,11 +97,12 @@ def run(command: Command) -> tuple[float, float]:
     cache = command.output.with_name("cache")
     for path in [command.output, *([cache] if command.first else [])]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
     done = subprocess.run(
         [sys.executable, "-S", "-c", MEASURE, *command.arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        env={**compiled, "XDG_CACHE_HOME": str(cache)},
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command.arguments)}\n{done.stderr[-3000:]}")
