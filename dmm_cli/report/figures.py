@@ -189,7 +189,8 @@ def draw_image_grid(data: PseudoData) -> Figure:
         figure.suptitle(f"{len(rows)} of {len(every)} classes of the teachers", fontsize=9, y=1 - 0.05 / height)
     for (teacher, target), axis in zip(rows, axes, strict=True):
         mine = np.flatnonzero((data.teacher_id == teacher) & (data.targets == target))
-        axis.imshow(_strip(pictures[mine[:COLUMNS]]), cmap="gray", vmin=0, vmax=255, aspect="equal")
+        shape = "auto" if pictures.shape[2] == 1 else "equal"  # numbers, which are in a line, would be as thin as one
+        axis.imshow(_strip(pictures[mine[:COLUMNS]]), cmap="gray", vmin=0, vmax=255, aspect=shape)
         axis.set_anchor("W")
         axis.set_xticks([])
         axis.set_yticks([])

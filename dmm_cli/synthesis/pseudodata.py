@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..checkpoint import Checkpoint, save_arrays
 from ..errors import DmmError, printable
 from ..examples import Examples, joined, named
 from ..inputs import Source
 from ..metadata import class_names, require_names_of_all
-from ..spaces import Spec, parsed, recorded
+from ..spaces import Spec, parsed, recorded, space_of
 from .kind import KIND, REQUIRED, nothing_of, require_arrays, require_pseudo_data
 
 
@@ -66,12 +67,17 @@ class PseudoData:
         return self.classes[target] if self.classes else str(target)
 
     def pictures(self) -> np.ndarray:
-        """Something to look at, uint8 (N, C, H, W): the first input that is of images, else the first, in grey."""
+        """Something to look at, uint8 (N, C, H, W): the first input that is of images, else the first, in grey.
+
+        Numbers are shown as the network takes them: of raw ones only those of the largest unit would show.
+        """
         parts = named(self.images)
         found = [parts[name] for name, part in named(self.spec).items() if part.is_image]
         if found:
             return found[0]
-        values = next(iter(parts.values())).reshape(len(self.targets), 1, 1, -1)  # (N, 1, 1, F)
+        name, stored = next(iter(parts.items()))
+        seen = space_of(named(self.spec)[name]).from_bytes(torch.from_numpy(stored))
+        values = seen.numpy().reshape(len(self.targets), 1, 1, -1)  # (N, 1, 1, F)
         low, high = values.min(), values.max()
         return ((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
 
