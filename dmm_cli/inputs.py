@@ -150,7 +150,7 @@ def resolve_source(argument: str) -> Source:
     label = os.path.basename(os.path.abspath(path))
     if not path.is_dir():
         if path.name.endswith(".index.json"):
-            return Source(path.parent.name or "model", path, _shards(path), _config(path.parent))
+            return Source(_index_label(path), path, _shards(path), _config(path.parent))
         return Source(_stem(path), path, (read_header(path),), None)
     if (path / SINGLE).exists():
         return Source(label, path, (read_header(path / SINGLE),), _config(path))
@@ -329,6 +329,11 @@ def _expand(argument: str, stdin: TextIO | None) -> list[str]:
 
 def _lines(text: str) -> list[str]:
     return [line for line in (line.strip() for line in text.splitlines()) if line and not line.startswith("#")]
+
+
+def _index_label(index: Path) -> str:
+    """The directory's name where the index has the name that one in every directory has, else its own."""
+    return index.parent.name or "model" if index.name == INDEX else _stem(Path(index.name.removesuffix(".index.json")))
 
 
 def _stem(path: Path) -> str:

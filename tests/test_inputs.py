@@ -52,6 +52,17 @@ def test_labels_are_unique(tmp_path):
     assert labels(paths[0], paths[0]) == ["model", "model#2"]
 
 
+def test_shards_are_labelled_by_their_index_unless_its_name_is_that_of_all(tmp_path):
+    for folder, name in (("sites", "group-0"), ("sites", "group-1"), ("site", "model")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        save_file({"w": W}, tmp_path / folder / f"{name}-00001-of-00001.safetensors")
+        record = {"weight_map": {"w": f"{name}-00001-of-00001.safetensors"}}
+        (tmp_path / folder / f"{name}.safetensors.index.json").write_text(json.dumps(record))
+    assert labels(tmp_path / "sites" / "group-0.safetensors.index.json") == ["group-0"]
+    assert labels(f"{tmp_path}/sites/*.index.json") == ["group-0", "group-1"]
+    assert labels(tmp_path / "site" / "model.safetensors.index.json") == ["site"]
+
+
 def test_labels_do_not_depend_on_the_order(tmp_path):
     paths = [tmp_path / first / "site" / "model.safetensors" for first in ("x", "y")]
     for path in paths:
