@@ -303,7 +303,9 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text().removeprefix(MARK)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DmmError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}") from None
 
 

@@ -186,7 +186,8 @@ def test_sha256_is_the_hash_of_the_file(write):
     ("arguments", "words"),
     [
         (["no-such-*.safetensors"], "no file matches"),
-        (["@nothing.txt"], "cannot read nothing.txt"),
+        (["@nothing.txt"], "cannot read nothing.txt: No such file or directory$"),
+        (["nothing.json"], "cannot read nothing.json: No such file or directory$"),
         (["."], "no model.safetensors and no"),
     ],
 )
