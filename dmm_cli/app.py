@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,9 +162,9 @@ def _require_fit(parameter: Any, value: Any) -> None:
     """Raise ValueError where a value of dmm.toml has not the form of an option's; its kind is checked by Typer."""
     several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
     if several != isinstance(value, list):
-        raise ValueError(
-            "a list is wanted, as in [1, 2]" if several else 'one value is wanted; several numbers are a string, "1,2"'
-        )
+        shown = f"[{printable(dumps(value, ensure_ascii=False))}]" if isinstance(value, str) else "[1, 2]"
+        one = 'one value is wanted; several numbers are a string, "1,2"'
+        raise ValueError(f"a list is wanted, as in {shown}" if several else one)
     for part in value if several else [value]:
         if isinstance(part, dict) or (isinstance(part, bool) and not getattr(parameter, "is_flag", False)):
             raise ValueError("a number or a string is wanted")

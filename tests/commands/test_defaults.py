@@ -27,7 +27,7 @@ def test_defaults_come_from_file_then_environment_then_flag(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('loss = "norm=2"', "loss of synthesize cannot be 'norm=2': a list is wanted"),
+        ('loss = "norm=2"', "loss of synthesize cannot be 'norm=2': a list is wanted, as in [\"norm=2\"]"),
         ("count = [1, 2]", "one value is wanted"),
         ("seed = true", "a number or a string is wanted"),
     ],
