@@ -29,6 +29,7 @@ from .metadata import class_name, class_names
 from .spaces import Spec, TokenSpec, example, space_of
 
 ANEW = "write it anew with numpy.savez"
+OTHERS = {".csv", ".tsv", ".npy", ".parquet"}  # what tables are kept in elsewhere
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ def load_images(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
 
 def _arrays(path: Path, names: Sequence[str], required: Sequence[str] = ()) -> LabelledData:
     wanted = (*names, "labels")
+    if path.suffix.lower() in OTHERS:
+        raise DmmError(
+            f"labelled data are no {path.suffix} file: {path}",
+            hint=f"write an .npz file: numpy.savez(FILE, {', '.join(f'{printable(name)}=...' for name in wanted)})",
+        )
     arrays, held, classes = _read_npz(path, wanted) if path.suffix == ".npz" else _read_safetensors(path)
     for name in (*names, *required):
         if name not in arrays:

@@ -273,6 +273,16 @@ def test_data_that_are_not_labelled_images(tmp_path, arrays, words):
         evaluation.load_labelled(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "npy"])
+def test_of_a_table_it_is_told_what_to_write_in_its_place(tmp_path, suffix):
+    path = tmp_path / f"data.{suffix}"
+    path.write_text("area,label\n1.5,0\n")
+    for command in (["evaluate"], ["record", "-o", tmp_path / "stats.safetensors"]):
+        told = dmm(*command, DIGITS / "site-d.safetensors", "--data", path)
+        hint = "hint: write an .npz file: numpy.savez(FILE, images=..., labels=...)"
+        assert told.exit_code == 2 and hint in told.stderr
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
