@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import dmm
 from networks import arrays, lively
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import nn
@@ -93,6 +94,20 @@ def test_every_stage_takes_them(tmp_path, kind):
     hits = model(torch.from_numpy(drawn["values"])).argmax(1).numpy() == drawn["targets"]
     told = json.loads(dmm("evaluate", out, "--data", tmp_path / "data.npz", "--json").stdout)["rows"][0]["accuracy"]
     assert np.isclose(told, 100 * hits.mean())
+
+
+def test_options_that_change_images_alone_are_told_to_be_idle(tmp_path):
+    a, plain, moved = (saved(tmp_path / "a.safetensors", "vector"), *(tmp_path / f"{n}.safetensors" for n in "pm"))
+    words = ["synthesize", a, "--count", 8, "--steps", 4, "--batch", 8, "--class-prior", "1,1,1"]
+    asked = ["--jitter", 1, "--flip", "--loss", "total_variation=1"]
+    assert "warning" not in dmm(*words, "-o", plain).stderr
+    told = dmm(*words, *asked, "-o", moved).stderr
+    for flag in ("--jitter", "--flip", "--loss total_variation"):
+        assert f"warning: {flag} changes nothing: no image goes in" in told
+    with safe_open(moved, "np") as file:
+        parameters = json.loads(file.metadata()["dmm.parameters"])
+    assert not {"jitter", "flip"} & parameters.keys()
+    assert np.array_equal(load_file(plain)["values"], load_file(moved)["values"])
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -34,6 +34,7 @@ from ._teachers import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..manifest import SynthesisManifest, TeacherReport
     from ..spaces import Spec
@@ -230,7 +231,6 @@ def synthesize_sources(
     from ..synthesis.memory import Room
     from ..synthesis.objective import Objective
     from ..synthesis.pseudodata import save_pseudo_data
-    from ..synthesis.resolution import why_whole
 
     where = resolve_device(device)
     settings = replace(settings, precision=resolve_precision(settings.precision, where))
@@ -238,11 +238,8 @@ def synthesize_sources(
     teachers = [replace(teacher, precision=settings.precision) for teacher in teachers]
     rival = student and load_student(student, teachers[0].num_classes, spec, where, flags, arch)
     started = time.monotonic()
-    whole = why_whole(teachers, spec, where, rival) if settings.coarse else ""
-    warnings = _partial_statistics(teachers, spec, where)
-    if whole:
-        settings = replace(settings, coarse=0.0)
-        warnings.append(f"no steps at half the resolution: {whole}")
+    settings, idle = _without_idle(settings, teachers, spec, where, rival)
+    warnings = _partial_statistics(teachers, spec, where) + idle
     for warning in warnings:
         on_warning(warning)
     files = sorted((recorded or {}).values(), key=lambda file: file.sha256)
@@ -284,6 +281,26 @@ def synthesize_sources(
         warnings=tuple(warnings),
     )
     return manifest, made.data
+
+
+def _without_idle(
+    settings: Settings, teachers: Sequence[Teacher], spec: Spec, device: torch.device, student: nn.Module | None
+) -> tuple[Settings, list[str]]:
+    """Settings without what these networks have no use for, and what that was."""
+    from ..examples import named
+    from ..synthesis.resolution import why_whole
+
+    told = []
+    whole = why_whole(teachers, spec, device, student) if settings.coarse else ""
+    if whole:
+        settings = replace(settings, coarse=0.0)
+        told.append(f"no steps at half the resolution: {whole}")
+    if not any(part.is_image for part in named(spec).values()):
+        rough = settings.weights.get("total_variation")
+        idle = {"--jitter": settings.jitter, "--flip": settings.flip, "--loss total_variation": rough}
+        settings = replace(settings, jitter=0, flip=False)
+        told += [f"{flag} changes nothing: no image goes in" for flag, wanted in idle.items() if wanted]
+    return settings, told
 
 
 def _partial_statistics(teachers: Sequence[Teacher], spec: Spec, device: torch.device) -> list[str]:
