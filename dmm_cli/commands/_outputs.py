@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,10 @@ def file_or_directory(
         raise DmmError(f"not the name of a .safetensors file: {output}", hint=f"name one, as in -o {example}")
     refuse_dangling(output)
     if not output.parent.is_dir() or (output.exists() and not output.is_dir()):
-        raise DmmError(f"cannot make the directory {output}", hint="name a directory in one that exists")
+        above = next(filter(os.path.lexists, output.parents))
+        missing = above.is_dir() and above != output.parent
+        hint = f"mkdir -p {shlex.quote(str(output.parent))}" if missing else "name a directory in one that exists"
+        raise DmmError(f"cannot make the directory {output}", hint=hint)
     require_writable(output if output.is_dir() else output.parent)
     paths = tuple(output / f"{name}.safetensors" for name in names)
     path, times = Counter(paths).most_common(1)[0]

@@ -227,7 +227,7 @@ D = DIGITS / "site-d.safetensors"
     [
         (["-o", "old.safetensors"], "the output exists: old.safetensors"),
         (["-o", "no/such/out.safetensors"], "no such directory: no/such"),
-        (["-o", "no/such/out"], "cannot make the directory no/such/out"),
+        (["-o", "no/such/out"], "cannot make the directory no/such/out\nhint: mkdir -p no/such\n"),
         (["-o", "out.pt"], "not the name of a .safetensors file: out.pt"),
         (["-o", "old"], "the output exists: old/merge.json"),
         (["-o", "out", "--group", "unknown.json"], "groups in unknown.json do not fit"),
