@@ -330,7 +330,10 @@ def _numeric(cells: list[list[str]], column: int) -> bool:
 
 
 def _tsv(table: Table) -> str:
-    return "\n".join("\t".join(row) for row in _clean(table))
+    """Without a title but in the corner of a matrix: nothing else tells of what it is."""
+    head, *rows = _clean(table)
+    corner = head[0] or printable(table.title, None)
+    return "\n".join("\t".join(row) for row in ([corner, *head[1:]], *rows))
 
 
 def _markdown(table: Table) -> str:

@@ -14,7 +14,7 @@ SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
 
 
 @pytest.mark.parametrize(
-    ("style", "start"), [("json", "{"), ("tsv", "\tsite-a"), ("md", "**cosine"), ("table", "cosine")]
+    ("style", "start"), [("json", "{"), ("tsv", "cosine (weights)\tsite-a"), ("md", "**cosine"), ("table", "cosine")]
 )
 def test_formats(style, start):
     result = dmm("similarity", *SITES[:2], "--format", style)
@@ -23,6 +23,8 @@ def test_formats(style, start):
         assert json.loads(result.stdout)["schema"] == "dmm.similarity/1"
     if style == "tsv":
         assert result.stdout.splitlines()[1].split("\t")[1] == "1.0000"
+        heads = [part.partition("\t")[0] for part in result.stdout.split("\n\n")]
+        assert heads == ["cosine (weights)", "sign (weights)", "bn (distance)", "group"]
     assert "\x1b" not in result.stdout
 
 
