@@ -74,7 +74,8 @@ Checkpoints = Annotated[
     list[str],
     typer.Argument(
         metavar="CKPT...",
-        help="Checkpoints: .safetensors files, model directories, quoted globs, @list.txt, a stage's JSON, or -.",
+        help="Checkpoints: .safetensors files, model directories, quoted globs, @list.txt, the JSON of a stage (for "
+        "the checkpoints it was given), or -.",
     ),
 ]
 Output = Annotated[Path | None, option("--output", "-o", help="Write to this file.")]
