@@ -138,3 +138,4 @@ def test_different_architectures_are_refused_where_all_are_to_be_merged_or_no_tw
     site = DIGITS / "site-a.safetensors"
     result = dmm("merge", *zoo[:2], site, "--weights", "1,2", "--group", "auto", "-o", tmp_path / "out")
     assert result.exit_code == 2 and "2 weights for 3 checkpoints" in result.stderr
+    assert "hint: give one each: --weights 1,2,3\n" in result.stderr

@@ -182,7 +182,8 @@ def check_weights(recipe: Recipe, count: int) -> None:
     """Raise DmmError unless the weights, if there are any, are ``count``, in ``RANGE`` or zero, and not all zero."""
     for weights in (recipe.weights, *(override.weights for override in recipe.overrides)):
         if weights and len(weights) != count:
-            raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint="give one each: --weights 1,2")
+            hint = f"give one each: --weights {','.join(str(number) for number in range(1, count + 1))}"
+            raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint=hint)
         low, high = RANGE
         if weights and not (all(w == 0 or low <= w <= high for w in weights) and any(weights)):
             shown = ", ".join(f"{weight:g}" for weight in weights)
