@@ -93,10 +93,9 @@ def build(spec: str, first_weights: bool = True, named_by_file: bool = False) ->
     timm = _timm()
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
-        raise DmmError(
-            f"timm has no model {printable(name)}",
-            hint=f"did you mean {near}?" if near else LISTING,
-        )
+        module, _, factory = printable(name).rpartition(".")
+        listing = f"a factory of a module is named {module}:{factory}" if module else LISTING
+        raise DmmError(f"timm has no model {printable(name)}", hint=f"did you mean {near}?" if near else listing)
     try:
         with nullcontext() if first_weights else Unfilled(nn.Parameter):
             model = timm.create_model(name, pretrained=False, **arguments)

@@ -52,6 +52,11 @@ def plan_shards(layout: Layout, path: Path, limit: int | None) -> dict[Path, Lay
     }
 
 
+def bytes_of(layout: Layout) -> int:
+    """Of all tensors together."""
+    return sum(prod(shape) * ITEM_SIZE[dtype] for dtype, shape in layout.values())
+
+
 def index_path(path: Path) -> Path:
     """Where the index of a sharded checkpoint lies."""
     return path.parent / f"{path.name}.index.json"
@@ -59,6 +64,6 @@ def index_path(path: Path) -> Path:
 
 def index_text(shards: dict[Path, Layout]) -> str:
     """The index that transformers and timm read: which file holds which tensor."""
-    total = sum(prod(shape) * ITEM_SIZE[dtype] for shard in shards.values() for dtype, shape in shard.values())
+    total = sum(map(bytes_of, shards.values()))
     home = {name: path.name for path, shard in shards.items() for name in shard}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(home.items()))}, indent=2) + "\n"

@@ -317,6 +317,12 @@ def test_why_a_config_does_not_tell_the_architecture(tmp_path):
     assert told == "config.json beside it is read where the directory is named, not the file"
 
 
+def test_a_factory_named_with_a_dot_is_told_how_it_is_named():
+    with pytest.raises(DmmError, match=r"timm has no model clinic\.nets\.wine") as caught:
+        arch.build("clinic.nets.wine")
+    assert caught.value.hint == "a factory of a module is named clinic.nets:wine"
+
+
 def test_an_unknown_architecture_is_told_with_its_file_and_a_command_that_lists_names(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"w": torch.ones(2)}, path, {"dmm.arch": "zzz"})

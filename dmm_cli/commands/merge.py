@@ -22,11 +22,11 @@ from ..inputs import (
     resolve_sources,
 )
 from ..merging import CALIBRATIONS, METHODS
-from ..merging.heads import POLICIES
-from ..merging.recipe import DTYPES, Recipe
+from ..merging.heads import POLICIES, head_union
+from ..merging.recipe import DTYPES, Recipe, merged_layout
 from ..ranks import joined
 from ..registry import Registry
-from ..shards import parse_size
+from ..shards import bytes_of, parse_size, plan_shards
 from ..synthesis.kind import require_made_from, require_pseudo_data
 from . import _options as options
 from ._align import POLICIES as ALIGN
@@ -274,11 +274,14 @@ def _show_plan(
 
     sizes = [str(len(group.members)) for group in known.groups] if isinstance(known, Grouping) else []
     apart = f", in groups of {', '.join(sizes)}" if len(sizes) > 1 else ""
-    tensors = sources[0].tensors.values()
+    first = known.groups[0].members if isinstance(known, Grouping) else kinds_of(sources)[0]
+    union = head_union([sources[i] for i in first]) if recipe.head == "union" else None
+    shards = plan_shards(merged_layout(sources[first[0]].tensors, recipe, union), to.path, to.max_shard)
+    parts = f" in {len(shards)} files and an index" if len(shards) > 1 else ""
     wider = f", {100 * (1 - aligning.overlap):g} % of the units side by side in more" if aligning.widens else ""
     emit_plan(
-        f"merge {len(sources)} checkpoints with {recipe.method}{apart}, {len(tensors)} tensors, "
-        f"{sum(info.nbytes for info in tensors)} bytes a group{wider} -> {to.path}",
+        f"merge {len(sources)} checkpoints with {recipe.method}{apart}, {sum(map(len, shards.values()))} tensors, "
+        f"{sum(map(bytes_of, shards.values()))} bytes a group{parts}{wider} -> {to.path}",
         as_json=json,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import takewhile
@@ -10,11 +10,12 @@ from typing import Any
 
 from ..devices import require_device_name
 from ..errors import DmmError, capped, printable
+from ..header import Layout, TensorInfo
 from ..inputs import Source, require_same_tensors
 from ..metadata import class_counts
 from ..registry import did_you_mean, mistyped
 from . import CALIBRATIONS, METHODS, parameters
-from .heads import POLICIES, differ_in_rows, head_union, heads_of, unlike_heads
+from .heads import POLICIES, Union, differ_in_rows, head_union, heads_of, unlike_heads
 from .method import check_parameters
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -176,6 +177,18 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
             hint="name the classes in the metadata (dmm.classes), or keep one head with --head first",
         )
     return frozenset()
+
+
+def merged_layout(infos: Mapping[str, TensorInfo], recipe: Recipe, union: Union | None) -> Layout:
+    """Names, dtypes and shapes of the merged tensors, by those of the first checkpoint and how heads go together."""
+    wanted = DTYPES.get(recipe.dtype or "")
+    layout = {}
+    for name, info in infos.items():
+        shape = info.shape
+        if union and name in union.tensors:
+            shape = (len(union.classes), *shape[1:])
+        layout[name] = (wanted if wanted and info.is_float else info.dtype, shape)
+    return layout
 
 
 def check_weights(recipe: Recipe, count: int) -> None:

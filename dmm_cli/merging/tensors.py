@@ -29,7 +29,7 @@ from .batchnorm import merged_variance, pair_layers
 from .facts import Fact, Gram, trim_threshold
 from .heads import head_union, heads_of
 from .method import Block, Facts, effective_parameters
-from .recipe import DTYPES, Recipe
+from .recipe import DTYPES, Recipe, merged_layout
 
 BLOCK = 1 << 18  # elements of one checkpoint held at a time; which elements share a random stream depends on it
 
@@ -94,14 +94,7 @@ class Tensors:
 
     def layout(self) -> Layout:
         """Names, dtypes and shapes of the merged tensors."""
-        wanted = DTYPES.get(self._recipe.dtype or "")
-        layout = {}
-        for name, info in self._infos.items():
-            shape = info.shape
-            if self._union and name in self._union.tensors:
-                shape = (len(self._union.classes), *shape[1:])
-            layout[name] = (wanted if wanted and info.is_float else info.dtype, shape)
-        return layout
+        return merged_layout(self._infos, self._recipe, self._union)
 
     def is_weight(self, name: str) -> bool:
         """Whether a tensor goes through the method."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 from conftest import DIGITS, digits_as_pseudo_data, dmm
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -147,3 +148,15 @@ def test_the_plan_of_stated_groups_tells_their_sizes(tmp_path):
     assert twice.exit_code == 2 and "standard input holds groups twice" in twice.stderr
     nothing = dmm(*command, text='{"groups": NaN}')
     assert nothing.exit_code == 2 and "NaN is not JSON" in nothing.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"], ["--max-shard-size", "100KB", "--dtype", "bfloat16"]])
+def test_a_plan_of_a_merge_tells_the_files_and_bytes_that_are_written(tmp_path, flags):
+    words = ["merge", *SITES, "-o", tmp_path / "out.safetensors", *flags]
+    plan = dmm(*words, "--dry-run").stdout
+    assert dmm(*words).exit_code == 0
+    files = sorted(tmp_path.glob("*.safetensors"))
+    tensors = [array for file in files for array in safetensors.torch.load_file(file).values()]
+    assert f", {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors)} bytes a group" in plan
+    assert ("index" in plan) == (len(files) > 1)
+    assert len(files) == 1 or f" in {len(files)} files and an index -> " in plan
