@@ -102,13 +102,19 @@ def answer(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     found = given.get("logits") if isinstance(given, Mapping) else getattr(given, "logits", given)
     if not isinstance(found, torch.Tensor):
         raise DmmError(
-            f"{type(model).__name__} answers with {printable(type(given).__name__)}, not with logits",
+            f"{called(model)} answers with {printable(type(given).__name__)}, not with logits",
             hint="let its forward return logits (N, K), or a dict that has them under the name logits",
         )
     if found.layout != torch.strided:
         raise DmmError(
             f"{called(model)} answers with a sparse tensor ({found.layout}), not with logits (N, K)",
             hint="let its forward return them dense: logits.to_dense()",
+        )
+    if not found.is_floating_point():  # of others there is no softmax, or no gradient
+        kind = str(found.dtype).removeprefix("torch.")
+        raise DmmError(
+            f"{called(model)} answers with {kind}, not with logits (N, K)",
+            hint="let its forward return logits as it computes them, in float32 or another float",
         )
     if found.dim() != 2 or len(found) != len(inputs) or found.shape[1] < 2:
         raise DmmError(

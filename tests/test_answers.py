@@ -130,6 +130,17 @@ class Broken(Plain):
         raise KeyError("something")
 
 
+class Cast(Plain):
+    """Answers in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, images):
+        return super().forward(images).to(self._dtype)
+
+
 class Sparse(Plain):
     """Answers with logits, but sparse ones."""
 
@@ -139,6 +150,7 @@ class Sparse(Plain):
 
 plain, named, told, pair = Plain, Named, Told, Pair
 dense, one, flat = (partial(Other, kind) for kind in ("dense", "one", "flat"))
+whole, imaginary = (partial(Cast, dtype) for dtype in (torch.int64, torch.complex64))
 stateless, untrained = (partial(Broken, method) for method in ("state_dict", "train"))
 failing, exiting, starving = (partial(Failing, end) for end in (ValueError, SystemExit, MemoryError))
 lost, endless, partly = partial(Lost, float("nan")), partial(Lost, float("inf")), partial(Lost, float("nan"), some=True)
@@ -174,7 +186,7 @@ def test_logits_are_found_by_their_name(tmp_path, kind):
 
 def test_what_is_no_answer_is_refused(tmp_path):
     result = made(tmp_path / "pair", "pair")
-    assert result.exit_code == 2 and "Pair answers with tuple, not with logits" in result.stderr
+    assert result.exit_code == 2 and "pair/0.safetensors answers with tuple, not with logits" in result.stderr
     assert "under the name logits" in result.stderr
     assert {path.name for path in (tmp_path / "pair").iterdir()} == {"0.safetensors", "1.safetensors"}
 
@@ -250,6 +262,15 @@ def test_the_way_out_of_a_lack_of_memory_is_one_that_the_command_has(stages, sta
 def test_a_network_that_cannot_be_used_is_told(stages, kind, words):
     result = dmm(*stages["evaluate"], "--arch", f"test_answers:{kind}")
     assert result.exit_code == 2 and f"error: {words.format(stages['evaluate'][1])}" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "synthesize", "distill"])
+@pytest.mark.parametrize(("kind", "dtype"), [("whole", "int64"), ("imaginary", "complex64")])
+def test_logits_that_are_no_floats_are_refused(stages, stage, kind, dtype, tmp_path):
+    result = dmm(*stages[stage], "--arch", f"test_answers:{kind}", "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 2, result.stderr
+    assert f"error: {stages[stage][1]} answers with {dtype}, not with logits" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "synthesize", "distill"])
