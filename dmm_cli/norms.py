@@ -15,8 +15,7 @@ def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "running_mean", None), torch.Tensor)
-        and isinstance(getattr(module, "running_var", None), torch.Tensor)
+        if _is_of_channels(module, "running_mean") and _is_of_channels(module, "running_var")
     ]
 
 
@@ -74,16 +73,25 @@ def unknown_norms(model: nn.Module) -> list[str]:
     ]
 
 
+def _is_of_channels(module: nn.Module, name: str) -> bool:
+    """Whether a module keeps a number for every channel under a name; who keeps one for all is no layer of features."""
+    held = getattr(module, name, None)
+    return isinstance(held, torch.Tensor) and held.dim() == 1
+
+
 def _norm_input(module: nn.Module) -> NormInput | None:
-    mean, shape = getattr(module, "running_mean", None), getattr(module, "normalized_shape", None)
-    if isinstance(mean, torch.Tensor):
-        return NormInput(module, len(mean), 1)
+    if _is_of_channels(module, "running_mean"):
+        return NormInput(module, len(module.running_mean), 1)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         return NormInput(module, module.num_features, 1)
     if isinstance(module, nn.GroupNorm):
         return NormInput(module, module.num_channels, 1)
+    kinds = type(module).__mro__
+    # of others that have a shape it is not known what it is of: some take their channels first
+    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or any(kind.__module__.startswith("timm.") for kind in kinds)
+    shape = getattr(module, "normalized_shape", None) if known else None
     if not shape:
         return None
     # LayerNorm and RMSNorm work on the last dimensions; timm and torchvision name those that take (B, C, H, W) ...2d
-    channels_first = any("2d" in kind.__name__ for kind in type(module).__mro__)
+    channels_first = any("2d" in kind.__name__ for kind in kinds)
     return NormInput(module, shape[0], 1 if channels_first else -len(shape))

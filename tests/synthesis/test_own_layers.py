@@ -39,6 +39,26 @@ class OwnNorm(nn.Module):
         return self.weight * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
+class FirstNorm(OwnNorm):
+    """A layer that takes channels first, and keeps their number as torch's LayerNorm does, or as it is given."""
+
+    def __init__(self, width: int, normalized_shape: object) -> None:
+        super().__init__(width)
+        self.normalized_shape = normalized_shape
+
+
+class Scalar(nn.Module):
+    """Standardises inputs by one mean and one variance that it keeps of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.tensor(0.1))
+        self.register_buffer("running_var", torch.tensor(0.9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.running_mean) * self.running_var.rsqrt()
+
+
 class Classifier(nn.Module):
     """Digits of 8 x 8 pixels, through layers of its own."""
 
@@ -65,6 +85,25 @@ def test_layers_of_unknown_classes_are_told(digits, tmp_path):
             assert network["warnings"] == [told] and [layer["name"] for layer in network["layers"]] == ["norm"]
         else:
             assert "no normalisation layers that dmm knows" in result.stderr and not out.exists()
+
+
+class Alike(Classifier):
+    """A network whose own layer has the attributes of one of torch's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.own = Scalar() if kind == "scalar" else FirstNorm(64, {"tuple": (64,), "int": 64}[kind])
+
+
+@pytest.mark.parametrize("kind", ["tuple", "int", "scalar"])
+def test_layers_are_known_by_their_class_and_not_by_their_attributes(digits, tmp_path, kind):
+    net, out = tmp_path / "net.safetensors", tmp_path / "stats.safetensors"
+    metadata = {"dmm.arch": f"{__name__}:Alike,kind={kind}", "dmm.input": json.dumps(INPUT)}
+    save_file({name: value.numpy() for name, value in Alike(kind).state_dict().items()}, net, metadata)
+    result = dmm("record", net, "--data", digits, "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [layer["name"] for layer in json.loads(result.stdout)["networks"][0]["layers"]] == ["norm"]
+    assert ("dmm does not know their class: own" in result.stderr) == (kind != "scalar")
 
 
 class Partly(Classifier):
