@@ -271,7 +271,7 @@ def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
     if default is None or default.keys() - shapes.keys():
         return None
     heads = shapes.keys() - default.keys()  # a network that comes without a classifier can be given one
-    if not all(map(is_head, heads)):
+    if not all(is_head(name) and shapes[name] for name in heads):
         return None
     arguments: dict[str, Any] = {"num_classes": shapes[min(heads)][0]} if heads else {}
     other = [key for key in default if shapes[key] != default[key]]
@@ -279,6 +279,8 @@ def _fit(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
         return name
     for key in other:
         here, there = shapes[key], default[key]
+        if len(here) != len(there):
+            return None
         if here[1:] == there[1:]:
             arguments["num_classes"] = here[0]
         elif here[:1] + here[2:] == there[:1] + there[2:]:

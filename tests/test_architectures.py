@@ -230,6 +230,19 @@ def test_detection_by_names_and_shapes(tmp_path, spec):
     assert "tensor names and shapes match" in found.evidence
 
 
+@pytest.mark.parametrize(
+    ("name", "odd"), [("resnet18", "fc.bias"), ("resnet18", "bn1.bias"), ("vit_small_patch14_dinov2", "head.bias")]
+)
+def test_a_number_where_a_vector_should_be_is_of_no_network(tmp_path, name, odd, monkeypatch):
+    monkeypatch.setattr(arch, "_families", lambda: ((name,),))
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in arch.build(name).state_dict().items()}
+    tensors = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()}
+    save_file({**tensors, odd: torch.zeros(())}, tmp_path / "m.safetensors")
+    with pytest.raises(DmmError, match="cannot tell the architecture"):
+        arch.detect(resolve_source(str(tmp_path / "m.safetensors")))
+
+
 @pytest.mark.parametrize("tensors", [{}, {"head.weight": torch.ones(5, 64), "head.bias": torch.ones(5)}])
 def test_where_no_weights_are_no_network_is_looked_for(tmp_path, tensors, monkeypatch):
     """Every network has all parts of a file that has none."""
