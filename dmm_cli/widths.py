@@ -64,6 +64,7 @@ def resize(model: nn.Module, shapes: Shapes) -> None:
     """
     for path, module in model.named_modules():
         held = {**module._parameters, **module._buffers}
+        held = {name: value for name, value in held.items() if value is not None}  # of a bias there may be none
         wanted = {name: shapes.get(f"{path}.{name}" if path else name) for name, value in held.items()}
         other = {name: shape for name, shape in wanted.items() if shape and shape != tuple(held[name].shape)}
         for name, shape in other.items():

@@ -78,6 +78,10 @@ def test_only_metadata_that_say_so_make_a_network_wider(tmp_path):
     save_file(state, tmp_path / "wide.safetensors", metadata)
     model, found = load_model(resolve_source(str(tmp_path / "wide.safetensors")))
     assert found.spec == spec and np.array_equal(model.layer2[0].conv1.weight.detach(), state["layer2.0.conv1.weight"])
+    save_file({**state, "conv1.bias": torch.zeros(8)}, tmp_path / "biased.safetensors", metadata)
+    with pytest.raises(DmmError, match="does not fit") as error:
+        load_model(resolve_source(str(tmp_path / "biased.safetensors")))
+    assert error.value.evidence == ("unknown conv1.bias",)
     del state["fc.bias"]
     save_file(state, tmp_path / "short.safetensors", metadata)
     with pytest.raises(DmmError, match="does not fit"):
