@@ -92,13 +92,13 @@ def stated_input(source: Source) -> dict[str, Any]:
     if source.is_configured("dmm.input"):
         _require_parts(source)
     words = 'a JSON object like {"size": [3, 32, 32], "mean": [0.5], "std": [0.25]}, or one such by name'
-    return _stated(source, "dmm.input", _is_input, words) or {}
+    return _stated(source, "dmm.input", is_input, words) or {}
 
 
 def _require_parts(source: Source) -> None:
     """Raise DmmError for the first key of a ``config.json`` that tells of no input."""
     for part, value in json.loads(source.metadata["dmm.input"]).items():
-        if not isinstance(value, list) or not _is_input({part: value}):
+        if not isinstance(value, list) or not is_input({part: value}):
             raise DmmError(
                 f"{source.origin_of('dmm.input', part)} is not {PARTS[part]}: {printable(json.dumps(value))}",
                 hint="correct it there, or leave it out",
@@ -131,7 +131,8 @@ def _is_list_of_counts(value: Any) -> bool:
     return _is_list_of_numbers(value) and min(value) >= 0
 
 
-def _is_input(value: Any) -> bool:
+def is_input(value: Any) -> bool:
+    """Whether a value of JSON tells of an input, or of several by name, what ``dmm.input`` may tell."""
     if not isinstance(value, dict):
         return False
     if value and is_by_name(value):

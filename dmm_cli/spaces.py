@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .examples import Examples, Inputs, joined, named
 from .images import InputSpec, PixelSpace
+from .metadata import is_input
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,25 @@ def parsed(record: dict[str, Any]) -> Spec:
     """The inverse of ``recorded``.
 
     Raises:
-        ValueError: it tells of no input.
-        KeyError, TypeError: it is damaged.
+        ValueError: it tells of no input, or mean and std do not fit it.
+        KeyError, TypeError, AttributeError: it is damaged.
     """
     if isinstance(record.get("vocabulary"), int):
         return TokenSpec(tuple(record["size"]), record["vocabulary"])
     if "size" in record and isinstance(record["size"], list):
-        return InputSpec(*(tuple(record[part]) for part in ("size", "mean", "std")))
+        return _input_spec(record)
     if not record:
         raise ValueError("no input")
     return JointSpec(tuple(record), tuple(parsed(part) for part in record.values()))
+
+
+def _input_spec(record: dict[str, Any]) -> InputSpec:
+    size, mean, std = (tuple(record[part]) for part in ("size", "mean", "std"))
+    if not is_input({part: record[part] for part in ("size", "mean", "std")}):
+        raise ValueError("size, mean and std are of no input")
+    if not {len(mean), len(std)} <= ({1, size[0]} if len(size) == 3 else {1, size[0], size[-1]}):
+        raise ValueError("mean and std are of another number of channels than size")
+    return InputSpec(size, mean, std)
 
 
 def in_words(spec: Spec) -> str:
