@@ -134,13 +134,20 @@ class Checkpoint:
             self._on_read(header.path, first, memoryview(buffer))
 
     def array(self, name: str) -> np.ndarray:
-        """A whole tensor in its own dtype and shape; BF16, which numpy lacks, as float32."""
+        """A whole tensor in its own dtype and shape; BF16, which numpy lacks, as float32.
+
+        Raises:
+            DmmError: the file is shorter than its header says, or numpy has no such dtype or shape.
+        """
         info = self.source.tensors[name]
-        if info.dtype == "BF16":
-            return self.floats(name).reshape(info.shape)
-        if info.dtype not in NUMPY:
+        if info.dtype != "BF16" and info.dtype not in NUMPY:
             raise DmmError(f"{self.source.path}: dmm does not compute with {info.dtype} ({printable(name)})")
-        return self.raw(name).view(NUMPY[info.dtype]).reshape(info.shape)
+        flat = self.floats(name) if info.dtype == "BF16" else self.raw(name).view(NUMPY[info.dtype])
+        try:
+            return flat.reshape(info.shape)
+        except ValueError as error:  # more axes than numpy has, or, where another is empty, one without end
+            what = f"{self.source.path}: no array has the shape of {printable(name)}"
+            raise DmmError(what, evidence=[printable(str(error))]) from None
 
 
 def encode_floats(values: np.ndarray, dtype: str, name: str) -> np.ndarray:

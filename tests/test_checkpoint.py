@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file as save_torch
 
 from dmm_cli.checkpoint import Checkpoint, encode_floats, require_finite, save_arrays, save_like
 from dmm_cli.errors import DmmError
+from dmm_cli.header import ITEM_SIZE, encode_header
 from dmm_cli.inputs import resolve_source
 
 
@@ -88,6 +90,15 @@ def test_a_copy_keeps_the_dtypes_of_its_model(tmp_path):
     with pytest.raises(DmmError, match="tensor w has values beyond the range of bfloat16"):
         save_like(tmp_path / "c.safetensors", resolve_source(str(source)), values, {})
     assert not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize("shape", [(1,) * 65, (2**70, 0), (2**40, 2**40, 0)])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_shape_that_no_array_has_is_an_error_of_its_tensor(tmp_path, shape, dtype):
+    path, layout = tmp_path / "a.safetensors", {"w": (dtype, shape)}
+    path.write_bytes(encode_header(layout, {}) + bytes(math.prod(shape) * ITEM_SIZE[dtype]))
+    with pytest.raises(DmmError, match="no array has the shape of w"), Checkpoint(resolve_source(str(path))) as file:
+        file.array("w")
 
 
 def test_a_file_cut_while_open_is_an_error_not_a_crash(write):
