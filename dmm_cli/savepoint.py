@@ -68,6 +68,15 @@ class Savepoint:
         metadata = {"dmm.key": self._key, "dmm.notes": told, "dmm.digest": _digest(arrays, told)}
         save_arrays(self._path(name), arrays, metadata, force=True)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the directory holds a state that the same computation would go on from."""
+        for path in self.directory.glob("*.safetensors") if self.directory else ():
+            with suppress(DmmError):  # damaged, or removed meanwhile
+                if read_header(path).metadata.get("dmm.key") == self._key:
+                    return True
+        return False
+
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
 
@@ -97,7 +106,7 @@ def savepoint(output: Path, **inputs: Any) -> Iterator[Savepoint]:
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(output.name)).hexdigest() + SUFFIX
     directory = output.with_name(name)
-    if directory.exists() and not directory.is_dir():
+    if os.path.lexists(directory) and not directory.is_dir():
         raise DmmError(f"{directory} is in the way of what is kept to go on from", hint="move it, or name another -o")
     try:
         yield Savepoint(directory, key)

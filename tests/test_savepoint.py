@@ -80,6 +80,18 @@ def test_another_process_may_have_removed_it_meanwhile(tmp_path, monkeypatch, lo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_told_to_be_kept_is_what_the_same_inputs_go_on_from(tmp_path):
+    out = tmp_path / "out.safetensors"
+    saved(out, seed=0)
+    (tmp_path / "out.safetensors.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt), savepoint(out, seed=1) as other:
+        assert not other.is_kept
+        raise KeyboardInterrupt
+    with savepoint(out, seed=0) as states:
+        assert states.is_kept
+    assert not states.is_kept and not Savepoint().is_kept
+
+
 def test_files_of_somebody_else_stay(tmp_path):
     out = tmp_path / "out.safetensors"
     saved(out, seed=0)
@@ -97,6 +109,12 @@ def test_a_file_in_the_place_of_the_directory_is_refused_first(tmp_path):
     with pytest.raises(DmmError, match="is in the way"), savepoint(tmp_path / "out.safetensors"):
         raise AssertionError("it began")
     assert (tmp_path / "out.safetensors.partial").read_text() == "mine"
+
+
+def test_a_link_to_nothing_in_its_place_is_refused_first(tmp_path):
+    (tmp_path / "out.safetensors.partial").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DmmError, match="is in the way"), savepoint(tmp_path / "out.safetensors"):
+        raise AssertionError("it began")
 
 
 def test_the_longest_name_has_room_beside_it(tmp_path):

@@ -98,14 +98,14 @@ def resumable(output: Path, **inputs: object) -> Iterator[Savepoint]:
     """The savepoint of a long computation; tells the user who interrupts it how to go on, see ``savepoint``."""
     from ..savepoint import savepoint
 
-    place = None
+    states = None
     try:
         with savepoint(output, **inputs) as states:
-            place = states.directory
             yield states
     finally:
-        if place and place.exists():
-            print(f"what is done is kept: the same command goes on from {printable(str(place), 2000)}", file=sys.stderr)
+        if states and states.is_kept:
+            place = printable(str(states.directory), 2000)
+            print(f"what is done is kept: the same command goes on from {place}", file=sys.stderr)
 
 
 def drop(stream: TextIO) -> None:

@@ -16,6 +16,8 @@ import pytest
 from conftest import DIGITS, ROOT, dmm, shell
 from safetensors.numpy import save_file
 
+from dmm_cli.commands._run import resumable
+from dmm_cli.errors import DmmError
 from dmm_cli.inputs import resolve_source
 
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abcde"]
@@ -86,6 +88,16 @@ def test_an_interrupted_synthesis_ends_at_once_and_keeps_what_is_done(tmp_path):
     assert process.returncode == 130 and "interrupted\n" in rest
     assert f"the same command goes on from {out}.partial" in rest
     assert list(tmp_path.iterdir()) == [tmp_path / "out.safetensors.partial"]
+
+
+def test_nothing_is_told_to_be_kept_where_only_files_of_others_are_left(tmp_path, capsys):
+    (tmp_path / "out.safetensors.partial").mkdir()
+    (tmp_path / "out.safetensors.partial" / "notes.txt").write_text("mine")
+    with resumable(tmp_path / "out.safetensors") as states:
+        states.save("part", {"x": np.ones(1)})
+    with pytest.raises(DmmError), resumable(tmp_path / "out.safetensors"):
+        raise DmmError("it failed")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
