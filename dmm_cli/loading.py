@@ -16,9 +16,10 @@ from .inputs import Source
 from .widths import WIDTHS, resize
 
 TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
@@ -30,8 +31,6 @@ def load_state_dict(source: Source) -> dict[str, torch.Tensor]:
 
 def _tensor(file: Checkpoint, name: str) -> torch.Tensor:
     info = file.source.tensors[name]
-    if info.dtype not in TORCH_DTYPES:
-        raise DmmError(f"{file.source.path}: torch has no {info.dtype} ({printable(name)})")
     flat = torch.from_numpy(file.raw(name)).view(TORCH_DTYPES[info.dtype])
     assert flat.element_size() == ITEM_SIZE[info.dtype]
     return flat.reshape(info.shape)

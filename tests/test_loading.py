@@ -77,6 +77,14 @@ def test_names_of_a_wrapper_are_told(tmp_path):
     assert "--arch" in caught.value.hint
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_buffers_may_hold_unsigned_integers(tmp_path, dtype):
+    model = Called()
+    model.register_buffer("table", torch.arange(4).to(dtype))
+    state = load_state_dict(saved(tmp_path, model))
+    assert state["table"].dtype == dtype and state["table"].tolist() == [0, 1, 2, 3]
+
+
 def test_half_precision_is_loaded_exactly(tmp_path):
     torch.manual_seed(0)
     state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arch.build("resnet18").state_dict().items()}
