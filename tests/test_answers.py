@@ -141,6 +141,13 @@ class Cast(Plain):
         return super().forward(images).to(self._dtype)
 
 
+class Detached(Plain):
+    """Answers without a way back to its weights."""
+
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
 class Sparse(Plain):
     """Answers with logits, but sparse ones."""
 
@@ -270,6 +277,15 @@ def test_logits_that_are_no_floats_are_refused(stages, stage, kind, dtype, tmp_p
     result = dmm(*stages[stage], "--arch", f"test_answers:{kind}", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 2, result.stderr
     assert f"error: {stages[stage][1]} answers with {dtype}, not with logits" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_without_gradients_is_told(stages, tmp_path):
+    command, student, teacher, _, *words = stages["distill"]
+    flags = ["--arch", "test_answers:Detached", "-o", tmp_path / "out.safetensors"]
+    result = dmm(command, student, teacher, *words, *flags)
+    assert result.exit_code == 2, result.stderr
+    assert f"error: the answer of {student} has no gradient" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -168,6 +168,11 @@ class Pupil:
     def _step(self, numbers: torch.Tensor, images: Inputs) -> dict[str, torch.Tensor]:
         with mixed_precision(self._host.device, self._settings.precision):
             logits = answer(self._model, images)
+        if not logits.requires_grad:
+            raise DmmError(
+                f"the answer of {called(self._model)} has no gradient, so it cannot be taught",
+                hint="let its forward neither detach its answer nor make it under torch.no_grad",
+            )
         loss = distillation(logits.float(), self._labels[numbers], self._settings.temperature)
         self._trainer.descend(loss)
         hits = logits.argmax(1) == self._targets[self._views.rows[numbers, 0]]
