@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .errors import DmmError, printable
+from .errors import DmmError, printable, summary
 
 LOST = re.compile(r"gloo/.*(closed by peer|reset by peer|Broken pipe)|ncclRemoteError", re.DOTALL)
 
@@ -108,7 +108,8 @@ def joined() -> Iterator[Ranks]:
     """The processes torchrun started, connected with gloo, and their GPUs with nccl; just this one where it did not.
 
     Raises:
-        DmmError: the environment is not torchrun's; another process is gone before the work was done.
+        DmmError: the environment is not torchrun's; the processes do not find one another; another one is gone before
+            the work was done.
     """
     count = process_count()
     if count == 1:
@@ -126,7 +127,14 @@ def joined() -> Iterator[Ranks]:
             f"the environment is not as torchrun makes it: {printable(str(error))}",
             hint="unset WORLD_SIZE, unless torchrun set it",
         ) from None
-    signal.signal(signal.SIGTERM, previous)
+    except torch.distributed.DistError as error:
+        raise DmmError(
+            "the processes of torchrun do not find one another",
+            evidence=[summary(error)],
+            hint="another program may have that port: name a free one with torchrun --master-port",
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     try:
         yield Ranks(torch.distributed.get_rank(), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except (RuntimeError, DmmError) as error:

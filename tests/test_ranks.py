@@ -14,6 +14,9 @@ import pytest
 from conftest import DIGITS, digits_as_pseudo_data, free_port, in_two_processes, small_net, start
 from safetensors.numpy import save_file
 
+from dmm_cli.errors import DmmError
+from dmm_cli.ranks import joined
+
 SITES = [DIGITS / f"site-{name}.safetensors" for name in "abc"]
 
 # without torchrun, which ends all processes as soon as one fails
@@ -121,3 +124,16 @@ def test_a_process_whose_neighbour_never_comes_can_be_ended(tmp_path):
             time.sleep(0.1)
     process.terminate()
     assert process.wait(20) == -signal.SIGTERM
+
+
+def test_a_port_that_another_program_has_is_told(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        facts = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": other.getsockname()[1]}
+        for name, value in facts.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(DmmError, match="do not find one another"), joined():
+            raise AssertionError("it began")
+    assert signal.getsignal(signal.SIGTERM) == before
