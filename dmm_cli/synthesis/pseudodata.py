@@ -81,10 +81,6 @@ class PseudoData:
         low, high = values.min(), values.max()
         return ((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
 
-    def priors(self) -> np.ndarray:
-        """Class priors of the teachers, float32 (T, K)."""
-        return np.array([teacher.prior for teacher in self.teachers], dtype=np.float32)
-
     def teacher_index(self, sha256: str) -> int | None:
         """Position of the teacher with this file hash, or None."""
         return next((i for i, teacher in enumerate(self.teachers) if teacher.sha256 == sha256), None)
