@@ -50,7 +50,7 @@ def examples_of(model: nn.Module) -> Examples | None:
     problems = [problem for name, value in found.items() if (problem := _problem(name, value))]
     if problems:
         raise DmmError(f"cannot use {ATTRIBUTE} of {type(model).__name__}", evidence=capped(problems))
-    return Examples({name: found[name] for name in sorted(found)})
+    return Examples({name: found[name].clone() for name in sorted(found)})  # one tensor may stand for several
 
 
 def _problem(name: Any, value: Any) -> str:
