@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import listed, told_by
 from ..inputs import Source
 from ..merging import METHODS
 from ..names import is_head
@@ -97,7 +98,8 @@ def recalibrate(merged: Source, parents: Sequence[Source], recipe: Recipe, setti
 
     where = resolve_device(settings.device)
     data = load_pseudo_data(settings.data)
-    model, _ = loading.load_model(merged, settings.arch)
+    with told_by(f"it is the merge of {listed(parent.label for parent in parents)}, before it is set right"):
+        model, _ = loading.load_model(merged, settings.arch)
     place(model, where, example(data.spec, where))
     work = _Work(model, data, parents, recipe, settings, where)
     with deterministic(where), readable_errors(settings.data, merged.label):

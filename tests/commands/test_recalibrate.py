@@ -136,3 +136,14 @@ def test_mistakes_leave_nothing_behind(tmp_path, change, words):
     result = dmm("merge", *SITES[:2], "-o", tmp_path / "out.safetensors", "--recalibrate", data, *flags)
     assert result.exit_code == 2 and words in result.stderr
     assert set(tmp_path.iterdir()) == there
+
+
+def test_a_merge_whose_network_is_not_known_is_told_by_what_it_is_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmm_cli.architectures._families", lambda: ())  # to look through all takes a minute
+    names = ("resnet18,num_classes=10", "resnet18.a1_in1k,num_classes=10,layers=(1,2,1,1)")
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, site, name in zip(paths, SITES, names, strict=False):
+        save_file(load_file(site), path, {"dmm.arch": name})
+    data = pseudo_data(tmp_path / "pseudo.safetensors", paths)
+    result = dmm("merge", *paths, "--align", "never", "-o", tmp_path / "out.safetensors", "--recalibrate", data)
+    assert result.exit_code == 2 and "it is the merge of a, b, before it is set right" in result.stderr, result.stderr
