@@ -13,6 +13,7 @@ from typing import BinaryIO
 from .errors import DmmError, printable
 
 STRIDE = 32 << 20  # bytes handed to the disk at a time: enough to keep it busy, little enough to begin early
+LONGEST = 255  # bytes of a file name
 TEMPORARY = ".dmm-*.tmp"  # names of what is not whole yet
 Buffer = bytes | memoryview
 

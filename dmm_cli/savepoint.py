@@ -16,11 +16,10 @@ import torch
 from . import __version__
 from .checkpoint import Checkpoint, save_arrays
 from .errors import DmmError
-from .files import TEMPORARY
+from .files import LONGEST, TEMPORARY
 from .header import read_header
 from .inputs import resolve_source
 
-LONGEST = 255  # bytes of a file name
 SUFFIX = ".partial"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DmmError
-from ..files import check_output, refuse_dangling, require_writable
+from ..files import LONGEST, check_output, refuse_dangling, require_writable
 
 
 def check_files(output: Path | None, picture: Path | None = None, *, inputs: Sequence[Path], force: bool) -> None:
@@ -66,6 +66,11 @@ def file_or_directory(
         raise DmmError(f"cannot make the directory {output}", hint=hint)
     require_writable(output if output.is_dir() else output.parent)
     paths = tuple(output / f"{name}.safetensors" for name in names)
+    long = next((path for path in paths if len(os.fsencode(path.name)) > LONGEST), None)
+    if long:
+        raise DmmError(
+            f"the name of an output is too long: {long}", hint="give checkpoints shorter names, by links to them"
+        )
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:
         raise DmmError(f"{times} outputs for one file: {path}", hint="write them to different directories, one by one")

@@ -49,6 +49,18 @@ def test_no_command_writes_over_its_inputs(tmp_path, monkeypatch, command, clash
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_names_that_no_file_can_have_are_refused_before_anything_is_computed(tmp_path, there):
+    model, owner, out = tmp_path / f"{'m' * 200}.safetensors", tmp_path / f"{'o' * 200}.safetensors", tmp_path / "out"
+    for path, site in ((model, SITES[0]), (owner, SITES[1])):
+        path.symlink_to(site)
+    if there:
+        out.mkdir()
+    result = dmm("record", model, "--owner", owner, "--data", TEST, "-o", out, "--dry-run")
+    assert result.exit_code == 2 and "the name of an output is too long" in result.stderr, result.stderr
+    assert out.exists() == there
+
+
 @pytest.mark.parametrize(
     ("command", "option"),
     [
