@@ -46,6 +46,11 @@ class InputSpec:
         return "uint8" if self.is_image else "float32"
 
 
+def channel_counts(size: tuple[int, ...]) -> set[int]:
+    """As how many values an input's mean or deviation may be said: one for all, or one for each channel."""
+    return {1, size[0]} if len(size) == 3 else {1, size[0], size[-1]}
+
+
 class PixelSpace:
     """Maps pixels in [0, 1] to normalised images and back, on one device."""
 

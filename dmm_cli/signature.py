@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import DmmError, blamed_on, capped, is_out_of_memory, listed, printable, summary
 from .examples import IMAGES, Examples, forward, hooked, on_input
-from .images import InputSpec
+from .images import InputSpec, channel_counts
 from .spaces import JointSpec, Spec, TokenSpec
 
 ATTRIBUTE = "example_inputs"
@@ -148,13 +148,11 @@ def single_spec(label: str, size: Iterable[int], mean: Iterable[float], std: Ite
         DmmError: mean and std do not fit the number of channels.
     """
     size, mean, std = tuple(size), _floats(mean), _floats(std)
-    counts = {len(mean), len(std)} - {1}
+    counts, told = {len(mean), len(std)}, f"numbers of {list(size)}"
     if len(size) == 3:
-        fits, told = counts <= {size[0]}, f"{size[0]} channels"
+        told = f"{size[0]} channels"
         mean, std = (values * size[0] if len(values) == 1 else values for values in (mean, std))
-    else:
-        fits, told = len(counts) < 2 and counts <= {size[0], size[-1]}, f"numbers of {list(size)}"
-    if not fits:
+    if not counts <= channel_counts(size) or len(counts - {1}) > 1:
         raise DmmError(
             f"{label}: {len(mean)} means and {len(std)} deviations for {told}",
             hint="give one value per channel, or one for all, with --mean and --std, or in dmm.input those of numbers",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .examples import Examples, Inputs, joined, named
-from .images import InputSpec, PixelSpace
+from .images import InputSpec, PixelSpace, channel_counts
 from .metadata import is_input
 
 
@@ -76,7 +76,7 @@ def _input_spec(record: dict[str, Any]) -> InputSpec:
     size, mean, std = (tuple(record[part]) for part in ("size", "mean", "std"))
     if not is_input({part: record[part] for part in ("size", "mean", "std")}):
         raise ValueError("size, mean and std are of no input")
-    if not {len(mean), len(std)} <= ({1, size[0]} if len(size) == 3 else {1, size[0], size[-1]}):
+    if not {len(mean), len(std)} <= channel_counts(size):
         raise ValueError("mean and std are of another number of channels than size")
     return InputSpec(size, mean, std)
 
