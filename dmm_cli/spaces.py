@@ -63,16 +63,16 @@ def parsed(record: dict[str, Any]) -> Spec:
         ValueError: it tells of no input, or mean and std do not fit it.
         KeyError, TypeError, AttributeError: it is damaged.
     """
-    if isinstance(record.get("vocabulary"), int):
-        return TokenSpec(tuple(record["size"]), record["vocabulary"])
-    if "size" in record and isinstance(record["size"], list):
-        return _input_spec(record)
+    if isinstance(record.get("vocabulary"), int) or isinstance(record.get("size"), list):
+        return _single(record)
     if not record:
         raise ValueError("no input")
-    return JointSpec(tuple(record), tuple(parsed(part) for part in record.values()))
+    return JointSpec(tuple(record), tuple(map(_single, record.values())))
 
 
-def _input_spec(record: dict[str, Any]) -> InputSpec:
+def _single(record: dict[str, Any]) -> InputSpec | TokenSpec:
+    if isinstance(record.get("vocabulary"), int):
+        return TokenSpec(tuple(record["size"]), record["vocabulary"])
     size, mean, std = (tuple(record[part]) for part in ("size", "mean", "std"))
     if not is_input({part: record[part] for part in ("size", "mean", "std")}):
         raise ValueError("size, mean and std are of no input")

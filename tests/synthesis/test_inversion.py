@@ -201,6 +201,8 @@ def test_files_that_are_not_pseudo_data():
         ("input", "[1]"),
         ("input", '{"size": [1, 16, 16]}'),
         ("input", '{"image": {"size": "x"}}'),
+        ("input", '{"images": {"images": {"size": [1, 16, 16], "mean": [0.5], "std": [0.2]}}}'),
+        ("input", '{"images": ' * 900 + "{}" + "}" * 900),
         ("input", '{"size": [], "mean": [0.5], "std": [0.2]}'),
         ("input", '{"size": [1, 16, 16], "mean": [], "std": [0.2]}'),
         ("input", '{"size": [1, 16, 16], "mean": [0.5, 0.5], "std": [0.2]}'),
