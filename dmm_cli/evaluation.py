@@ -100,7 +100,8 @@ def _require_kind(values: torch.Tensor, spec: InputSpec | TokenSpec, name: str) 
     held, shown = list(values.shape[1:]), printable(name)
     if spec.is_image or (values.dtype == torch.uint8 and not tokens) or values.is_floating_point() == tokens:
         kind = "images, uint8 [N, C, H, W]" if spec.is_image else "tokens, int64" if tokens else "numbers, float"
-        raise DmmError(f"{shown} of the data must be {kind}, not {values.dtype} {held}")
+        hint = None if spec.is_image or tokens else "store them as floats: array.astype('float32')"
+        raise DmmError(f"{shown} of the data must be {kind}, not {values.dtype} {held}", hint=hint)
     if held != list(spec.size):
         raise DmmError(f"{shown} of the data are {held}, of the model {list(spec.size)}")
     if tokens and not 0 <= int(values.min()) <= int(values.max()) < spec.vocabulary:

@@ -100,7 +100,7 @@ def read_header(path: Path) -> Header:
             raise _not_safetensors(path, os.pread(descriptor, 512, 0), length, status.st_size)
         text = _read_exactly(descriptor, length, 8)
     except OSError as error:
-        raise DmmError(f"cannot read {path}: {error.strerror}") from None
+        raise DmmError(f"cannot read {path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
     record = _parse_json(path, text)
@@ -155,7 +155,7 @@ def _open_regular(path: Path) -> tuple[int, os.stat_result]:
     except FileNotFoundError:
         raise no_such_file(path) from None
     except OSError as error:
-        raise DmmError(f"cannot read {path}: {error.strerror}") from None
+        raise DmmError(f"cannot read {path}: {error.strerror}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

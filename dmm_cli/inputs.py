@@ -304,7 +304,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text().removeprefix(MARK)
     except OSError as error:
-        raise DmmError(f"cannot read {path}: {error.strerror}") from None
+        raise DmmError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DmmError(f"cannot read {path}: {printable(str(error))}") from None
 

@@ -76,8 +76,8 @@ def test_a_figure_is_the_same_whatever_matplotlib_is_set_to(tmp_path):
 
 
 def test_curves_tell_their_units():
-    figure = draw_curves(History((0, 1), {"loss": (2.0, 1.0), "agreement": (50.0, 99.0)}), "distillation")
-    assert [panel.get_title() for panel in figure.axes] == ["loss", "agreement, %"]
+    figure = draw_curves(History((0, 1), {"loss": (2.0, 1.0), "agreement_on_views": (50.0, 99.0)}), "distillation")
+    assert [panel.get_title() for panel in figure.axes] == ["loss", "agreement on views, %"]
 
 
 @pytest.mark.parametrize(("steps", "marker"), [((0,), "o"), ((0, 1), "")])

@@ -258,6 +258,7 @@ def test_example_inputs_tell_what_a_network_takes(sites):
         ({"vector": np.full((450, 16), np.nan, np.float32)}, "hold NaN"),
         ({"vector": np.zeros((450, 16), np.int64)}, "vector of the data must be numbers"),
         ({"vector": np.zeros((450, 16), np.uint8)}, "vector of the data must be numbers, float, not torch.uint8 [16]"),
+        ({"vector": np.zeros((450, 16), np.int32)}, "hint: store them as floats: array.astype('float32')"),
         ({"image": np.zeros((450, 1), np.uint8)}, "image of the data must be images, uint8 [N, C, H, W], not torch"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import takewhile
+from shlex import quote
 from typing import Any
 
 from ..devices import require_device_name
@@ -193,10 +194,11 @@ def merged_layout(infos: Mapping[str, TensorInfo], recipe: Recipe, union: Union 
 
 def check_weights(recipe: Recipe, count: int) -> None:
     """Raise DmmError unless the weights, if there are any, are ``count``, in ``RANGE`` or zero, and not all zero."""
-    for weights in (recipe.weights, *(override.weights for override in recipe.overrides)):
+    for pattern, weights in [("", recipe.weights), *((one.pattern, one.weights) for one in recipe.overrides)]:
         if weights and len(weights) != count:
-            hint = f"give one each: --weights {','.join(str(number) for number in range(1, count + 1))}"
-            raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint=hint)
+            each = ",".join(str(number) for number in range(1, count + 1))
+            way = f"--param {quote(f'{pattern}:weights={each}')}" if pattern else f"--weights {each}"
+            raise DmmError(f"{len(weights)} weights for {count} checkpoints", hint=f"give one each: {way}")
         low, high = RANGE
         if weights and not (all(w == 0 or low <= w <= high for w in weights) and any(weights)):
             shown = ", ".join(f"{weight:g}" for weight in weights)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COLUMNS, ROWS = 16, 60  # images per class in a grid, and classes of all teachers
 NUMBERED, CELL, SMALL_CELL = 40, 0.62, 0.16  # checkpoints whose cosines are written; inches of a cell with, without
-UNITS = {"agreement": ", %"}  # of curves that have one
+UNITS = {"agreement_on_views": ", %"}  # of curves that have one
 SETTINGS = {"svg.hashsalt": "dmm", "svg.fonttype": "path"}
 SHORT, DOTS = 22, "..."  # letters of a label that is shortened, and what stands for others
 

@@ -123,10 +123,10 @@ class Harvest:
             if accepted >= self._count:
                 break
         if not accepted:
-            raise DmmError(
-                f"{teacher.label} recognises none of its {rejected} pseudo-images",
-                hint="give it more --steps, or a higher --loss cross_entropy=...",
-            )
+            hint = "give it more --steps, or a higher --loss cross_entropy=..."
+            if teacher.prior_from:
+                hint += f"; or is its class mix, by {teacher.prior_from}, another than it was trained on?"
+            raise DmmError(f"{teacher.label} recognises none of its {rejected} pseudo-images", hint=hint)
         prior = tuple(round(float(value), 6) for value in teacher.prior)
         self._records.append(TeacherRecord(teacher.label, teacher.sha256, prior, accepted, rejected))
 

@@ -114,6 +114,19 @@ def test_a_recipe_that_does_not_fit_is_refused(pair, recipe, words):
         check(pair, recipe)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "hint"),
+    [
+        (Recipe(weights=(1.0,)), "give one each: --weights 1,2"),
+        (Recipe(overrides=(Override("fc.*", weights=(1.0,)),)), "give one each: --param 'fc.*:weights=1,2'"),
+    ],
+)
+def test_a_wrong_number_of_weights_is_told_with_what_was_said(pair, recipe, hint):
+    with pytest.raises(DmmError) as error:
+        check(pair, recipe)
+    assert error.value.hint == hint
+
+
 def test_a_method_for_two_refuses_three_and_takes_one(source, pair):
     with pytest.raises(DmmError, match="slerp merges two checkpoints, not 3"):
         check([*pair, source("c")], Recipe("slerp"))

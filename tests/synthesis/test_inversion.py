@@ -143,6 +143,14 @@ def test_a_known_prior_is_kept():
     assert data.teachers[0].prior[7:9] == (0.25, 0.75)
 
 
+def test_a_teacher_that_recognises_nothing_is_told_with_the_class_mix_it_was_given():
+    owners, spec = teachers("e")
+    never = replace(owners[0], prior=torch.eye(10)[3], prior_from="--class-prior")  # site e knows 9 alone
+    with pytest.raises(DmmError, match="recognises none of its") as error:
+        synthesize([never], spec, Settings(4, 2, 8, engine="pixels"), HOST)
+    assert "is its class mix, by --class-prior, another" in error.value.hint
+
+
 def test_the_file_comes_back(tmp_path, drawn):
     data = drawn["generator"].data
     path = tmp_path / "p.safetensors"
