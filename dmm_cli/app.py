@@ -77,7 +77,9 @@ class Command(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         options.require_paths(self.params, args)
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
+            options.require_numbers(ctx, self.params)
+            return rest
         except typer.BadParameter as error:
             name = error.param.name if error.param else None
             place = _place(ctx, name) if name else None

@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import typer.testing
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -56,6 +58,10 @@ FACTORIES = [
 grant(FACTORIES)
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: as many tests as there are cores run at once
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of them compiles all of dmm
+
+typer.testing._get_command = cache(typer.testing._get_command)  # else all commands are built for every line
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the suite in the background ignores it
 

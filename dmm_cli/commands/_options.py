@@ -28,11 +28,8 @@ LARGEST = 2**53  # integers up to here are exact in every reader's JSON
 
 
 def option(*names: str, help: str, **details: Any) -> Any:
-    """A Typer option; no number may be NaN, infinite, or beyond what JSON keeps exactly.
-
-    Its environment variable works but stays out of the help, where it would double every line.
-    """
-    return typer.Option(*names, help=help, show_envvar=False, **{"callback": _within_reason, **details})
+    """A Typer option; its environment variable works but stays out of the help, where it would double every line."""
+    return typer.Option(*names, help=help, show_envvar=False, **details)
 
 
 def require_paths(parameters: Iterable[Any], line: Sequence[str]) -> None:
@@ -53,7 +50,7 @@ def gate(help: str, low: int = 0, high: int = 100) -> Any:
     """``--fail-under``, in per cent unless bounds are given; Typer's own tell NaN that it is too large."""
 
     def within(value: float | None) -> float | None:
-        if _within_reason(value) is not None and not low <= value <= high:
+        if value is not None and not _beyond_reason(value) and not low <= value <= high:
             raise typer.BadParameter(f"{value:g} is not in the range {low}<=x<={high}")
         return value
 
@@ -61,13 +58,24 @@ def gate(help: str, low: int = 0, high: int = 100) -> Any:
     return option("--fail-under", callback=within, **shown)
 
 
-def _within_reason(value: Any) -> Any:
-    """The value of an option; NaN would pass every bound, since it compares as false."""
+def require_numbers(context: typer.Context, parameters: Iterable[Any]) -> None:
+    """Raise BadParameter for an option whose number is NaN, infinite, or beyond what JSON keeps exactly.
+
+    All at once: Typer takes longer to look at a callback of every option than to build the options.
+    """
+    for parameter in parameters:
+        problem = _beyond_reason(context.params.get(parameter.name))
+        if problem:
+            raise typer.BadParameter(problem, ctx=context, param=parameter)
+
+
+def _beyond_reason(value: Any) -> str:
+    """What is wrong with the value of an option; NaN would pass every bound, since it compares as false."""
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise typer.BadParameter(f"{value} is larger than {LARGEST}")
+        return f"{value} is larger than {LARGEST}"
     if isinstance(value, float) and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
-    return value
+        return f"{value} is not a finite number"
+    return ""
 
 
 Checkpoints = Annotated[
