@@ -36,6 +36,7 @@ ROUNDS = 10  # at most, of aligning every basin to the mean of the others
 
 Arrays = Mapping[str, np.ndarray]
 Progress = Callable[..., None]
+Specs = dict[tuple, Spec]  # by architecture, size of an input, and names and shapes of the float tensors
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def align(
         DmmError: a module cannot be built or traced, no unit may move, weights are not finite, or a permuted network
             does not compute the same function.
     """
-    first, *others = [_Basin.load(sources, arch, size) for sources in basins]
+    known: Specs = {}
+    first, *others = [_Basin.load(sources, arch, size, known) for sources in basins]
     names = _compared([first, *others])
     held = first.sources[0].tensors  # of tied weights perhaps one
     weights = [name for name in names if name in held and is_weight(held[name])]
@@ -128,7 +130,7 @@ def align(
     with one_blas_thread():
         _fit(first, others, names, lambda basin, to: basin.fit(to, seed, restarts, on_progress))
     reference = {name: first.arrays[name] for name in weights}
-    return [alignment for basin in others for alignment in basin.results(reference, arch, size)]
+    return [alignment for basin in others for alignment in basin.results(reference, arch, size, known)]
 
 
 def _fit(first: _Basin, others: Sequence[_Basin], names: Sequence[str], fit: Callable[[_Basin, Arrays], bool]) -> None:
@@ -158,8 +160,8 @@ class _Basin:
     objective: tuple[float, float] = (-np.inf, -np.inf)
 
     @classmethod
-    def load(cls, sources: Sequence[Source], arch: str | None, size: tuple[int, ...]) -> _Basin:
-        spec, arrays, _, _ = opened(sources[0], arch, size)
+    def load(cls, sources: Sequence[Source], arch: str | None, size: tuple[int, ...], known: Specs) -> _Basin:
+        spec, arrays, _, _ = opened(sources[0], arch, size, known)
         for source in sources[1:]:
             more = floats(source, loading.load_model(source, arch)[0])
             arrays = {name: a + more[name] for name, a in arrays.items() if more[name].shape == a.shape}
@@ -181,14 +183,14 @@ class _Basin:
         self.image = found.image
         return True
 
-    def results(self, reference: Arrays, arch: str | None, size: tuple[int, ...]) -> Iterator[Alignment]:
+    def results(self, reference: Arrays, arch: str | None, size: tuple[int, ...], known: Specs) -> Iterator[Alignment]:
         """What was found, for each checkpoint, verified.
 
         Args:
             reference: weights of two or more dimensions of the first basin.
         """
         for source in self.sources:
-            spec, arrays, model, shape = opened(source, arch, size)
+            spec, arrays, model, shape = opened(source, arch, size, known)
             try:
                 image = carry(self.image, self.spec, spec)
             except ValueError as error:
@@ -207,12 +209,21 @@ class _Basin:
             )
 
 
-def opened(source: Source, arch: str | None, size: tuple[int, ...]) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
-    """The spec, the float tensors and the module of a checkpoint, and the size of its input."""
+def opened(
+    source: Source, arch: str | None, size: tuple[int, ...], known: Specs
+) -> tuple[Spec, Arrays, nn.Module, tuple[int, ...]]:
+    """The spec, the float tensors and the module of a checkpoint, and the size of its input.
+
+    Args:
+        known: specs found so far; a new one is added. What comes of one is verified with the network itself.
+    """
     model, architecture = loading.load_model(source, arch)
     shape = size or image_size(source, model)
     arrays = floats(source, model)
-    spec = trace(model, shape)
+    alike = (architecture.spec, shape, *((name, array.shape) for name, array in arrays.items()))
+    if alike not in known:
+        known[alike] = trace(model, shape)
+    spec = known[alike]
     if not spec.groups:
         raise DmmError(
             f"no units of {printable(architecture.spec)} may change places, so {source.path} cannot be aligned",

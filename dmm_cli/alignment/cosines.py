@@ -32,7 +32,7 @@ def aligned_cosines(
     Raises:
         DmmError: a module cannot be built or traced, no unit may move, or weights are not finite.
     """
-    spec, first, _, _ = opened(sources[0], arch, ())
+    spec, first, _, _ = opened(sources[0], arch, (), {})
     held = [first, *(floats(source, loading.load_model(source, arch)[0]) for source in sources[1:])]
     names = [name for name in first if name in spec.tensors and not is_statistic(name) and not is_head(name)]
     judged = [name for name, info in sources[0].tensors.items() if is_weight(info)]
