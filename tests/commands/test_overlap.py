@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DIGITS, digits_as_pseudo_data, dmm
+from conftest import DIGITS, digits_as_pseudo_data, dmm, two_generators
 from networks import lively
 from safetensors.torch import load_file, save_file
 
@@ -97,7 +97,8 @@ def test_every_stage_builds_the_wider_network(pseudo, tmp_path):
 
     drawn, model = tmp_path / "pseudo.safetensors", tmp_path / "model.safetensors"
     brief = ["--count", 32, "--steps", 2, "-q"]
-    assert dmm("synthesize", out, "-o", drawn, *brief).exit_code == 0
+    with two_generators():
+        assert dmm("synthesize", out, "-o", drawn, *brief).exit_code == 0
     distilled = dmm("distill", out, A, D, "--data", pseudo, "--steps", 2, "-o", model)
     assert distilled.exit_code == 0, distilled.stderr
     assert load_file(model)["fc.weight"].shape == (10, 80)
