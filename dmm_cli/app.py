@@ -78,7 +78,8 @@ class Command(TyperCommand):
         options.require_paths(self.params, args)
         try:
             rest = super().parse_args(ctx, args)
-            options.require_numbers(ctx, self.params)
+            if not ctx.resilient_parsing:  # as completion does, of a line that is not whole
+                options.require_numbers(ctx, self.params)
             return rest
         except typer.BadParameter as error:
             name = error.param.name if error.param else None

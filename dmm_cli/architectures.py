@@ -94,8 +94,10 @@ def build(spec: str, first_weights: bool = True, named_by_file: bool = False) ->
     if not timm.is_model(name.partition(".")[0]):
         near = did_you_mean(name, timm.list_models())
         module, _, factory = printable(name).rpartition(".")
-        listing = f"a factory of a module is named {module}:{factory}" if module else LISTING
-        raise DmmError(f"timm has no model {printable(name)}", hint=f"did you mean {near}?" if near else listing)
+        dotted = f"; a factory of a module is named {module}:{factory}" if module and factory.isidentifier() else ""
+        raise DmmError(
+            f"timm has no model {printable(name)}", hint=f"did you mean {near}?" if near else LISTING + dotted
+        )
     try:
         with nullcontext() if first_weights else Unfilled(nn.Parameter):
             model = timm.create_model(name, pretrained=False, **arguments)

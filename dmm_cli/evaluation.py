@@ -136,12 +136,15 @@ def load_images(path: Path, names: Sequence[str] = (IMAGES,)) -> LabelledData:
 
 def _arrays(path: Path, names: Sequence[str], required: Sequence[str] = ()) -> LabelledData:
     wanted = (*names, "labels")
-    if path.suffix.lower() in OTHERS:
+    try:
+        arrays, held, classes = _read_npz(path, wanted) if path.suffix == ".npz" else _read_safetensors(path)
+    except DmmError as error:
+        if path.suffix.lower() not in OTHERS or not path.is_file():
+            raise
+        told = ", ".join(f"{printable(name)}=..." for name in (*names, *required))
         raise DmmError(
-            f"labelled data are no {path.suffix} file: {path}",
-            hint=f"write an .npz file: numpy.savez(FILE, {', '.join(f'{printable(name)}=...' for name in wanted)})",
-        )
-    arrays, held, classes = _read_npz(path, wanted) if path.suffix == ".npz" else _read_safetensors(path)
+            f"labelled data are no {path.suffix} file: {path}", hint=f"write an .npz file: numpy.savez(FILE, {told})"
+        ) from error
     for name in (*names, *required):
         if name not in arrays:
             raise DmmError(

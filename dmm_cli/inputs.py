@@ -335,7 +335,8 @@ def _lines(text: str) -> list[str]:
 
 def _index_label(index: Path) -> str:
     """The directory's name where the index has the name that one in every directory has, else its own."""
-    return index.parent.name or "model" if index.name == INDEX else _stem(Path(index.name.removesuffix(".index.json")))
+    own = "" if index.name == INDEX else _stem(Path(index.name.removesuffix(".index.json")))
+    return own or index.parent.name or "model"
 
 
 def _stem(path: Path) -> str:

@@ -60,7 +60,7 @@ grant(FACTORIES)
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: as many tests as there are cores run at once
 
-compile_dir(ROOT / "dmm_cli", quiet=1)  # once for all of them; by themselves they must not
+compile_dir(ROOT / "dmm_cli", quiet=2)  # once for all of them; by themselves they must not
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # Python leaves half a file where there is no room, and reads it later
 
 typer.testing._get_command = cache(typer.testing._get_command)  # else all commands are built for every line

@@ -277,10 +277,15 @@ def test_data_that_are_not_labelled_images(tmp_path, arrays, words):
 def test_of_a_table_it_is_told_what_to_write_in_its_place(tmp_path, suffix):
     path = tmp_path / f"data.{suffix}"
     path.write_text("area,label\n1.5,0\n")
-    for command in (["evaluate"], ["record", "-o", tmp_path / "stats.safetensors"]):
+    commands = [
+        (["evaluate"], "images=..., labels=..."),
+        (["record", "-o", tmp_path / "stats.safetensors"], "images=..."),
+    ]
+    for command, arrays in commands:
         told = dmm(*command, DIGITS / "site-d.safetensors", "--data", path)
-        hint = "hint: write an .npz file: numpy.savez(FILE, images=..., labels=...)"
-        assert told.exit_code == 2 and hint in told.stderr
+        assert told.exit_code == 2 and f"hint: write an .npz file: numpy.savez(FILE, {arrays})\n" in told.stderr
+        missing = dmm(*command, DIGITS / "site-d.safetensors", "--data", tmp_path / f"nowhere.{suffix}")
+        assert missing.exit_code == 2 and "no such file: " in missing.stderr
 
 
 @pytest.mark.parametrize(

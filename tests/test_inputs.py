@@ -61,6 +61,8 @@ def test_shards_are_labelled_by_their_index_unless_its_name_is_that_of_all(tmp_p
     assert labels(tmp_path / "sites" / "group-0.safetensors.index.json") == ["group-0"]
     assert labels(f"{tmp_path}/sites/*.index.json") == ["group-0", "group-1"]
     assert labels(tmp_path / "site" / "model.safetensors.index.json") == ["site"]
+    (tmp_path / "site" / "model.safetensors.index.json").rename(tmp_path / "site" / ".index.json")
+    assert labels(tmp_path / "site" / ".index.json") == ["site"]
 
 
 def test_labels_do_not_depend_on_the_order(tmp_path):

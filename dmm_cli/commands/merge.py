@@ -11,6 +11,7 @@ import typer
 
 from ..digest import hashing
 from ..errors import DmmError
+from ..header import Layout
 from ..inputs import (
     Source,
     kinds_of,
@@ -274,16 +275,28 @@ def _show_plan(
 
     sizes = [str(len(group.members)) for group in known.groups] if isinstance(known, Grouping) else []
     apart = f", in groups of {', '.join(sizes)}" if len(sizes) > 1 else ""
-    first = known.groups[0].members if isinstance(known, Grouping) else kinds_of(sources)[0]
-    union = head_union([sources[i] for i in first]) if recipe.head == "union" else None
-    shards = plan_shards(merged_layout(sources[first[0]].tensors, recipe, union), to.path, to.max_shard)
-    parts = f" in {len(shards)} files and an index" if len(shards) > 1 else ""
+    groups = [group.members for group in known.groups] if isinstance(known, Grouping) else kinds_of(sources)
+    layouts = [_layout([sources[i] for i in members], recipe) for members in groups]
+    held = sorted(set(map(bytes_of, layouts)))
+    files = [] if aligning.widens else sorted({len(plan_shards(one, to.path, to.max_shard)) for one in layouts})
+    parts = f" in {_span(files)} files and an index" if files and files[-1] > 1 else ""
     wider = f", {100 * (1 - aligning.overlap):g} % of the units side by side in more" if aligning.widens else ""
     emit_plan(
-        f"merge {len(sources)} checkpoints with {recipe.method}{apart}, {sum(map(len, shards.values()))} tensors, "
-        f"{sum(map(bytes_of, shards.values()))} bytes a group{parts}{wider} -> {to.path}",
+        f"merge {len(sources)} checkpoints with {recipe.method}{apart}, {len(layouts[0])} tensors, "
+        f"{'more than ' * aligning.widens}{_span(held)} bytes a group{parts}{wider} -> {to.path}",
         as_json=json,
     )
+
+
+def _layout(members: Sequence[Source], recipe: Recipe) -> Layout:
+    """What the merge of a group holds."""
+    union = head_union(members) if recipe.head == "union" else None
+    return merged_layout(members[0].tensors, recipe, union)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """The least and the largest of sorted numbers, or the only one."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _aligning(asked: Aligning, sources: Sequence[Source], recipe: Recipe) -> Aligning:

@@ -109,8 +109,7 @@ def run(
     Stages whose inputs and parameters have not changed are skipped. The result is model.safetensors;
     report.html shows how it came about. With --data the accuracy of every step is printed.
     """
-    _check_arguments(output, method, group, device, data)
-    require_precision(precision)
+    _check_arguments(output, method, group, device, precision, data)
     chosen = options.preset(preset, count, synthesize_steps)
     flags = options.input_flags(input_size, mean, std)
     sources = resolve_sources(checkpoints, stdin=standard_input(), minimum=2)
@@ -134,6 +133,9 @@ def run(
         emit_plan(words, as_json=json)
         return
 
+    from ..runtime import resolve_device
+
+    resolve_device(device)  # two stages that need none would come first
     plan = Plan(
         sources=sources,
         base=origin,
@@ -148,8 +150,7 @@ def run(
         data=data,
         quiet=quiet,
     )
-    stages = Stages(output, sources, partial(_tell, quiet))
-    execute(plan, files, stages)
+    execute(plan, files, Stages(output, sources, partial(_tell, quiet)))
     _report(files, data, quiet, json)
 
 
@@ -159,7 +160,9 @@ def _tell(quiet: bool, stage: str, fresh: bool) -> None:
     status(f"{stage}: up to date" if fresh else stage, quiet=quiet)
 
 
-def _check_arguments(output: Path | None, method: str, group: str, device: str, data: Path | None) -> None:
+def _check_arguments(
+    output: Path | None, method: str, group: str, device: str, precision: str, data: Path | None
+) -> None:
     """Refuse what can be refused before any checkpoint is opened."""
     if output is None:
         raise DmmError("nowhere to write", hint="name a directory with -o out/")
@@ -170,6 +173,7 @@ def _check_arguments(output: Path | None, method: str, group: str, device: str, 
         )
     options.group_rule(group, records=False)
     require_device_name(device)
+    require_precision(precision)
     if data is not None and not data.exists():
         raise DmmError(f"no such file: {data}")
 

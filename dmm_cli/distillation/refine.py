@@ -58,7 +58,7 @@ def refine(
         Curves of the loss and of the agreement with the targets of views, and agreement per teacher.
 
     Raises:
-        DmmError: the batch cannot be shared evenly.
+        DmmError: the batch cannot be shared evenly, or the student answers without a gradient.
     """
     if host.ranks.count > 1 and (settings.batch % host.ranks.count or settings.batch < 2 * host.ranks.count):
         raise DmmError(

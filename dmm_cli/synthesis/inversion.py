@@ -124,7 +124,7 @@ class Harvest:
                 break
         if not accepted:
             hint = "give it more --steps, or a higher --loss cross_entropy=..."
-            if teacher.prior_from:
+            if teacher.prior_from not in ("", "estimated"):
                 hint += f"; or is its class mix, by {teacher.prior_from}, another than it was trained on?"
             raise DmmError(f"{teacher.label} recognises none of its {rejected} pseudo-images", hint=hint)
         prior = tuple(round(float(value), 6) for value in teacher.prior)

@@ -27,6 +27,11 @@ def test_however_it_is_started_it_is_called_dmm():
     assert shell(env=told).stdout.split() == ["inspect"]
 
 
+def test_a_number_that_would_be_refused_does_not_end_completion():
+    told = {"_DMM_COMPLETE": "complete_bash", "COMP_WORDS": f"dmm synthesize --seed {10**20} --co", "COMP_CWORD": "4"}
+    assert shell(env=told).stdout.split() == ["--count", "--coarse"]
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

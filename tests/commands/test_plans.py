@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 from conftest import DIGITS, digits_as_pseudo_data, dmm
@@ -160,3 +162,20 @@ def test_a_plan_of_a_merge_tells_the_files_and_bytes_that_are_written(tmp_path, 
     assert f", {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors)} bytes a group" in plan
     assert ("index" in plan) == (len(files) > 1)
     assert len(files) == 1 or f" in {len(files)} files and an index -> " in plan
+
+
+def test_a_plan_of_a_wider_merge_tells_the_least_it_writes(tmp_path):
+    words = ["merge", SITES[0], DIGITS / "site-d.safetensors", "--overlap", 0.5, "--max-shard-size", "100KB"]
+    plan = dmm(*words, "-o", tmp_path / "out.safetensors", "--dry-run").stdout
+    assert ", more than 672912 bytes a group, 50 % of the units side by side in more -> " in plan
+
+
+def test_a_plan_of_groups_with_unlike_classes_tells_the_bytes_of_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, classes in {"a": "xy", "b": "xy", "c": "yz"}.items():
+        save_file({"fc.weight": np.zeros((2, 4), np.float32)}, name, {"dmm.classes": json.dumps(list(classes))})
+    for members, told in (([[0, 1], [2]], "32 bytes"), ([[0], [1, 2]], "32 to 48 bytes")):
+        groups = [{"name": f"group-{n}", "members": part, "reason": ""} for n, part in enumerate(members)]
+        Path("g.json").write_text(json.dumps({"schema": "dmm.grouping/1", "labels": list("abc"), "groups": groups}))
+        result = dmm("merge", "a", "b", "c", "--group", "g.json", "-o", "out", "--dry-run")
+        assert f", 1 tensors, {told} a group -> out" in result.stdout, result.stderr

@@ -295,6 +295,12 @@ def test_mistakes_are_found_before_anything_is_computed(tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_is_not_there_is_found_before_anything_is_computed(tmp_path):
+    result = dmm("run", *SITES[:2], "-o", tmp_path / "out", "--device", "cuda:99")
+    assert result.exit_code == 2 and "no such device: cuda:99" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_teachers_without_statistics_are_found_before_anything_is_computed(tmp_path):
     vit, out = "vit_tiny_patch16_224,num_classes=3,img_size=32,patch_size=16,depth=1", tmp_path / "out"
     paths = [tmp_path / f"vit-{number}.safetensors" for number in range(2)]

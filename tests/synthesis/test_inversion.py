@@ -149,6 +149,9 @@ def test_a_teacher_that_recognises_nothing_is_told_with_the_class_mix_it_was_giv
     with pytest.raises(DmmError, match="recognises none of its") as error:
         synthesize([never], spec, Settings(4, 2, 8, engine="pixels"), HOST)
     assert "is its class mix, by --class-prior, another" in error.value.hint
+    with pytest.raises(DmmError, match="recognises none of its") as error:
+        synthesize([replace(never, prior_from="estimated")], spec, Settings(4, 2, 8, engine="pixels"), HOST)
+    assert "class mix" not in error.value.hint
 
 
 def test_the_file_comes_back(tmp_path, drawn):

@@ -27,7 +27,8 @@ BATCH = 500
 
 def within_known_classes(clients: Sequence[Path], data: Path, test: Path) -> float:
     """Accuracy in per cent of the mean of the logits of those clients that know a class, by dmm's estimate."""
-    priors = load_pseudo_data(resolve_source(str(data))).priors()
+    teachers = load_pseudo_data(resolve_source(str(data))).teachers
+    priors = np.array([teacher.prior for teacher in teachers])  # (T, K)
     known = torch.from_numpy(priors > 0).float().to(resolve_device("auto"))  # (T, K)
     models = _models(clients)
 
