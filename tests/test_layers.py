@@ -99,43 +99,49 @@ def pseudo(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["--help"], 0),
-        (["merge", "--help"], 0),
-        (["--version"], 0),
-        (["merge", "--no-such-flag"], 2),
-        (["nothing"], 2),
-        (["similarity", "missing.safetensors", SITES[0]], 2),
-        (["merge", str(ROOT / "pyproject.toml"), SITES[0], "-o", "out.safetensors"], 2),
-        (["merge", *SITES, "--method", "liner", "-o", "out.safetensors"], 2),
-        (["similarity", *SITES, "--dry-run"], 0),
-        (["merge", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
-        ([*WUDI, "--param", "steps=2", "--calibrate", "svc", "--device", "cuda", "--dry-run"], 0),
-        ([*WUDI, "--param", "steps=0.5"], 2),
-        ([*WUDI, "--device", "gpu"], 2),
-        (["merge", *SITES, "-o", "out.safetensors", "--align", "alwys"], 2),
-        (["align", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
-        (["align", SITES[0], "-o", "out.safetensors"], 2),
-        (["align", SITES[0], str(DIGITS / "test.safetensors"), "-o", "out.safetensors"], 2),
-        (["synthesize", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
-        (["distill", *SITES, "--data", SITES[0], "-o", "out.safetensors", "--dry-run"], 2),
-        (["distill", *SITES, "--data", "PSEUDO", "-o", "out.safetensors", "--dry-run"], 0),
-        (["run", *SITES, "-o", "out", "--dry-run"], 0),
-    ],
-)
-def test_nothing_heavy_is_imported(arguments, code, tmp_path, pseudo):
-    arguments = [str(pseudo) if word == "PSEUDO" else word for word in arguments]
+LIGHT = [
+    (["--help"], 0),
+    (["merge", "--help"], 0),
+    (["--version"], 0),
+    (["merge", "--no-such-flag"], 2),
+    (["nothing"], 2),
+    (["similarity", "missing.safetensors", SITES[0]], 2),
+    (["merge", str(ROOT / "pyproject.toml"), SITES[0], "-o", "out.safetensors"], 2),
+    (["merge", *SITES, "--method", "liner", "-o", "out.safetensors"], 2),
+    (["similarity", *SITES, "--dry-run"], 0),
+    (["merge", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
+    ([*WUDI, "--param", "steps=2", "--calibrate", "svc", "--device", "cuda", "--dry-run"], 0),
+    ([*WUDI, "--param", "steps=0.5"], 2),
+    ([*WUDI, "--device", "gpu"], 2),
+    (["merge", *SITES, "-o", "out.safetensors", "--align", "alwys"], 2),
+    (["align", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
+    (["align", SITES[0], "-o", "out.safetensors"], 2),
+    (["align", SITES[0], str(DIGITS / "test.safetensors"), "-o", "out.safetensors"], 2),
+    (["synthesize", *SITES, "-o", "out.safetensors", "--dry-run"], 0),
+    (["distill", *SITES, "--data", SITES[0], "-o", "out.safetensors", "--dry-run"], 2),
+    (["distill", *SITES, "--data", "PSEUDO", "-o", "out.safetensors", "--dry-run"], 0),
+    (["run", *SITES, "-o", "out", "--dry-run"], 0),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, pseudo):
+    """Of every line, one after the other in one process: its exit code, what is loaded by then, and what it wrote."""
+    lines = [[str(pseudo) if word == "PSEUDO" else word for word in arguments] for arguments, _ in LIGHT]
     program = f"""
-import json, sys
+import json, os, sys
 from dmm_cli.app import app
-try:
-    app({arguments!r})
-except SystemExit as end:
-    loaded = sorted({HEAVY!r} & set(sys.modules))
-    print(json.dumps([end.code, loaded]), file=sys.stderr)
+for arguments in {lines!r}:
+    try:
+        app(arguments)
+    except SystemExit as end:
+        loaded = sorted({HEAVY!r} & set(sys.modules))
+        print(json.dumps([end.code, loaded, os.listdir()]), file=sys.stderr)
 """
-    result = shell(code=program, cwd=tmp_path)
-    assert json.loads(result.stderr.splitlines()[-1]) == [code, []]
-    assert list(tmp_path.iterdir()) == []
+    told = shell(code=program, cwd=tmp_path_factory.mktemp("light")).stderr
+    return [json.loads(line) for line in told.splitlines() if line.startswith("[")]
+
+
+@pytest.mark.parametrize(("number", "code"), list(enumerate(code for _, code in LIGHT)))
+def test_nothing_heavy_is_imported(outcomes, number, code):
+    assert len(outcomes) == len(LIGHT) and outcomes[number] == [code, [], []], LIGHT[number][0]
