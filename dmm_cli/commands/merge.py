@@ -11,7 +11,6 @@ import typer
 
 from ..digest import hashing
 from ..errors import DmmError
-from ..header import Layout
 from ..inputs import (
     Source,
     kinds_of,
@@ -23,7 +22,7 @@ from ..inputs import (
     resolve_sources,
 )
 from ..merging import CALIBRATIONS, METHODS
-from ..merging.heads import POLICIES, head_union
+from ..merging.heads import POLICIES
 from ..merging.recipe import DTYPES, Recipe, merged_layout
 from ..ranks import joined
 from ..registry import Registry
@@ -276,7 +275,7 @@ def _show_plan(
     sizes = [str(len(group.members)) for group in known.groups] if isinstance(known, Grouping) else []
     apart = f", in groups of {', '.join(sizes)}" if len(sizes) > 1 else ""
     groups = [group.members for group in known.groups] if isinstance(known, Grouping) else kinds_of(sources)
-    layouts = [_layout([sources[i] for i in members], recipe) for members in groups]
+    layouts = [merged_layout([sources[i] for i in members], recipe) for members in groups]
     held = sorted(set(map(bytes_of, layouts)))
     files = [] if aligning.widens else sorted({len(plan_shards(one, to.path, to.max_shard)) for one in layouts})
     parts = f" in {_span(files)} files and an index" if files and files[-1] > 1 else ""
@@ -286,12 +285,6 @@ def _show_plan(
         f"{'more than ' * aligning.widens}{_span(held)} bytes a group{parts}{wider} -> {to.path}",
         as_json=json,
     )
-
-
-def _layout(members: Sequence[Source], recipe: Recipe) -> Layout:
-    """What the merge of a group holds."""
-    union = head_union(members) if recipe.head == "union" else None
-    return merged_layout(members[0].tensors, recipe, union)
 
 
 def _span(numbers: Sequence[int]) -> str:

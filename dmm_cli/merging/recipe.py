@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import takewhile
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..devices import require_device_name
 from ..errors import DmmError, capped, printable
-from ..header import Layout, TensorInfo
+from ..header import Layout
 from ..inputs import Source, require_same_tensors
 from ..metadata import class_counts
 from ..registry import did_you_mean, mistyped
@@ -180,11 +180,16 @@ def loose_heads(sources: Sequence[Source], recipe: Recipe) -> frozenset[str]:
     return frozenset()
 
 
-def merged_layout(infos: Mapping[str, TensorInfo], recipe: Recipe, union: Union | None) -> Layout:
-    """Names, dtypes and shapes of the merged tensors, by those of the first checkpoint and how heads go together."""
-    wanted = DTYPES.get(recipe.dtype or "")
+def union_of(sources: Sequence[Source], recipe: Recipe) -> Union | None:
+    """How the heads of these checkpoints go together, None where they are merged, or kept, as they are."""
+    return head_union(sources) if recipe.head == "union" else None
+
+
+def merged_layout(sources: Sequence[Source], recipe: Recipe) -> Layout:
+    """Names, dtypes and shapes of the merged tensors."""
+    wanted, union = DTYPES.get(recipe.dtype or ""), union_of(sources, recipe)
     layout = {}
-    for name, info in infos.items():
+    for name, info in sources[0].tensors.items():
         shape = info.shape
         if union and name in union.tensors:
             shape = (len(union.classes), *shape[1:])

@@ -27,9 +27,9 @@ from ..streaming import Piece, pieces, read_rows, split, width_of
 from . import CALIBRATIONS, METHODS
 from .batchnorm import merged_variance, pair_layers
 from .facts import Fact, Gram, trim_threshold
-from .heads import head_union, heads_of
+from .heads import heads_of
 from .method import Block, Facts, effective_parameters
-from .recipe import DTYPES, Recipe, merged_layout
+from .recipe import DTYPES, Recipe, merged_layout, union_of
 
 BLOCK = 1 << 18  # elements of one checkpoint held at a time; which elements share a random stream depends on it
 
@@ -62,7 +62,7 @@ class Tensors:
         self._told = self._reading = self._all
         sources = [file.source for file in files]
         self._infos = sources[0].tensors
-        self._union = head_union(sources) if recipe.head == "union" else None
+        self._union = union_of(sources, recipe)
         self._kept = heads_of(sources[0]) if recipe.head == "first" else frozenset()
         self._method = METHODS.load(recipe.method)
         self._parameters = {
@@ -94,7 +94,7 @@ class Tensors:
 
     def layout(self) -> Layout:
         """Names, dtypes and shapes of the merged tensors."""
-        return merged_layout(self._infos, self._recipe, self._union)
+        return merged_layout([file.source for file in self._files], self._recipe)
 
     def is_weight(self, name: str) -> bool:
         """Whether a tensor goes through the method."""
