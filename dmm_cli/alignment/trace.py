@@ -44,7 +44,7 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
         DmmError: torch.export cannot trace the module.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _silent():
+        with torch.no_grad(), warnings.catch_warnings(), _without_tracebacks():
             warnings.simplefilter("ignore")  # about what the module stores on itself
             copied = copy.deepcopy(model)
             copied.register_forward_hook(lambda _, inputs, given: in_trees(given))
@@ -59,7 +59,7 @@ def export(model: nn.Module, size: tuple[int, ...]) -> ExportedProgram:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _without_tracebacks() -> Iterator[None]:
     """While torch logs the tracebacks of what cannot be traced, and its own doubts; the error itself is told.
 
     To remember where every operation was called, for such tracebacks, takes an eighth of the time (of a ResNet-18).

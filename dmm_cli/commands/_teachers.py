@@ -127,7 +127,7 @@ def load_teachers(
         path, names = str(file.path) if file else "", class_names(source) or ()
         teacher = Teacher(source.label, source.sha256, model, layers, classes, known, origin, path, classes=names)
         teachers.append(teacher)
-        require_use(str(source.path), teachers[-1], spec, device)
+        require_use(str(source.path), teacher, spec, device)
     if len(specs) > 1:
         raise DmmError(
             "the teachers take different inputs",
